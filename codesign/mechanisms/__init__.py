@@ -1,0 +1,23 @@
+"""Mechanisms by name: one file each, one line here."""
+
+from codesign.errors import UnknownNameError
+from codesign.mechanisms.dense import dense
+from codesign.mechanisms.energon import energon
+from codesign.mechanisms.protocol import Hooks, Mechanism
+
+MECHANISMS = {mechanism.name: mechanism for mechanism in (dense, energon)}
+
+__all__ = ["MECHANISMS", "Hooks", "Mechanism", "mechanism_by_name"]
+
+
+def mechanism_by_name(name: str) -> Mechanism:
+    """Returns a mechanism of the registry.
+
+    Raises:
+      UnknownNameError: If there is none of that name.
+    """
+    if name not in MECHANISMS:
+        raise UnknownNameError(
+            f"mechanism `{name}` does not exist: choose one of {', '.join(sorted(MECHANISMS))}"
+        )
+    return MECHANISMS[name]

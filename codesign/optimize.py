@@ -1,0 +1,414 @@
+"""One compiled training step on weights and policy at once, and what the host watches while it runs."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from codesign.errors import CodesignError, NonFiniteError
+from codesign.gates import Relaxation
+from codesign.objective import (
+    ConstraintState,
+    constraint_penalty,
+    init_constraint,
+    update_constraint,
+)
+from codesign.policy import GROUPS, Policy, deployed_bits, group, project
+
+PyTree = Any
+"""A nested container of arrays."""
+
+Group = Literal["params", "thresholds", "bits", "clips"]
+TRAINABLE: tuple[Group, ...] = ("params", "thresholds", "bits", "clips")
+"""Optimiser groups: the model's weights, then those of a policy."""
+
+# Weights start and end at this fraction of `weight_rate`, and rise over this part of the steps (ours).
+WEIGHT_RATE_FLOOR = 0.1
+WEIGHT_WARMUP_FRACTION = 0.05
+
+# A gradient this small for this many steps is dead (learning rules, section 8).
+DEAD_GRADIENT_NORM = 1e-8
+DEAD_GRADIENT_STEPS = 100
+
+_GRADIENT_NORM = "gradient_norm."
+_THRESHOLD_GRADIENT = "threshold_gradient."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizeSettings:
+    """Everything static about training; values here are compiled into the step."""
+
+    # Optimiser groups that are trained; the others keep their values bit for bit.
+    train: tuple[Group, ...] = TRAINABLE
+    # Optimiser steps in all, >= 1.
+    num_steps: int = 200
+    # Last part of the steps, with widths rounded to whole bits and held, [0, 1).
+    hardened_fraction: float = 0.3
+    # Peak rate of AdamW on the weights, per step, > 0.
+    weight_rate: float = 5e-4
+    # Decoupled weight decay of the weights, per unit of rate, >= 0.
+    weight_decay: float = 0.01
+    # Rate of Adam on thresholds, in units of the unconstrained variable per step, > 0.
+    threshold_rate: float = 0.03
+    # Rate of Adam on widths, bit per step, > 0.
+    bits_rate: float = 0.05
+    # Rate of Adam on clips, in natural logarithm of the range per step, > 0.
+    clip_rate: float = 1e-2
+    # Largest gradient norm of a group; longer gradients are scaled down to it, > 0.
+    clip_norm: float = 1.0
+    # How the budgets are held: augmented Lagrangian, fixed squared penalty, or PID on the price.
+    method: Literal["lagrangian", "squared", "pid"] = "lagrangian"
+    # First part of the steps, over which the budgets' penalty rises from 0 to its full size, [0, 1].
+    price_warmup_fraction: float = 0.1
+    # Width of a gate at the start, in units of the spread of its scores, > 0.
+    temperature_start: float = 0.5
+    # Width of a gate at hardening and after it, same unit, > 0 and at most the start's.
+    temperature_end: float = 0.05
+    # Exponent of the smooth maximum at the start, > 1.
+    smoothness_start: float = 8.0
+    # Exponent of the smooth maximum at hardening and after it, at least the start's.
+    smoothness_end: float = 32.0
+    # Whether gates are hard in the forward pass, with the gradient of the soft gate.
+    straight_through: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+          ValueError: If a field is outside its range; names it.
+        """
+        unknown = [name for name in self.train if name not in TRAINABLE]
+        if not self.train or unknown or len(set(self.train)) != len(self.train):
+            raise ValueError(
+                f"`train` must name one or more of {', '.join(TRAINABLE)}, each once, got {self.train}"
+            )
+        if self.num_steps < 1:
+            raise ValueError(f"`num_steps` must be at least 1, got {self.num_steps}")
+        if not 0.0 <= self.hardened_fraction < 1.0:
+            raise ValueError(
+                f"`hardened_fraction` must lie in [0, 1), got {self.hardened_fraction}"
+            )
+        if not 0.0 <= self.price_warmup_fraction <= 1.0:
+            raise ValueError(
+                f"`price_warmup_fraction` must lie in [0, 1], got {self.price_warmup_fraction}"
+            )
+        for name in ("weight_rate", "threshold_rate", "bits_rate", "clip_rate", "clip_norm"):
+            if not getattr(self, name) > 0.0:
+                raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)}")
+        if not self.weight_decay >= 0.0:
+            raise ValueError(f"`weight_decay` must be >= 0, got {self.weight_decay}")
+        if not 0.0 < self.temperature_end <= self.temperature_start:
+            raise ValueError(
+                "`temperature_end` must lie in (0, `temperature_start`], got "
+                f"{self.temperature_end} with a start of {self.temperature_start}"
+            )
+        if not 1.0 < self.smoothness_start <= self.smoothness_end:
+            raise ValueError(
+                "`smoothness_start` must lie in (1, `smoothness_end`], got "
+                f"{self.smoothness_start} with an end of {self.smoothness_end}"
+            )
+        init_constraint(self.method, 0)
+
+    @property
+    def hardened_step(self) -> int:
+        """First step of the hardened stage, counted from 0; `num_steps` if there is none."""
+        return max(1, round(self.num_steps * (1.0 - self.hardened_fraction)))
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+      step: Steps done, int32 scalar.
+      params: The model's weights.
+      policy: The knobs; widths are whole bits from the hardened stage on.
+      optimizer_state: Moments of the trained groups.
+      constraint: Prices of the budgets.
+    """
+
+    step: jax.Array
+    params: PyTree
+    policy: Policy
+    optimizer_state: PyTree
+    constraint: ConstraintState
+
+
+@struct.dataclass
+class LossAux:
+    """What a loss function returns beside the loss.
+
+    Attributes:
+      terms: Scalars to log, by name (loss terms, kept fractions).
+      workload: What the cost function reads.
+    """
+
+    terms: dict[str, jax.Array]
+    workload: Any
+
+
+LossFn = Callable[[PyTree, Policy, PyTree, PyTree, Relaxation], tuple[jax.Array, LossAux]]
+"""`(params, policy, batch, constants, relaxation) -> (task loss, aux)`."""
+
+CostFn = Callable[[Any, PyTree, jax.Array], jax.Array]
+"""`(workload, constants, smoothness) -> ratios [C]`, cost over budget, > 0; the budgets are among the constants."""
+
+StepFn = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.Array]]]
+"""`(state, batch, constants) -> (state, metrics)`; the metrics are scalars and vectors."""
+
+
+def init_state(
+    params: PyTree, policy: Policy, settings: OptimizeSettings, num_constraints: int
+) -> TrainState:
+    """Returns the state before the first step, on copies of its arguments.
+
+    Args:
+      params: The model's weights.
+      policy: The knobs. Widths that are not trained are used as they are, so pass whole bits.
+      settings: Settings of the step.
+      num_constraints: Number of budgets C.
+    """
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        policy=policy,
+        optimizer_state=_optimizer(settings).init(_trained(params, policy, settings)),
+        constraint=init_constraint(settings.method, num_constraints),
+    )
+    # The step takes over its input's buffers, which must therefore be unshared; an explicit dtype
+    # drops weak types, which would cost a second compilation.
+    copied: TrainState = jax.tree.map(lambda x: jnp.array(x, dtype=x.dtype, copy=True), state)
+    return copied
+
+
+def relaxation_at(step: jax.Array, settings: OptimizeSettings) -> Relaxation:
+    """Returns the relaxation at a step, counted from 0.
+
+    Up to the hardened stage the temperature falls along a cosine and the smoothness rises
+    geometrically; then both are constant.
+
+    Args:
+      step: Steps done, integer scalar, traced or not.
+      settings: Start, end and length of the schedules.
+    """
+    progress = jnp.clip(jnp.asarray(step) / settings.hardened_step, 0.0, 1.0)
+    fall = settings.temperature_start - settings.temperature_end
+    growth = settings.smoothness_end / settings.smoothness_start
+    return Relaxation(
+        temperature=settings.temperature_end + fall * 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+        smoothness=settings.smoothness_start * growth**progress,
+        straight_through=settings.straight_through,
+    )
+
+
+def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings) -> StepFn:
+    """Returns the compiled training step.
+
+    A step descends on task loss plus penalties, only through the groups that are trained, then
+    moves widths into their legal range. From `settings.hardened_step` on, trained widths are
+    rounded and held. Stages, schedules and budgets are traced: the step compiles once. The state
+    passed in is consumed.
+
+    Args:
+      loss_fn: Task loss of a batch; must not use the metric names below.
+      cost_fn: Cost over budget of a workload; may return `[0]`.
+      settings: Settings, compiled in.
+
+    Returns:
+      The step. Its metrics: the terms of `loss_fn`; `task`, `penalty`, `objective`; `ratio` and
+      `price` `[C]`; `price_scale`, `temperature`, `smoothness`; `gradient_norm.<group>`, before
+      clipping; `threshold_gradient.<knob>` `[L]`, the gradient norm of each layer's trained
+      thresholds; `is_finite`.
+    """
+    optimizer = _optimizer(settings)
+    trains_bits = "bits" in settings.train
+
+    def step_fn(
+        state: TrainState, batch: PyTree, constants: PyTree
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        is_hardened = state.step >= settings.hardened_step
+        relaxation = relaxation_at(state.step, settings)
+        price_scale = _price_scale(state.step, settings)
+        policy = state.policy
+        if trains_bits:
+            policy = jax.tree.map(
+                lambda rounded, value: jnp.where(is_hardened, rounded, value),
+                deployed_bits(policy),
+                policy,
+            )
+
+        def objective(trained: dict[str, PyTree]) -> tuple[jax.Array, Any]:
+            task, aux = loss_fn(
+                trained.get("params", state.params),
+                _merged(policy, trained),
+                batch,
+                constants,
+                relaxation,
+            )
+            ratios = cost_fn(aux.workload, constants, relaxation.smoothness)
+            penalty = price_scale * constraint_penalty(state.constraint, ratios, settings.method)
+            return task + penalty, (task, penalty, ratios, aux.terms)
+
+        trained = _trained(state.params, policy, settings)
+        (value, (task, penalty, ratios, terms)), gradients = jax.value_and_grad(
+            objective, has_aux=True
+        )(trained)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, trained)
+        if trains_bits:
+            updates["bits"] = jax.tree.map(
+                lambda update: jnp.where(is_hardened, 0.0, update), updates["bits"]
+            )
+        trained = optax.apply_updates(trained, updates)
+        policy = _merged(policy, trained)
+        ascended = update_constraint(state.constraint, ratios, settings.method)
+
+        metrics = {
+            "task": task,
+            "penalty": penalty,
+            "objective": value,
+            "ratio": ratios,
+            "price": state.constraint.price,
+            "price_scale": price_scale,
+            "temperature": relaxation.temperature,
+            "smoothness": relaxation.smoothness,
+        }
+        metrics |= {_GRADIENT_NORM + name: optax.tree.norm(gradients[name]) for name in gradients}
+        for name, gradient in gradients.get("thresholds", {"layers": {}})["layers"].items():
+            metrics[_THRESHOLD_GRADIENT + name] = jnp.linalg.norm(
+                jnp.reshape(gradient, (gradient.shape[0], -1)), axis=1
+            )
+        if clash := sorted(terms.keys() & metrics.keys()):
+            raise ValueError(f"`loss_fn` returned the reserved term '{clash[0]}': rename it")
+        metrics |= terms
+        metrics["is_finite"] = jnp.all(
+            jnp.stack([jnp.all(jnp.isfinite(metric)) for metric in metrics.values()])
+        )
+        after = TrainState(
+            step=state.step + 1,
+            params=trained.get("params", state.params),
+            policy=project(policy) if trains_bits else policy,
+            optimizer_state=optimizer_state,
+            # While the penalty is scaled down, the prices learn as slowly.
+            constraint=jax.tree.map(
+                lambda new, old: old + price_scale * (new - old), ascended, state.constraint
+            ),
+        )
+        return after, metrics
+
+    return jax.jit(step_fn, donate_argnums=0)
+
+
+def check_finite(metrics: Mapping[str, Any], step: int) -> None:
+    """Raises an error if a step's metrics are not all finite.
+
+    Args:
+      metrics: Metrics of one step.
+      step: The step they belong to, for the message.
+
+    Raises:
+      NonFiniteError: Names the step and the first term; terms of the loss come before what is
+        computed from them.
+    """
+    if bool(metrics["is_finite"]):
+        return
+    derived = ("penalty", "objective", "price", _GRADIENT_NORM, _THRESHOLD_GRADIENT)
+    for name in sorted(metrics, key=lambda name: (name.startswith(derived), name)):
+        if not np.all(np.isfinite(metrics[name])):
+            raise NonFiniteError(
+                f"`{name}` is {np.asarray(metrics[name])} at step {step}: lower the rates or "
+                "check the data, then resume from the last checkpoint"
+            )
+    raise AssertionError("`is_finite` is False, yet every metric is finite")
+
+
+class ThresholdWatch:
+    """Counts, layer by layer, the steps in a row that a threshold had no gradient.
+
+    Attributes:
+      quiet_steps: Steps in a row below `DEAD_GRADIENT_NORM`, `[L]` for each knob.
+    """
+
+    def __init__(self) -> None:
+        self.quiet_steps: dict[str, np.ndarray] = {}
+
+    def observe(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Takes in one step's metrics.
+
+        Args:
+          metrics: Metrics of one step.
+          step: The step they belong to, for the message.
+
+        Raises:
+          CodesignError: If a threshold has been dead for `DEAD_GRADIENT_STEPS`; names the knob
+            and the layer.
+        """
+        for name, norms in metrics.items():
+            if not name.startswith(_THRESHOLD_GRADIENT):
+                continue
+            is_quiet = np.asarray(norms) < DEAD_GRADIENT_NORM
+            quiet = np.where(is_quiet, self.quiet_steps.get(name, 0) + 1, 0)
+            self.quiet_steps[name] = quiet
+            if np.any(quiet >= DEAD_GRADIENT_STEPS):
+                raise CodesignError(
+                    f"`{name.removeprefix(_THRESHOLD_GRADIENT)}` of layer {int(np.argmax(quiet))} "
+                    f"had no gradient for {DEAD_GRADIENT_STEPS} steps up to step {step}: start it "
+                    "at a quantile of the scores, or raise `temperature_end`"
+                )
+
+
+def _optimizer(settings: OptimizeSettings) -> optax.GradientTransformation:
+    """Returns the optimiser of the trained groups, each with its rate and its own clipping."""
+    floor = WEIGHT_RATE_FLOOR * settings.weight_rate
+    weight_rate = optax.warmup_cosine_decay_schedule(
+        init_value=floor,
+        peak_value=settings.weight_rate,
+        warmup_steps=int(WEIGHT_WARMUP_FRACTION * settings.num_steps),
+        decay_steps=settings.num_steps,
+        end_value=floor,
+    )
+    transforms = {
+        "params": optax.adamw(weight_rate, weight_decay=settings.weight_decay),
+        "thresholds": optax.adam(settings.threshold_rate),
+        "bits": optax.adam(settings.bits_rate),
+        "clips": optax.adam(settings.clip_rate),
+    }
+    clipping = optax.clip_by_global_norm(settings.clip_norm)
+    return optax.partition(
+        {name: optax.chain(clipping, transforms[name]) for name in settings.train},
+        {name: name for name in settings.train},
+    )
+
+
+def _price_scale(step: jax.Array, settings: OptimizeSettings) -> jax.Array:
+    """Returns the factor on the budgets' penalty: a ramp from 0 to 1, at full size if it has no length."""
+    warmup_steps = settings.price_warmup_fraction * settings.num_steps
+    return jnp.clip(step / warmup_steps, 0.0, 1.0) if warmup_steps > 0.0 else jnp.ones(())
+
+
+def _trained(params: PyTree, policy: Policy, settings: OptimizeSettings) -> dict[str, PyTree]:
+    """Returns what is differentiated, by optimiser group; a policy's group holds `layers` and `ends`."""
+
+    def chosen(knobs: dict[str, jax.Array], name: str) -> dict[str, jax.Array]:
+        return {knob: value for knob, value in knobs.items() if group(knob) == name}
+
+    return {
+        name: params
+        if name == "params"
+        else {"layers": chosen(policy.layers, name), "ends": chosen(policy.ends, name)}
+        for name in settings.train
+    }
+
+
+def _merged(policy: Policy, trained: dict[str, PyTree]) -> Policy:
+    """Returns the policy with the knobs of the trained groups put in."""
+    layers, ends = dict(policy.layers), dict(policy.ends)
+    for name in GROUPS:
+        if name in trained:
+            layers |= trained[name]["layers"]
+            ends |= trained[name]["ends"]
+    return Policy(layers=layers, ends=ends)

@@ -1,0 +1,143 @@
+"""The trainable knobs of a mechanism on a model, as one pytree that is optimised, frozen, hardened and exported alone."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from codesign.errors import CodesignError, UnknownNameError
+
+GROUPS = ("thresholds", "bits", "clips")
+"""Optimiser groups of a policy's leaves."""
+
+BITS_RANGE = {"linear": (2.0, 8.0), "attention": (8.0, 16.0), "filter": (2.0, 8.0)}
+"""Legal widths in bit, inclusive: linear layers and filter planes 2 to 8, exact attention 8 to 16 (Energon section 3)."""
+
+BLOCK_SITES = ("qkv", "out", "up", "down")
+END_SITES = ("embed", "head")
+ATTENTION_BITS = ("qk_bits", "v_bits")
+
+
+@struct.dataclass
+class Policy:
+    """Knobs by name.
+
+    `layers` have a leading axis L: `<site>.weight_bits`, `<site>.activation_bits` and `<site>.clip` `[L]` for the sites of a
+    block, `qk_bits` (Q, K and probabilities) and `v_bits` `[L]`, and the mechanism's own, e.g. `threshold` `[L, H, R]`.
+    `ends` are the scalars of `embed` and `head`. Bits are fractional while they train. A clip is the natural logarithm of
+    the factor on a calibrated activation range; thresholds are unconstrained variables (alpha = tanh v for Energon).
+    """
+
+    layers: dict[str, jax.Array]
+    ends: dict[str, jax.Array]
+
+
+def group(name: str) -> str:
+    """Returns the optimiser group of a knob by its name.
+
+    Raises:
+      UnknownNameError: If the name ends in none of `bits`, `clip`, `threshold`, `keep`.
+    """
+    leaf = name.rpartition(".")[2]
+    if leaf.endswith("bits"):
+        return "bits"
+    if leaf.endswith("clip"):
+        return "clips"
+    if leaf.endswith(("threshold", "keep")):
+        return "thresholds"
+    raise UnknownNameError(
+        f"knob `{name}` has no optimiser group: let its name end in bits, clip, threshold or keep"
+    )
+
+
+def labels(policy: Policy) -> Policy:
+    """Returns a policy of the same structure whose leaves are the group names."""
+    return Policy(
+        layers={name: group(name) for name in policy.layers},  # type: ignore[misc]
+        ends={name: group(name) for name in policy.ends},  # type: ignore[misc]
+    )
+
+
+def bits_range(name: str) -> tuple[float, float]:
+    """Returns the legal range, in bit, of a knob in group `bits`."""
+    if name in ATTENTION_BITS:
+        return BITS_RANGE["attention"]
+    if name.endswith(("weight_bits", "activation_bits")):
+        return BITS_RANGE["linear"]
+    return BITS_RANGE["filter"]
+
+
+def dense_knobs(num_layers: int, *, linear_bits: float, attention_bits: float) -> Policy:
+    """Returns the knobs every mechanism shares, all layers alike, ranges unclipped.
+
+    Args:
+      num_layers: L.
+      linear_bits: Bits of weights and activations of linear layers, [2, 8].
+      attention_bits: Bits of Q, K, probabilities and V, [8, 16].
+    """
+    layers = {name: jnp.full((num_layers,), attention_bits) for name in ATTENTION_BITS}
+    for site in BLOCK_SITES:
+        layers[f"{site}.weight_bits"] = jnp.full((num_layers,), linear_bits)
+        layers[f"{site}.activation_bits"] = jnp.full((num_layers,), linear_bits)
+        layers[f"{site}.clip"] = jnp.zeros((num_layers,))
+    ends = {}
+    for site in END_SITES:
+        ends[f"{site}.weight_bits"] = jnp.asarray(linear_bits)
+        ends[f"{site}.activation_bits"] = jnp.asarray(linear_bits)
+        ends[f"{site}.clip"] = jnp.asarray(0.0)
+    return Policy(layers=layers, ends=ends)
+
+
+def project(policy: Policy) -> Policy:
+    """Returns the policy with every width moved into its legal range.
+
+    Projection after the optimiser's step instead of a clip in the forward pass: a clip has no gradient at its rails
+    (learning rules, section 3). Key widths of later rounds stay at least one bit above the round before.
+    """
+
+    def inside(name: str, value: jax.Array) -> jax.Array:
+        if group(name) != "bits":
+            return value
+        low, high = bits_range(name)
+        value = jnp.clip(value, low, high)
+        if name == "key_bits":
+            rounds = [value[..., 0]]
+            for index in range(1, value.shape[-1]):
+                rounds.append(jnp.maximum(value[..., index], rounds[-1] + 1.0))
+            value = jnp.clip(jnp.stack(rounds, axis=-1), low, high)
+        return value
+
+    return Policy(
+        layers={name: inside(name, value) for name, value in policy.layers.items()},
+        ends={name: inside(name, value) for name, value in policy.ends.items()},
+    )
+
+
+def deployed_bits(policy: Policy, *, offset: float | jax.Array = 0.0) -> Policy:
+    """Returns the policy with integer widths, floor(b + 0.5 - offset), in range.
+
+    Args:
+      policy: A policy whose widths may be fractional.
+      offset: Raises (positive) the threshold of rounding, in bit, so that a budget survives it (FracBits).
+    """
+
+    def rounded(name: str, value: jax.Array) -> jax.Array:
+        return jnp.floor(value + 0.5 - offset) if group(name) == "bits" else value
+
+    return project(
+        Policy(
+            layers={name: rounded(name, value) for name, value in policy.layers.items()},
+            ends={name: rounded(name, value) for name, value in policy.ends.items()},
+        )
+    )
+
+
+def check_bits(policy: Policy) -> None:
+    """Raises `CodesignError` naming the first width outside its legal range (concrete values only)."""
+    for name, value in [*policy.layers.items(), *policy.ends.items()]:
+        if group(name) != "bits":
+            continue
+        low, high = bits_range(name)
+        if bool(jnp.any((value < low) | (value > high))):
+            raise CodesignError(
+                f"`{name}` must lie in [{low:g}, {high:g}] bit, got {value}: set it inside"
+            )

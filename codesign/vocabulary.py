@@ -1,0 +1,78 @@
+"""The closed vocabulary of counts, shared by models, machines and NumPy-only readers; imports no JAX."""
+
+from fnmatch import fnmatchcase
+
+from codesign.errors import UnknownNameError
+
+LINEAR_SITES = ("embed", "qkv", "out", "up", "down", "head")
+"""Linear layers with a weight; `embed` and `head` stand outside the scanned blocks."""
+
+STAGES = (
+    "predict",  # estimate of Q, K or scores before they exist
+    "encode",  # conversion of operands to a code (leading one, HLog)
+    "filter",  # rounds of score filtering; written filter0, filter1, ...
+    "threshold",  # evaluation of a threshold
+    "select",  # top-k networks and bisection
+    "similarity",  # comparison of rows
+    "generate",  # K, V (and Q) rows made on demand
+    "qk",  # exact scores
+    "softmax",
+    "pv",  # probabilities times values
+    "output",  # final scaling of a row
+    "index",  # lists of kept keys
+    "copy",  # reuse of a row's result
+)
+KINDS = (
+    "mac",
+    "shift_add",
+    "add",
+    "statistic",  # running maximum, minimum and sum of one score: three operations
+    "compare",
+    "evaluate",
+    "exp",
+    "reciprocal",
+    "divide",
+    "multiply",
+    "encode",
+    "bits",  # bits written and read again
+)
+
+ATTENTION_OPERATIONS = (
+    "qk.mac",
+    "softmax.exp",
+    "softmax.reciprocal",
+    "pv.mac",
+    "output.multiply",
+)
+MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
+    "dense": ATTENTION_OPERATIONS,
+    "energon": (
+        "filter*.mac",
+        "filter*.statistic",
+        "filter*.compare",
+        "threshold.evaluate",
+        "index.bits",
+        *ATTENTION_OPERATIONS,
+    ),
+}
+"""Operations that a mechanism feeds to its machine; `*` stands for a round's number."""
+
+
+def check_key(key: str) -> str:
+    """Returns `key` if it is `stage.kind` of the closed vocabulary (a round number may follow `filter`).
+
+    Raises:
+      UnknownNameError: If it is not.
+    """
+    stage, _, kind = key.partition(".")
+    if stage.rstrip("0123456789") not in STAGES or kind not in KINDS:
+        raise UnknownNameError(
+            f"operation `{key}` is not in the workload's vocabulary: use <stage>.<kind> with a stage of "
+            f"{', '.join(STAGES)} and a kind of {', '.join(KINDS)}"
+        )
+    return key
+
+
+def matches(key: str, patterns: tuple[str, ...]) -> bool:
+    """Whether an operation's key matches one of the patterns (`*` for any text)."""
+    return any(fnmatchcase(key, pattern) for pattern in patterns)

@@ -1,0 +1,438 @@
+"""Writes, reads and replays a hardware configuration: JSON, integer weights, golden vectors.
+
+The format is described in `docs/export.md`. Imports no JAX.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import shutil
+import uuid
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from codesign.errors import ExportError, RunDirectoryError
+from codesign.hw import emulator
+from codesign.hw.hardware_config import SCHEMA_VERSION, Array, HardwareConfig, check_policy
+from codesign.structure import ModelStructure
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "weights.npz"
+GOLDEN_FILE = "golden.npz"
+
+_DTYPES = ("int8", "int16", "int32", "int64")
+# Sizes to which a file may be read before anything in it is known to be right.
+_MAX_CONFIG_BYTES = 64 * 1024 * 1024
+_MAX_HEADER_BYTES = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """A checked export in memory: arrays are int64, `keep` and `valid` bool."""
+
+    config: HardwareConfig
+    layers: dict[str, Array]
+    ends: dict[str, Array]
+    # `pixels`, `valid` if padded, and every tensor of the integer path.
+    golden: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The first element on which two runs of the integer path disagree."""
+
+    tensor: str
+    # None for a tensor outside the layers.
+    layer: int | None
+    # Without the layer axis.
+    index: tuple[int, ...]
+    expected: int
+    got: int
+
+    def __str__(self) -> str:
+        """Returns one line for the user."""
+        place = "" if self.layer is None else f" of layer {self.layer}"
+        return (
+            f"tensor `{self.tensor}`{place} at {list(self.index)}: "
+            f"expected {self.expected}, got {self.got}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplayReport:
+    """Outcome of running the emulator on golden inputs."""
+
+    num_examples: int
+    # Integers compared, over all tensors.
+    num_values: int
+    # Keep decisions among them.
+    num_decisions: int
+    difference: Difference | None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every integer agreed."""
+        return self.difference is None
+
+
+def _tables(layers: Mapping[str, Array]) -> dict[str, Array]:
+    """Returns every look-up table of a deployment, fixed ones included."""
+    return {
+        "exp_table": emulator.exp_table(),
+        "reciprocal_table": emulator.reciprocal_table(),
+        "gelu_table": np.asarray(layers["gelu_table"]),
+    }
+
+
+def _table_digests(layers: Mapping[str, Array]) -> dict[str, str]:
+    """Returns the SHA-256 of every look-up table."""
+    return {
+        name: hashlib.sha256(np.ascontiguousarray(table, "<i8").tobytes()).hexdigest()
+        for name, table in _tables(layers).items()
+    }
+
+
+def _stored_weights(layers: Mapping[str, Array], ends: Mapping[str, Array]) -> dict[str, Array]:
+    """Returns the arrays of `weights.npz` by their names there."""
+    stored = {f"layers/{name}": values for name, values in layers.items()}
+    stored |= {f"ends/{name}": values for name, values in ends.items()}
+    fixed = {name: table for name, table in _tables(layers).items() if name not in layers}
+    return stored | {f"tables/{name}": table for name, table in fixed.items()}
+
+
+def _narrowest(values: Array) -> Array:
+    """Returns `values` in the smallest signed integer type that holds them; bools unchanged."""
+    if values.dtype == np.bool_:
+        return values
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    for name in _DTYPES:
+        if np.iinfo(name).min <= low and high <= np.iinfo(name).max:
+            return values.astype(np.dtype(name).newbyteorder("<"))
+    raise ExportError(f"values from {low} to {high} do not fit 64-bit integers")
+
+
+def _golden_shapes(
+    structure: ModelStructure, batch_size: int, has_valid: bool
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every array of `golden.npz`; tensors without elements are left out."""
+    size, tokens = structure.image_size, structure.num_tokens
+    shapes: dict[str, tuple[int, ...]] = {"pixels": (batch_size, size, size, structure.channels)}
+    if has_valid:
+        shapes["valid"] = (batch_size, tokens)
+    tensors = structure.tensor_shapes(batch_size)
+    return shapes | {name: shape for name, shape in tensors.items() if math.prod(shape)}
+
+
+def _checked_golden(structure: ModelStructure, golden: Mapping[str, Any]) -> dict[str, Array]:
+    """Returns the arrays of `golden.npz`, checked against the structure."""
+    arrays = {name: np.asarray(values) for name, values in golden.items()}
+    if "pixels" not in arrays or not len(arrays["pixels"]):
+        raise ExportError("golden array `pixels` is missing or empty")
+    if arrays["pixels"].ndim == 3:
+        arrays["pixels"] = arrays["pixels"][..., None]
+    arrays = {name: values for name, values in arrays.items() if values.size}
+    shapes = _golden_shapes(structure, len(arrays["pixels"]), "valid" in arrays)
+    for name in sorted({*arrays, *shapes}):
+        if name not in arrays or name not in shapes:
+            raise ExportError(
+                f"golden array `{name}` {'is missing' if name in shapes else 'is unknown'}"
+            )
+        is_bool = name in ("keep", "valid")
+        if arrays[name].shape != shapes[name] or arrays[name].dtype.kind not in (
+            "b" if is_bool else "iu"
+        ):
+            raise ExportError(
+                f"golden array `{name}` must hold {'bools' if is_bool else 'integers'} of shape "
+                f"{shapes[name]}, got {arrays[name].dtype} of shape {arrays[name].shape}"
+            )
+    return {name: arrays[name] for name in shapes}
+
+
+def write_export(
+    directory: str | Path,
+    config: HardwareConfig,
+    layers: Mapping[str, Array],
+    ends: Mapping[str, Array],
+    golden: Mapping[str, Any],
+) -> HardwareConfig:
+    """Writes `config.json`, `weights.npz` and `golden.npz`, all or nothing.
+
+    The same arguments always give the same bytes.
+
+    Args:
+      directory: Where to write; must not exist, its parent must.
+      config: Configuration; `tables` and `files` are filled in here.
+      layers: Integer arrays of the blocks, layer axis first.
+      ends: Integer arrays of input, embedding and head.
+      golden: `pixels`, `valid` if some tokens are padding, and every tensor of the integer path.
+
+    Returns:
+      The configuration as written.
+
+    Raises:
+      RunDirectoryError: If `directory` exists or cannot be written.
+      ExportError: If arrays and configuration do not fit each other.
+    """
+    target = Path(directory)
+    if target.exists() or target.is_symlink():
+        raise RunDirectoryError(f"`{target}` exists already: choose another directory")
+    if not target.parent.is_dir():
+        raise RunDirectoryError(f"`{target.parent}` is not a directory: create it first")
+    emulator.check_deployment(config.structure, layers, ends)
+    check_policy(config, layers, ends)
+    contents = {
+        WEIGHTS_FILE: _stored_weights(layers, ends),
+        GOLDEN_FILE: _checked_golden(config.structure, golden),
+    }
+    draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    try:
+        draft.mkdir()
+        for file, arrays in contents.items():
+            narrow = {name: _narrowest(np.asarray(values)) for name, values in arrays.items()}
+            np.savez(draft / file, **narrow)
+        digests = {file: _file_digest(draft / file) for file in contents}
+        written = config.model_copy(update={"tables": _table_digests(layers), "files": digests})
+        text = written.model_dump_json(indent=2) + "\n"
+        (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
+        draft.rename(target)
+    except OSError as error:
+        raise RunDirectoryError(f"`{target}` cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return written
+
+
+def _file_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_config(directory: Path) -> HardwareConfig:
+    """Returns the configuration of an export, checked against the schema."""
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise ExportError(f"`{path}` does not exist: name the directory of an export")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ExportError(f"`{path}` is larger than {_MAX_CONFIG_BYTES} bytes")
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ExportError(f"`{path}` is not JSON: {error}") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ExportError(
+            f"`{path}`: `schema_version` must be {SCHEMA_VERSION}, got {version!r}: "
+            "read it with the version of codesign that wrote it, or export again"
+        )
+    try:
+        config = HardwareConfig.model_validate_json(text)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise ExportError(f"`{path}`: `{place}`: {fault['msg']}") from error
+    if config.files.keys() != {WEIGHTS_FILE, GOLDEN_FILE}:
+        raise ExportError(f"`{path}`: `files` must name {WEIGHTS_FILE} and {GOLDEN_FILE}")
+    return config
+
+
+def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], int]:
+    """Returns the shape in an array's header and the bytes that header and values take."""
+    with archive.open(entry) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("not a version 1.0 array")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(
+            file, max_header_size=_MAX_HEADER_BYTES
+        )
+        if is_fortran or (dtype.name not in _DTYPES and dtype != np.bool_):
+            raise ValueError(f"stored as {dtype}")
+        return shape, file.tell() + math.prod(shape) * dtype.itemsize
+
+
+def _read_arrays(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], optional: Collection[str] = ()
+) -> dict[str, Array]:
+    """Returns the arrays of an npz file, whose headers are checked before anything is loaded.
+
+    Args:
+      path: The file.
+      shapes: Expected shapes by name; -1 stands for any number, the same one throughout.
+      optional: Names that may be absent.
+
+    Raises:
+      ExportError: If the file is damaged, or an array is missing, unknown or mis-shaped.
+    """
+    if not path.is_file():
+        raise ExportError(f"`{path}` does not exist: export again")
+    name = ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            if len(entries) != len(archive.infolist()):
+                raise ExportError(f"`{path}` holds two arrays of one name")
+            for name in sorted({*entries, *shapes} - set(optional) | entries.keys()):
+                if name not in entries or name not in shapes:
+                    state = "is missing" if name in shapes else "is unknown"
+                    raise ExportError(f"`{path}`: array `{name}` {state}")
+            free: set[int] = set()
+            for name, entry in entries.items():
+                shape, num_bytes = _header(archive, entry)
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != num_bytes:
+                    raise ExportError(
+                        f"`{path}`: array `{name}` is not stored in {num_bytes} bytes"
+                    )
+                fits = len(shape) == len(shapes[name])
+                if fits:
+                    pairs = list(zip(shape, shapes[name], strict=True))
+                    free |= {size for size, wanted in pairs if wanted < 0}
+                    fits = all(wanted in (size, -1) for size, wanted in pairs) and len(free) < 2
+                if not fits:
+                    raise ExportError(
+                        f"`{path}`: array `{name}` must have shape {shapes[name]}, got {shape}"
+                    )
+            arrays = {}
+            for name, entry in entries.items():
+                with archive.open(entry) as file:
+                    values = np.lib.format.read_array(file, allow_pickle=False)
+                arrays[name] = values if values.dtype == np.bool_ else values.astype(np.int64)
+            return arrays
+    except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        if isinstance(error, ExportError):
+            raise
+        place = f"array `{name}`" if name else "it"
+        raise ExportError(f"`{path}` is damaged: {place}: {error}; export again") from error
+
+
+def read_export(directory: str | Path) -> Export:
+    """Returns an export after checking all of it.
+
+    Args:
+      directory: Directory that `write_export` made.
+
+    Raises:
+      ExportError: If a file is missing, damaged, changed, of another schema version, or does not
+        fit the others.
+    """
+    root = Path(directory)
+    config = _read_config(root)
+    structure = config.structure
+    shapes = {f"layers/{name}": shape for name, shape in structure.layer_shapes().items()}
+    shapes |= {f"ends/{name}": shape for name, shape in structure.end_shapes().items()}
+    tables = {"exp_table": emulator.exp_table(), "reciprocal_table": emulator.reciprocal_table()}
+    shapes |= {f"tables/{name}": table.shape for name, table in tables.items()}
+    stored = _read_arrays(root / WEIGHTS_FILE, shapes)
+    golden_shapes = _golden_shapes(structure, -1, True)
+    golden = _read_arrays(root / GOLDEN_FILE, golden_shapes, optional=("valid",))
+    for file, digest in config.files.items():
+        if _file_digest(root / file) != digest:
+            raise ExportError(
+                f"`{root / file}` has changed since it was exported: its SHA-256 is not the one in "
+                f"{CONFIG_FILE}; export again"
+            )
+    groups: dict[str, dict[str, Array]] = {"layers": {}, "ends": {}, "tables": {}}
+    for name, values in stored.items():
+        group, _, member = name.partition("/")
+        groups[group][member] = values
+    layers, ends = groups["layers"], groups["ends"]
+    try:
+        emulator.check_deployment(structure, layers, ends)
+        check_policy(config, layers, ends)
+        golden = _checked_golden(structure, golden)
+        for name, table in tables.items():
+            if not np.array_equal(groups["tables"][name], table):
+                raise ExportError(f"array `tables/{name}` is not the table of the integer path")
+        if config.tables != _table_digests(layers):
+            raise ExportError("`tables` in the configuration disagree with the arrays")
+    except ExportError as error:
+        raise ExportError(f"`{root}`: {error}") from error
+    return Export(config=config, layers=layers, ends=ends, golden=golden)
+
+
+def _slices(
+    expected: Mapping[str, Any], got: Mapping[str, Any], order: Collection[str]
+) -> Iterator[tuple[str, int | None, Array, Array]]:
+    """Yields pairs of arrays to compare in order of computation: layer by layer, then tensors."""
+    present = [name for name in order if name in expected]
+    for is_layered, group in itertools.groupby(present, emulator.LAYER_TENSORS.__contains__):
+        pairs = []
+        for name in group:
+            wanted = np.asarray(expected[name])
+            if not wanted.size:
+                continue
+            if name not in got or np.shape(got[name]) != wanted.shape:
+                raise ExportError(
+                    f"tensor `{name}` cannot be compared: expected shape {wanted.shape}, "
+                    f"got {np.shape(got[name]) if name in got else 'none'}"
+                )
+            pairs.append((name, wanted, np.asarray(got[name])))
+        if not is_layered:
+            yield from ((name, None, wanted, other) for name, wanted, other in pairs)
+            continue
+        for layer in range(min((len(wanted) for _, wanted, _ in pairs), default=0)):
+            yield from ((name, layer, wanted[layer], other[layer]) for name, wanted, other in pairs)
+
+
+def first_difference(
+    expected: Mapping[str, Any],
+    got: Mapping[str, Any],
+    order: Collection[str] = emulator.TENSORS,
+) -> Difference | None:
+    """Returns where two runs of the integer path first disagree, in order of computation.
+
+    Args:
+      expected: Tensors by name, of any array type; those absent here are not compared.
+      got: Tensors by name; must hold all of `expected` that `order` names.
+      order: Names in order of computation within a layer.
+
+    Returns:
+      The first difference, or None if all integers agree.
+
+    Raises:
+      ExportError: If a tensor is missing or of another shape.
+    """
+    for name, layer, wanted, other in _slices(expected, got, order):
+        is_different = wanted != other
+        if is_different.any():
+            index = np.unravel_index(int(is_different.argmax()), is_different.shape)
+            return Difference(
+                tensor=name,
+                layer=layer,
+                index=tuple(int(i) for i in index),
+                expected=int(wanted[index]),
+                got=int(other[index]),
+            )
+    return None
+
+
+def replay(directory: str | Path) -> ReplayReport:
+    """Returns the outcome of running the emulator on the golden inputs of an export.
+
+    Args:
+      directory: Directory that `write_export` made.
+
+    Raises:
+      ExportError: If the export cannot be read.
+    """
+    export = read_export(directory)
+    golden = {name: values for name, values in export.golden.items() if name in emulator.TENSORS}
+    computed = emulator.emulate(
+        export.config.structure,
+        export.layers,
+        export.ends,
+        export.golden["pixels"],
+        export.golden.get("valid"),
+    )
+    return ReplayReport(
+        num_examples=len(export.golden["pixels"]),
+        num_values=sum(values.size for values in golden.values()),
+        num_decisions=golden["keep"].size if "keep" in golden else 0,
+        difference=first_difference(golden, computed),
+    )

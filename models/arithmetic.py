@@ -1,0 +1,226 @@
+"""The two arithmetics a block is written over: the protocol, and the float one (plain or fake-quantised)."""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from codesign import gates
+from codesign.gates import Relaxation
+from codesign.mechanisms.protocol import Operands
+from codesign.policy import BITS_RANGE, bits_range, group
+from codesign.quantize import (
+    code_limit,
+    deployed_bits,
+    interpolated_quantize,
+    quantize,
+    quantize_probabilities,
+)
+
+SOFTMAX_EPSILON = 1e-9
+"""Keeps a row without kept mass finite on the soft path (Energon's specification, section 3; dimensionless)."""
+GELU_BITS = 10.0
+"""Width in bit of the code that enters the GELU table (docs/integer_path.md)."""
+
+
+class Arithmetic(Protocol):
+    """What a block needs of numbers; `x` is what a dense product consumes, `r` the residual stream."""
+
+    def norm(self, r: jax.Array, site: str) -> jax.Array:
+        """Normalises the residual stream `[B, T, D]` into the activation that enters `site`."""
+
+    def weight(self, site: str) -> jax.Array:
+        """Returns the weight of `site` `[inputs, outputs]` as its dense product uses it."""
+
+    def linear(self, x: jax.Array, site: str) -> jax.Array:
+        """Returns the dense product of `site`, bias included, `[B, T, outputs]`."""
+
+    def heads(self, projected: jax.Array) -> Operands:
+        """Splits the output of `qkv` into the codes of every head."""
+
+    def probabilities(self, operands: Operands, weights: jax.Array) -> jax.Array:
+        """Returns attention probabilities over the kept keys, `[B, H, T, S]`."""
+
+    def attend(self, probabilities: jax.Array, operands: Operands) -> jax.Array:
+        """Returns probabilities times values as the activation that enters `out`, `[B, T, H*d]`."""
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        """Returns the GELU of the output of `up` as the activation that enters `down`."""
+
+    def add(self, r: jax.Array, branch: jax.Array, site: str) -> jax.Array:
+        """Adds the output of `site` to the residual stream."""
+
+
+def counted_widths(knobs: dict[str, jax.Array], relaxation: Relaxation) -> dict[str, jax.Array]:
+    """Returns the widths that counts use, in bit: deployed straight-through, fractional on the relaxed path."""
+    widths = {}
+    for name, value in knobs.items():
+        if group(name) == "bits":
+            low, high = bits_range(name)
+            deployed = deployed_bits(value, low, high)
+            widths[name] = (
+                gates.straight_through(deployed, value) if relaxation.straight_through else value
+            )
+    return widths
+
+
+def normalised(r: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """Returns the layer normalisation of `[B, T, D]` over D."""
+    centred = r - jnp.mean(r, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    unit = centred * jax.lax.rsqrt(variance + epsilon)
+    return unit * scale[None, None, :] + bias[None, None, :]
+
+
+class FloatArithmetic:
+    """Floating point: plain where `relaxation` is None, else fake-quantised as the policy says.
+
+    It records the absolute maximum, over tokens that exist, of every tensor that calibration needs in `observed`.
+    """
+
+    def __init__(
+        self,
+        params: dict[str, Any],
+        knobs: dict[str, jax.Array],
+        ranges: dict[str, jax.Array],
+        valid: jax.Array,
+        relaxation: Relaxation | None,
+        *,
+        num_heads: int,
+        norm_epsilon: float,
+    ):
+        self.params = params
+        self.knobs = knobs
+        self.ranges = ranges
+        self.valid = valid
+        self.relaxation = relaxation
+        self.num_heads = num_heads
+        self.norm_epsilon = norm_epsilon
+        self.observed: dict[str, jax.Array] = {}
+
+    def norm(self, r: jax.Array, site: str) -> jax.Array:
+        """See `Arithmetic.norm`."""
+        layer = self.params[{"qkv": "attention_norm", "up": "ffn_norm", "head": "norm"}[site]]
+        self.observe("residual", r)
+        return self.enter(normalised(r, layer["scale"], layer["bias"], self.norm_epsilon), site)
+
+    def enter(self, x: jax.Array, site: str) -> jax.Array:
+        """Returns `x` quantised as the activation of `site`, its range the calibrated one times exp(clip)."""
+        self.observe(site, x)
+        if self.relaxation is None:
+            return x
+        return interpolated_quantize(
+            x,
+            self.ranges[site] * jnp.exp(self.knobs[f"{site}.clip"]),
+            self.knobs[f"{site}.activation_bits"],
+            max_bits=BITS_RANGE["linear"][1],
+            straight_through=self.relaxation.straight_through,
+        )
+
+    def weight(self, site: str) -> jax.Array:
+        """Returns the weight, quantised by output column (by tensor for `head`: one scale for all logits)."""
+        kernel: jax.Array = self.params[site]["kernel"]
+        if self.relaxation is None:
+            return kernel
+        return interpolated_quantize(
+            kernel,
+            gates.detach(weight_range(kernel, site)),
+            self.knobs[f"{site}.weight_bits"],
+            max_bits=BITS_RANGE["linear"][1],
+            straight_through=self.relaxation.straight_through,
+        )
+
+    def linear(self, x: jax.Array, site: str) -> jax.Array:
+        """See `Arithmetic.linear`."""
+        product: jax.Array = x @ self.weight(site)
+        bias = self.params[site]["bias"]
+        return product + jnp.reshape(bias, (1,) * (product.ndim - 1) + (-1,))
+
+    def heads(self, projected: jax.Array) -> Operands:
+        """See `Arithmetic.heads`; without quantisation the codes are the values themselves."""
+        batch, tokens, _ = projected.shape
+        split = jnp.reshape(projected, (batch, tokens, 3, self.num_heads, -1))
+        query, key, value = (jnp.swapaxes(split[:, :, index], 1, 2) for index in range(3))
+        codes, scales = [], []
+        for name, tensor, width in (
+            ("query", query, "qk_bits"),
+            ("key", key, "qk_bits"),
+            ("value", value, "v_bits"),
+        ):
+            self.observe(name, tensor)
+            code, scale = self._code(tensor, name, width)
+            codes.append(code)
+            scales.append(scale)
+        root = jnp.sqrt(jnp.asarray(query.shape[-1], projected.dtype))
+        return Operands(
+            query=codes[0],
+            key=codes[1],
+            value=codes[2],
+            logit_scale=scales[0] * scales[1] / root,
+            value_scale=scales[2],
+        )
+
+    def _code(self, x: jax.Array, name: str, width: str) -> tuple[jax.Array, jax.Array]:
+        if self.relaxation is None:
+            return x, jnp.ones((), x.dtype)
+        low, high = BITS_RANGE["attention"]
+        bits = self.knobs[width]
+        values = interpolated_quantize(
+            x,
+            self.ranges[name],
+            bits,
+            max_bits=high,
+            straight_through=self.relaxation.straight_through,
+        )
+        scale = gates.detach(self.ranges[name] / code_limit(deployed_bits(bits, low, high)))
+        code = values / scale
+        if self.relaxation.straight_through:
+            code = gates.straight_through(jnp.round(code), code)
+        return code, scale
+
+    def probabilities(self, operands: Operands, weights: jax.Array) -> jax.Array:
+        """See `Arithmetic.probabilities`; gates multiply the exponentials."""
+        scores = jnp.einsum("bhtd,bhsd->bhts", operands.query, operands.key)
+        logits = scores * operands.logit_scale
+        probabilities = gates.masked_softmax(logits, weights, epsilon=SOFTMAX_EPSILON)
+        if self.relaxation is None:
+            return probabilities
+        return quantize_probabilities(
+            probabilities,
+            self.knobs["qk_bits"],
+            max_bits=BITS_RANGE["attention"][1],
+            straight_through=self.relaxation.straight_through,
+        )
+
+    def attend(self, probabilities: jax.Array, operands: Operands) -> jax.Array:
+        """See `Arithmetic.attend`."""
+        heads = jnp.einsum("bhts,bhsd->bthd", probabilities, operands.value) * operands.value_scale
+        return self.enter(jnp.reshape(heads, (*heads.shape[:2], -1)), "out")
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        """See `Arithmetic.activate`."""
+        self.observe("gelu", x)
+        if self.relaxation is not None:
+            x = quantize(x, self.ranges["gelu"], GELU_BITS)
+        return self.enter(jax.nn.gelu(x, approximate=False), "down")
+
+    def add(self, r: jax.Array, branch: jax.Array, site: str) -> jax.Array:
+        """See `Arithmetic.add`."""
+        del site
+        self.observe("residual", r + branch)
+        return r + branch
+
+    def observe(self, name: str, x: jax.Array) -> None:
+        """Records the absolute maximum of `x` (`[B, T, ...]` or `[B, H, T, d]`) over tokens that exist."""
+        if x.ndim == 4:
+            exists = self.valid[:, None, :, None]
+        else:
+            exists = self.valid[:, :, None]
+        largest = jnp.max(jnp.abs(gates.detach(x)) * exists)
+        self.observed[name] = jnp.maximum(self.observed.get(name, largest), largest)
+
+
+def weight_range(kernel: jax.Array, site: str) -> jax.Array:
+    """Returns the largest magnitude of each output column `[1, outputs]`; of the tensor `[1, 1]` for `head`."""
+    axes = (0, 1) if site == "head" else (0,)
+    return jnp.maximum(jnp.max(jnp.abs(kernel), axis=axes, keepdims=True), 1e-12)

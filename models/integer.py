@@ -1,0 +1,181 @@
+"""The integer arithmetic of the deployed path, in JAX with 64-bit types; its contract is docs/integer_path.md.
+
+Codes are int64. Dense products run in floating point where that is exact. Between codes there is no exp, no tanh and no
+division: exponentials, GELU and reciprocals are tables, requantisation is a multiply and a shift, and a normalisation takes
+one square root and one division, both correctly rounded.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from codesign.mechanisms.protocol import Operands
+from codesign.quantize import exact_einsum
+from codesign.structure import GELU_LIMIT
+
+RESIDUAL_LIMIT = 32767
+"""Largest code of the 16-bit residual stream."""
+NORM_FRACTION_BITS = 14
+"""Fraction bits of a normalised value before its gain."""
+GAIN_SHIFT = 24
+"""Fraction bits of gain (with those of the value) and bias in a normalisation."""
+EXP_FRACTION_BITS = 10
+"""Fraction bits of the exponent's table index: 1024 entries."""
+RECIPROCAL_BITS = 12
+"""Bits that index the reciprocal table: 4096 entries."""
+LINEAR_LIMIT = 127 * 127
+"""Largest product in a dense layer: 8-bit codes."""
+ATTENTION_LIMIT = 32767 * 32767
+"""Largest product in exact attention: 16-bit codes."""
+
+
+def limit(bits: jax.Array) -> jax.Array:
+    """Returns the largest code of a width, 2^(bits-1) - 1, int64."""
+    return jnp.left_shift(jnp.ones_like(bits), bits - 1) - 1
+
+
+def saturate(value: jax.Array, largest: jax.Array | int) -> jax.Array:
+    """Returns `value` limited to [-largest, largest]."""
+    return jnp.clip(value, -largest, largest)
+
+
+def requantize(value: jax.Array, mantissa: jax.Array, shift: jax.Array) -> jax.Array:
+    """Returns rint(value * mantissa / 2^shift), ties to even; exact while the product stays below 2^53."""
+    scale = jnp.ldexp(jnp.ones_like(shift, dtype=jnp.float64), -shift.astype(jnp.int32))
+    product = (value * mantissa).astype(jnp.float64)
+    return jnp.round(product * scale).astype(jnp.int64)
+
+
+def normalize(
+    r: jax.Array, gain: jax.Array, bias: jax.Array, bits: jax.Array, epsilon: jax.Array
+) -> jax.Array:
+    """Returns the normalisation of residual codes `[B, T, D]` as activation codes of `bits`."""
+    width = r.shape[-1]
+    total = jnp.sum(r, axis=-1, keepdims=True)
+    squares = jnp.sum(r * r, axis=-1, keepdims=True)
+    variance = (width * squares - total * total + epsilon).astype(jnp.float64)
+    unit = (width * r - total).astype(jnp.float64) / jnp.sqrt(variance)
+    fixed = jnp.round(unit * 2.0**NORM_FRACTION_BITS).astype(jnp.int64)
+    scaled = fixed * gain[None, None, :] + bias[None, None, :]
+    code = jnp.round(scaled.astype(jnp.float64) * 2.0**-GAIN_SHIFT).astype(jnp.int64)
+    return saturate(code, limit(bits))
+
+
+class IntegerArithmetic:
+    """The arithmetic of a deployed layer (or of the ends), over its integer arrays."""
+
+    def __init__(
+        self,
+        arrays: dict[str, jax.Array],
+        tables: dict[str, jax.Array],
+        *,
+        num_heads: int,
+        tracing: bool,
+    ):
+        self.arrays = arrays
+        self.tables = tables
+        self.num_heads = num_heads
+        self.tracing = tracing
+        self.traced: dict[str, jax.Array] = {}
+
+    def trace(self, name: str, value: jax.Array) -> None:
+        """Records a named tensor of the contract."""
+        if self.tracing:
+            self.traced[name] = value
+
+    def norm(self, r: jax.Array, site: str) -> jax.Array:
+        """See `Arithmetic.norm`."""
+        gain, bias = {
+            "qkv": ("attention_gain", "attention_bias"),
+            "up": ("ffn_gain", "ffn_bias"),
+            "head": ("head_gain", "head_offset"),
+        }[site]
+        return normalize(
+            r,
+            self.arrays[gain],
+            self.arrays[bias],
+            self.arrays[f"{site}_activation_bits"],
+            self.tables["norm_epsilon"],
+        )
+
+    def weight(self, site: str) -> jax.Array:
+        """See `Arithmetic.weight`: integer codes."""
+        return self.arrays[f"{site}_weight"]
+
+    def linear(self, x: jax.Array, site: str) -> jax.Array:
+        """See `Arithmetic.linear`: the exact accumulator."""
+        product = exact_einsum("btk,kn->btn", x, self.weight(site), LINEAR_LIMIT)
+        return product.astype(jnp.int64) + self.arrays[f"{site}_bias"][None, None, :]
+
+    def _requantized(self, accumulator: jax.Array, site: str) -> jax.Array:
+        return requantize(
+            accumulator,
+            self.arrays[f"{site}_mantissa"][None, None, :],
+            self.arrays[f"{site}_shift"][None, None, :],
+        )
+
+    def heads(self, projected: jax.Array) -> Operands:
+        """See `Arithmetic.heads`."""
+        code = self._requantized(projected, "qkv")
+        split = jnp.reshape(code, (*code.shape[:2], 3, self.num_heads, -1))
+        qk_limit, v_limit = limit(self.arrays["qk_bits"]), limit(self.arrays["v_bits"])
+        query, key, value = (
+            saturate(jnp.swapaxes(split[:, :, index], 1, 2), largest)
+            for index, largest in ((0, qk_limit), (1, qk_limit), (2, v_limit))
+        )
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            self.trace(name, tensor)
+        one = jnp.ones((), jnp.float64)
+        return Operands(query=query, key=key, value=value, logit_scale=one, value_scale=one)
+
+    def probabilities(self, operands: Operands, weights: jax.Array) -> jax.Array:
+        """See `Arithmetic.probabilities`: a table of powers of two and one reciprocal per row."""
+        kept = weights > 0.5
+        scores = exact_einsum(
+            "bhtd,bhsd->bhts", operands.query, operands.key, ATTENTION_LIMIT
+        ).astype(jnp.int64)
+        lowest = jnp.iinfo(jnp.int64).min
+        top = jnp.max(jnp.where(kept, scores, lowest), axis=-1, keepdims=True)
+        distance = jnp.where(kept, top - scores, 0)
+        index = jnp.right_shift(distance * self.arrays["exp_mantissa"], self.arrays["exp_shift"])
+        fraction = jnp.bitwise_and(index, 2**EXP_FRACTION_BITS - 1)
+        exponent = jnp.minimum(jnp.right_shift(index, EXP_FRACTION_BITS), 31)
+        powers = jnp.right_shift(jnp.take(self.tables["exp_table"], fraction), exponent)
+        masses = jnp.where(kept, powers, 0)
+        total = jnp.maximum(jnp.sum(masses, axis=-1, keepdims=True), 2**RECIPROCAL_BITS)
+        log_total = 63 - jax.lax.clz(total)
+        entry = jnp.right_shift(total, log_total - RECIPROCAL_BITS) - 2**RECIPROCAL_BITS
+        reciprocal = jnp.take(self.tables["reciprocal_table"], entry)
+        one = limit(self.arrays["qk_bits"])
+        shift = jnp.broadcast_to(16 + log_total, masses.shape)
+        result = jnp.minimum(requantize(masses, reciprocal * one, shift), one)
+        self.trace("probabilities", result)
+        return result
+
+    def attend(self, probabilities: jax.Array, operands: Operands) -> jax.Array:
+        """See `Arithmetic.attend`."""
+        sums = exact_einsum(
+            "bhts,bhds->bthd",
+            probabilities,
+            jnp.swapaxes(operands.value, 2, 3),
+            ATTENTION_LIMIT,
+        ).astype(jnp.int64)
+        code = saturate(
+            requantize(sums, self.arrays["context_mantissa"], self.arrays["context_shift"]),
+            limit(self.arrays["out_activation_bits"]),
+        )
+        context = jnp.reshape(code, (*code.shape[:2], -1))
+        self.trace("context", context)
+        return context
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        """See `Arithmetic.activate`: a table."""
+        code = saturate(self._requantized(x, "up"), GELU_LIMIT)
+        hidden = jnp.take(self.arrays["gelu_table"], code + GELU_LIMIT)
+        self.trace("hidden", hidden)
+        return hidden
+
+    def add(self, r: jax.Array, branch: jax.Array, site: str) -> jax.Array:
+        """See `Arithmetic.add`: saturating 16-bit codes."""
+        total = saturate(r + self._requantized(branch, site), RESIDUAL_LIMIT)
+        self.trace({"out": "attended", "down": "residual"}[site], total)
+        return total

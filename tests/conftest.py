@@ -1,0 +1,21 @@
+"""Settings and fixtures that every test shares."""
+
+from collections.abc import Callable
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def getkey() -> Callable[[], jax.Array]:
+    """A function that returns another random key at every call, the same ones in every run."""
+    state = jax.random.key(0)
+
+    def next_key() -> jax.Array:
+        nonlocal state
+        state, key = jax.random.split(state)
+        return key
+
+    return next_key

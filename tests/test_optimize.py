@@ -1,0 +1,268 @@
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codesign.errors import CodesignError, NonFiniteError
+from codesign.gates import Relaxation
+from codesign.optimize import (
+    DEAD_GRADIENT_STEPS,
+    CostFn,
+    LossAux,
+    OptimizeSettings,
+    ThresholdWatch,
+    TrainState,
+    check_finite,
+    init_state,
+    make_train_step,
+    relaxation_at,
+)
+from codesign.policy import Policy, dense_knobs, group
+
+NUM_LAYERS = 2
+TRAINED_GROUPS = (
+    ("params",),
+    ("thresholds",),
+    ("bits",),
+    ("clips",),
+    ("params", "thresholds", "bits", "clips"),
+)
+# The budget of the toy: the last 20 steps must stay this near to it.
+RATIO_TOLERANCE = 0.02
+
+
+def toy_policy() -> Policy:
+    """Widths of 7.5 bit and the thresholds of two layers, two heads and one round."""
+    knobs = dense_knobs(NUM_LAYERS, linear_bits=7.5, attention_bits=15.5)
+    return knobs.replace(layers=knobs.layers | {"threshold": jnp.zeros((NUM_LAYERS, 2, 1))})
+
+
+def toy_params() -> dict[str, jax.Array]:
+    return {"weight": jnp.asarray([1.0, -2.0, 3.0])}
+
+
+def toy_loss(
+    params: Any, policy: Policy, batch: Any, constants: Any, relaxation: Relaxation
+) -> tuple[jax.Array, LossAux]:
+    """A quadratic in the weights, plus noise of 4^-bits and the loss of what is dropped."""
+    kept = jax.nn.sigmoid(-policy.layers["threshold"] / relaxation.temperature)
+    fit = jnp.mean(jnp.square(params["weight"] - batch["target"]))
+    bits = [v for k, v in policy.layers.items() if k.endswith("n_bits") or k.endswith("t_bits")]
+    noise = sum(jnp.mean(constants["noise"] * 4.0**-width) for width in bits)
+    clip = sum(jnp.mean(jnp.square(v - 0.1)) for k, v in policy.layers.items() if "clip" in k)
+    loss = fit + noise + clip + jnp.mean(jnp.square(1.0 - kept))
+    terms = {"fit": fit, "keep_fraction": jnp.mean(kept)}
+    return loss, LossAux(terms=terms, workload={"kept": kept, "bits": jnp.stack(bits)})
+
+
+def toy_cost(workload: Any, constants: Any, smoothness: jax.Array) -> jax.Array:
+    """Half for the bits, half for what is kept; dense is 1."""
+    bits = jnp.mean(jnp.square(workload["bits"] / 8.0))
+    cost = 0.5 * bits + 0.5 * jnp.mean(workload["kept"])
+    return jnp.reshape(cost, (1,)) / constants["budget"][None]
+
+
+def toy_constants(budget: float = 0.3) -> dict[str, jax.Array]:
+    return {"budget": jnp.asarray(budget, jnp.float32), "noise": jnp.asarray(100.0, jnp.float32)}
+
+
+def toy_batch(step: int) -> dict[str, jax.Array]:
+    """Targets drawn round (1, 2, 3) from the step alone."""
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (3,))
+    return {"target": jnp.asarray([1.0, 2.0, 3.0]) + 0.1 * noise}
+
+
+def train(
+    settings: OptimizeSettings, num_steps: int, *, cost_fn: CostFn = toy_cost
+) -> tuple[TrainState, list[dict[str, np.ndarray]], list[Policy]]:
+    step_fn = make_train_step(toy_loss, cost_fn, settings)
+    state = init_state(toy_params(), toy_policy(), settings, num_constraints=1)
+    history, policies = [], []
+    for step in range(num_steps):
+        state, metrics = step_fn(state, toy_batch(step), toy_constants())
+        history.append(jax.device_get(metrics))
+        policies.append(jax.device_get(state.policy))
+    return state, history, policies
+
+
+@pytest.mark.smoke
+def test_one_compilation_over_stages_budgets_and_the_first_step() -> None:
+    settings = OptimizeSettings(num_steps=6, hardened_fraction=0.5)
+    counted_loss = chex.assert_max_traces(toy_loss, n=1)
+    step_fn = make_train_step(counted_loss, toy_cost, settings)
+    state = init_state(toy_params(), toy_policy(), settings, num_constraints=1)
+    for step in range(8):
+        state, metrics = step_fn(state, toy_batch(step), toy_constants(0.3 + 0.1 * step))
+    assert int(state.step) == 8
+    assert step_fn._cache_size() == 1  # type: ignore[attr-defined]
+    assert bool(metrics["is_finite"])
+
+
+@pytest.mark.parametrize("groups", TRAINED_GROUPS, ids="+".join)
+def test_only_the_trained_groups_change(groups: tuple[Any, ...]) -> None:
+    settings = OptimizeSettings(train=groups, num_steps=10)
+    before = jax.device_get((toy_params(), toy_policy()))
+    state, history, _ = train(settings, 10)
+    params, policy = jax.device_get((state.params, state.policy))
+    changed = not np.array_equal(params["weight"], before[0]["weight"])
+    assert changed == ("params" in groups)
+    for name, value in policy.layers.items():
+        # Attention's widths are outside the toy's loss and cost: only rounding moves them.
+        is_same = np.array_equal(value, before[1].layers[name])
+        assert is_same == (group(name) not in groups), name
+    names = {name for name in history[0] if name.startswith("gradient_norm.")}
+    assert names == {f"gradient_norm.{name}" for name in groups}
+
+
+def test_frozen_weights_cost_no_backward_pass() -> None:
+    def num_products(groups: tuple[Any, ...]) -> int:
+        def loss(params: Any, policy: Policy, *rest: Any) -> tuple[jax.Array, LossAux]:
+            bits = policy.layers["qkv.weight_bits"]
+            out = jnp.ones((1, NUM_LAYERS)) * bits[None] @ params["weight"]
+            return jnp.sum(out), LossAux(terms={}, workload=bits)
+
+        def cost(workload: Any, *rest: Any) -> jax.Array:
+            return jnp.zeros((0,))
+
+        settings = OptimizeSettings(train=groups)
+        state = init_state({"weight": jnp.ones((NUM_LAYERS, 3))}, toy_policy(), settings, 0)
+        jaxpr = jax.make_jaxpr(make_train_step(loss, cost, settings))(state, {}, {})
+        return str(jaxpr).count("dot_general")
+
+    # Forward and the product for the widths; training the weights adds theirs.
+    assert num_products(("bits",)) == 2
+    assert num_products(("params", "bits")) == 3
+
+
+def test_arguments_survive_a_step() -> None:
+    params, policy = toy_params(), toy_policy()
+    settings = OptimizeSettings(num_steps=4)
+    state = init_state(params, policy, settings, num_constraints=1)
+    make_train_step(toy_loss, toy_cost, settings)(state, toy_batch(0), toy_constants())
+    np.testing.assert_array_equal(params["weight"], toy_params()["weight"])
+    chex.assert_trees_all_equal(policy, toy_policy())
+
+
+@pytest.mark.parametrize("groups", [("thresholds",), ("params", "thresholds", "bits", "clips")])
+@pytest.mark.parametrize("method", ["lagrangian", "pid"])
+def test_budget_is_reached_and_kept_after_hardening(groups: tuple[Any, ...], method: Any) -> None:
+    if method == "pid" and groups == ("thresholds",):
+        pytest.skip("one combination of the controller is enough")
+    settings = OptimizeSettings(train=groups, num_steps=400, method=method)
+    budget_cost: CostFn = toy_cost
+    if groups == ("thresholds",):  # at 7.5 bit the widths alone cost 0.44 of 1
+        budget_cost = lambda w, c, s: toy_cost(w, c, s) * 0.5  # noqa: E731
+    _, history, _ = train(settings, 400, cost_fn=budget_cost)
+    ratios = np.array([metrics["ratio"][0] for metrics in history])
+    assert ratios[0] > 1.2
+    assert np.max(np.abs(ratios[-20:] - 1.0)) < RATIO_TOLERANCE
+
+
+def test_widths_are_whole_and_held_in_the_hardened_stage() -> None:
+    settings = OptimizeSettings(num_steps=60, hardened_fraction=0.5)
+    state, history, policies = train(settings, 60)
+    assert settings.hardened_step == 30
+    for name in policies[0].layers:
+        values = np.stack([policy.layers[name] for policy in policies])
+        if group(name) == "bits":
+            assert np.all(values[30:] == np.round(values[29])), name
+        else:
+            assert not np.array_equal(values[30], values[-1]), name
+    assert np.any(policies[29].layers["qkv.weight_bits"] % 1.0 != 0.0)
+
+
+def test_schedules() -> None:
+    settings = OptimizeSettings(num_steps=100, hardened_fraction=0.2)
+    assert settings.hardened_step == 80
+    at = [relaxation_at(jnp.asarray(step), settings) for step in (0, 40, 80, 99)]
+    # Cosine from 0.5 to 0.05: half-way it is their mean; geometric from 8 to 32: half-way 16.
+    np.testing.assert_allclose([r.temperature for r in at], [0.5, 0.275, 0.05, 0.05], rtol=1e-5)
+    np.testing.assert_allclose([r.smoothness for r in at], [8.0, 16.0, 32.0, 32.0], rtol=1e-5)
+    _, history, _ = train(settings, 21)
+    scales = [float(history[step]["price_scale"]) for step in (0, 5, 10, 20)]
+    np.testing.assert_allclose(scales, [0.0, 0.5, 1.0, 1.0], rtol=1e-6)
+    assert history[0]["penalty"] == 0.0 < history[10]["penalty"]
+
+
+def test_gradients_are_clipped_per_group() -> None:
+    """A weight gradient of 1e6 must not shrink the thresholds' step."""
+
+    def steep(params: Any, *rest: Any) -> tuple[jax.Array, LossAux]:
+        loss, aux = toy_loss(params, *rest)
+        return loss + 1e6 * jnp.sum(params["weight"]), aux
+
+    settings = OptimizeSettings(num_steps=50)
+    state = init_state(toy_params(), toy_policy(), settings, num_constraints=1)
+    step_fn = make_train_step(steep, toy_cost, settings)
+    state, metrics = step_fn(state, toy_batch(0), toy_constants())
+    assert metrics["gradient_norm.params"] > 1e5
+    # Adam's first step has the size of its rate, whatever the gradient's.
+    moved = jnp.abs(state.policy.layers["threshold"])
+    np.testing.assert_allclose(moved, settings.threshold_rate, rtol=1e-3)
+
+
+def test_reserved_term_is_refused() -> None:
+    def loss(*arguments: Any) -> tuple[jax.Array, LossAux]:
+        value, aux = toy_loss(*arguments)
+        return value, aux.replace(terms={"task": value})  # type: ignore[attr-defined]
+
+    settings = OptimizeSettings()
+    state = init_state(toy_params(), toy_policy(), settings, num_constraints=1)
+    with pytest.raises(ValueError, match="reserved term 'task'"):
+        make_train_step(loss, toy_cost, settings)(state, toy_batch(0), toy_constants())
+
+
+def test_non_finite_loss_names_step_and_term() -> None:
+    settings = OptimizeSettings()
+    state = init_state(toy_params(), toy_policy(), settings, num_constraints=1)
+    batch = {"target": jnp.asarray([1.0, jnp.nan, 3.0])}
+    _, metrics = make_train_step(toy_loss, toy_cost, settings)(state, batch, toy_constants())
+    with pytest.raises(NonFiniteError, match="`fit` is nan at step 7"):
+        check_finite(metrics, 7)
+
+
+def test_dead_threshold_names_knob_and_layer() -> None:
+    watch = ThresholdWatch()
+    dead = {"threshold_gradient.threshold": np.array([1e-3, 1e-9]), "task": np.array(0.0)}
+    alive = {"threshold_gradient.threshold": np.array([1e-9, 1e-3])}
+    for step in range(DEAD_GRADIENT_STEPS - 1):
+        watch.observe(dead, step)
+    watch.observe(alive, 99)  # one step with a gradient starts the count anew
+    for step in range(100, 100 + DEAD_GRADIENT_STEPS - 1):
+        watch.observe(dead, step)
+    with pytest.raises(CodesignError, match="`threshold` of layer 1 .* step 199"):
+        watch.observe(dead, 199)
+
+
+def test_threshold_gradients_are_logged_by_layer() -> None:
+    _, history, _ = train(OptimizeSettings(), 1)
+    norms = history[0]["threshold_gradient.threshold"]
+    assert norms.shape == (NUM_LAYERS,)
+    np.testing.assert_allclose(
+        np.linalg.norm(norms), history[0]["gradient_norm.thresholds"], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("train", ()),
+        ("train", ("weights",)),
+        ("train", ("bits", "bits")),
+        ("num_steps", 0),
+        ("hardened_fraction", 1.0),
+        ("price_warmup_fraction", -0.1),
+        ("bits_rate", 0.0),
+        ("weight_decay", -1.0),
+        ("temperature_end", 0.6),
+        ("smoothness_start", 1.0),
+        ("method", "doubling"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`{field}`"):
+        dataclasses.replace(OptimizeSettings(), **{field: value})
