@@ -35,6 +35,9 @@ WEIGHT_WARMUP_FRACTION = 0.05
 DEAD_GRADIENT_NORM = 1e-8
 DEAD_GRADIENT_STEPS = 100
 
+# Offsets of rounding tried at hardening, in bit, from the most bits to the fewest (ours).
+_ROUNDING_OFFSETS = tuple(index / 16.0 for index in range(-7, 9))
+
 _GRADIENT_NORM = "gradient_norm."
 _THRESHOLD_GRADIENT = "threshold_gradient."
 
@@ -210,9 +213,9 @@ def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings
     """Returns the compiled training step.
 
     A step descends on task loss plus penalties, only through the groups that are trained, then
-    moves widths into their legal range. From `settings.hardened_step` on, trained widths are
-    rounded and held. Stages, schedules and budgets are traced: the step compiles once. The state
-    passed in is consumed.
+    moves widths into their legal range. At `settings.hardened_step` trained widths are rounded, so
+    that no cost rises where that can be had, and held from then on. Stages, schedules and budgets
+    are traced: the step compiles once. The state passed in is consumed.
 
     Args:
       loss_fn: Task loss of a batch; must not use the metric names below.
@@ -234,25 +237,24 @@ def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings
         is_hardened = state.step >= settings.hardened_step
         relaxation = relaxation_at(state.step, settings)
         price_scale = _price_scale(state.step, settings)
+
+        def loss_and_ratios(params: PyTree, policy: Policy) -> tuple[jax.Array, jax.Array, Any]:
+            task, aux = loss_fn(params, policy, batch, constants, relaxation)
+            return task, cost_fn(aux.workload, constants, relaxation.smoothness), aux.terms
+
         policy = state.policy
         if trains_bits:
-            policy = jax.tree.map(
-                lambda rounded, value: jnp.where(is_hardened, rounded, value),
-                deployed_bits(policy),
-                policy,
+            policy = jax.lax.cond(
+                state.step == settings.hardened_step,
+                lambda: _hardened(policy, lambda tried: loss_and_ratios(state.params, tried)[1]),
+                lambda: policy,
             )
 
         def objective(trained: dict[str, PyTree]) -> tuple[jax.Array, Any]:
-            task, aux = loss_fn(
-                trained.get("params", state.params),
-                _merged(policy, trained),
-                batch,
-                constants,
-                relaxation,
-            )
-            ratios = cost_fn(aux.workload, constants, relaxation.smoothness)
+            params = trained.get("params", state.params)
+            task, ratios, terms = loss_and_ratios(params, _merged(policy, trained))
             penalty = price_scale * constraint_penalty(state.constraint, ratios, settings.method)
-            return task + penalty, (task, penalty, ratios, aux.terms)
+            return task + penalty, (task, penalty, ratios, terms)
 
         trained = _trained(state.params, policy, settings)
         (value, (task, penalty, ratios, terms)), gradients = jax.value_and_grad(
@@ -402,6 +404,32 @@ def _trained(params: PyTree, policy: Policy, settings: OptimizeSettings) -> dict
         else {"layers": chosen(policy.layers, name), "ends": chosen(policy.ends, name)}
         for name in settings.train
     }
+
+
+def _hardened(policy: Policy, ratios_fn: Callable[[Policy], jax.Array]) -> Policy:
+    """Returns the policy with widths in whole bits, at no higher a cost than before or than the budget.
+
+    One offset shifts the rounding of all widths: the one that leaves the most bits without a cost
+    above min(its cost before, its budget); the fewest bits if there is none. Without budgets, widths
+    go to the nearest integer.
+
+    Args:
+      policy: Fractional widths.
+      ratios_fn: Cost over budget of a policy, `[C]`.
+
+    References:
+      Yang and Jin, "FracBits", arXiv 2007.02017 (offset of the rounding). Differs: both directions.
+    """
+    offsets = jnp.asarray(_ROUNDING_OFFSETS)
+    rounded = jax.vmap(lambda offset: deployed_bits(policy, offset=offset))(offsets)
+    tried = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), policy, rounded)
+    ratios = jax.lax.map(ratios_fn, tried)
+    if ratios.shape[1] == 0:
+        return deployed_bits(policy)
+    is_met = jnp.all(ratios[1:] <= jnp.minimum(ratios[:1], 1.0), axis=1)
+    index = jnp.where(jnp.any(is_met), jnp.argmax(is_met), len(_ROUNDING_OFFSETS) - 1)
+    chosen: Policy = jax.tree.map(lambda leaf: leaf[index], rounded)
+    return chosen
 
 
 def _merged(policy: Policy, trained: dict[str, PyTree]) -> Policy:

@@ -25,7 +25,7 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import codesign
+from codesign import __version__, errors
 from codesign.errors import CheckpointError, RunDirectoryError
 from codesign.optimize import PyTree, StepFn, ThresholdWatch, TrainState, check_finite
 
@@ -367,7 +367,7 @@ def _versions() -> dict[str, str | None]:
     """Returns what a result may depend on besides its settings."""
     libraries = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
-        "codesign": codesign.__version__,
+        "codesign": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -378,7 +378,7 @@ def _versions() -> dict[str, str | None]:
 
 def _commit() -> str | None:
     """Returns the commit of the checkout this package runs from, `-dirty` if changed; None if there is none."""
-    package = Path(codesign.__file__).resolve().parent
+    package = Path(errors.__file__).resolve().parent
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package), *arguments]

@@ -1,5 +1,7 @@
 """An accelerator as a pytree: sizes are leaves to differentiate and batch, structure is static."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -9,7 +11,7 @@ from flax import struct
 from codesign import units
 from codesign.errors import UnknownNameError
 from codesign.hw import energy
-from codesign.hw.spec import AcceleratorSpec
+from codesign.hw.spec import AcceleratorSpec, Quantity
 from codesign.vocabulary import KINDS, matches
 
 
@@ -135,6 +137,65 @@ def accelerator_from_spec(spec: AcceleratorSpec) -> Accelerator:
     return Accelerator(
         sizes={name: jnp.asarray(value, float) for name, value in sizes.items()},
         structure=_structure(spec),
+    )
+
+
+def spec_with_sizes(spec: AcceleratorSpec, sizes: Mapping[str, float]) -> AcceleratorSpec:
+    """Returns the machine with other sizes, named as in `Accelerator.sizes`.
+
+    Where the switch `buffer_energy_scales` is set, a resized buffer's energy per byte follows the
+    square root of its capacity, so the file prices it as the cost model does.
+
+    Raises:
+      UnknownNameError: If a name is not a size of the machine.
+    """
+    known = accelerator_from_spec(spec).sizes
+    for name in sizes:
+        if name not in known:
+            raise UnknownNameError(
+                f"accelerator `{spec.name}` has no size `{name}`: use one of {', '.join(known)}"
+            )
+    scales = spec.switches.buffer_energy_scales.value
+
+    def quantity(old: Quantity, base: float | None) -> Quantity:
+        if base is None or base == old.base:
+            return old
+        value = old.value * (base / old.base)
+        return Quantity(value=value, unit=old.unit, source=f"Resized; {old.source}")
+
+    block = quantity(spec.pipeline.query_block, sizes.get("query_block"))
+    resized_units, memories = {}, {}
+    for name, unit in spec.units.items():
+        width = unit.width
+        if width is not None:
+            width = quantity(width, sizes.get(f"{name}.width"))
+        lanes = quantity(unit.lanes, sizes.get(f"{name}.lanes"))
+        resized_units[name] = unit.model_copy(update={"lanes": lanes, "width": width})
+    for name, memory in spec.memories.items():
+        target = sizes.get(f"{name}.bytes")
+        if memory.sized_by == "query_block":
+            target = memory.capacity.base * block.value / spec.pipeline.query_block.value
+        capacity = quantity(memory.capacity, target)
+        growth = math.sqrt(capacity.base / memory.capacity.base) if scales else 1.0
+        spent = quantity(memory.energy, memory.energy.base * growth)
+        memories[name] = memory.model_copy(update={"capacity": capacity, "energy": spent})
+    bandwidth = sizes.get("dram.bytes_per_cycle")
+    if bandwidth is not None:
+        bandwidth *= spec.clock_hz
+    host = {
+        field: quantity(getattr(spec.host, field), sizes.get(f"host.{key}"))
+        for field, key in (("rows", "rows"), ("cols", "cols"), ("sram", "sram_bytes"))
+    }
+    return spec.model_copy(
+        update={
+            "units": resized_units,
+            "memories": memories,
+            "pipeline": spec.pipeline.model_copy(update={"query_block": block}),
+            "dram": spec.dram.model_copy(
+                update={"bandwidth": quantity(spec.dram.bandwidth, bandwidth)}
+            ),
+            "host": spec.host.model_copy(update=host),
+        }
     )
 
 

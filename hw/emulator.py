@@ -45,12 +45,6 @@ _GAIN_SHIFT = 24  # fraction bits of a normalised value times its gain
 _BITS_LINEAR = (2, 8)
 _BITS_ATTENTION = (8, 16)
 _RANGES: dict[str, tuple[int, int]] = {
-    "qkv_activation_bits": _BITS_LINEAR,
-    "out_activation_bits": _BITS_LINEAR,
-    "up_activation_bits": _BITS_LINEAR,
-    "down_activation_bits": _BITS_LINEAR,
-    "embed_activation_bits": _BITS_LINEAR,
-    "head_activation_bits": _BITS_LINEAR,
     "query_bits": _BITS_LINEAR,
     "key_bits": _BITS_LINEAR,
     "qk_bits": _BITS_ATTENTION,
@@ -58,10 +52,13 @@ _RANGES: dict[str, tuple[int, int]] = {
     "threshold": (THRESHOLD_OFF, 127),
     "position": (-RESIDUAL_LIMIT, RESIDUAL_LIMIT),
     "norm_epsilon": (1, _EXACT_LIMIT),
-    "gelu_table": (-127, 127),
     "exp_mantissa": (0, _EXACT_LIMIT),
 }
-_RANGE_BY_SUFFIX: dict[str, tuple[int, int]] = {"_shift": (0, 62), "_weight": (-127, 127)}
+_RANGE_BY_SUFFIX: dict[str, tuple[int, int]] = {
+    "_activation_bits": _BITS_LINEAR,
+    "_weight_bits": _BITS_LINEAR,
+    "_shift": (0, 62),
+}
 
 
 def limit(bits: IntegerLike) -> Integers:
@@ -258,9 +255,16 @@ def check_deployment(
                 state = "is missing from" if name not in arrays else "does not belong to"
                 raise ExportError(f"array `{group}/{name}` {state} this deployment")
             _check_array(f"{group}/{name}", name, np.asarray(arrays[name]), shapes[name])
-    largest = limit(np.asarray(layers["down_activation_bits"], np.int64))[:, None]
-    if np.any(np.abs(np.asarray(layers["gelu_table"], np.int64)) > largest):
-        raise ExportError("array `layers/gelu_table` holds codes wider than `down_activation_bits`")
+        for name in sorted(shapes):
+            width_name = "down_activation_bits" if name == "gelu_table" else f"{name}_bits"
+            if width_name in shapes:
+                codes = np.asarray(arrays[name], np.int64)
+                largest = limit(np.asarray(arrays[width_name], np.int64))
+                largest = largest.reshape(largest.shape + (1,) * (codes.ndim - largest.ndim))
+                if np.any(np.abs(codes) > largest):
+                    raise ExportError(
+                        f"array `{group}/{name}` holds codes wider than `{width_name}`"
+                    )
     if structure.mechanism == "energon":
         if np.any(np.diff(np.asarray(layers["key_bits"], np.int64), axis=-1) < 1):
             raise ExportError("array `layers/key_bits` must rise from round to round")

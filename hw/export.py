@@ -118,6 +118,15 @@ def _narrowest(values: Array) -> Array:
     raise ExportError(f"values from {low} to {high} do not fit 64-bit integers")
 
 
+def _write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Writes an npz file whose bytes depend on the arrays alone: no dates, no compression."""
+    with zipfile.ZipFile(path, "x") as archive:
+        for name, values in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+                narrow = _narrowest(np.ascontiguousarray(values).reshape(np.shape(values)))
+                np.lib.format.write_array(file, narrow, version=(1, 0), allow_pickle=False)
+
+
 def _golden_shapes(
     structure: ModelStructure, batch_size: int, has_valid: bool
 ) -> dict[str, tuple[int, ...]]:
@@ -195,8 +204,7 @@ def write_export(
     try:
         draft.mkdir()
         for file, arrays in contents.items():
-            narrow = {name: _narrowest(np.asarray(values)) for name, values in arrays.items()}
-            np.savez(draft / file, **narrow)
+            _write_arrays(draft / file, arrays)
         digests = {file: _file_digest(draft / file) for file in contents}
         written = config.model_copy(update={"tables": _table_digests(layers), "files": digests})
         text = written.model_dump_json(indent=2) + "\n"

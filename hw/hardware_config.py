@@ -11,7 +11,6 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from codesign.errors import ExportError
-from codesign.hw.emulator import limit
 from codesign.hw.spec import AcceleratorSpec
 from codesign.structure import ModelStructure
 from codesign.vocabulary import LINEAR_SITES
@@ -51,32 +50,24 @@ class IntegerPolicy(_Strict):
     """Bits of the activations that enter a linear site; as `weight_bits`."""
 
     @classmethod
-    def from_arrays(
-        cls,
-        layers: Mapping[str, Array],
-        ends: Mapping[str, Array],
-        weight_bits: Mapping[str, list[int]],
-    ) -> Self:
-        """Returns the policy that a deployment holds; the bits of its weights have to be given."""
+    def from_arrays(cls, layers: Mapping[str, Array], ends: Mapping[str, Array]) -> Self:
+        """Returns the policy that a deployment's arrays hold."""
         return cls(
             thresholds=layers["threshold"].tolist() if "threshold" in layers else [],
             query_bits=layers["query_bits"].tolist() if "query_bits" in layers else [],
             key_bits=layers["key_bits"].tolist() if "key_bits" in layers else [],
             qk_bits=layers["qk_bits"].tolist(),
             v_bits=layers["v_bits"].tolist(),
-            weight_bits=dict(weight_bits),
-            activation_bits={
-                site: np.atleast_1d(values).tolist()
-                for site, values in _by_site(layers, ends, "activation_bits").items()
-            },
+            weight_bits=_bits_by_site(layers, ends, "weight_bits"),
+            activation_bits=_bits_by_site(layers, ends, "activation_bits"),
         )
 
 
 class Scales(_Strict):
     """Real values of the integers; the integer path itself needs none of them."""
 
-    activation_ranges: dict[str, list[PositiveFloat]]
-    """Calibrated largest magnitude of a tensor, in real units of the model, by layer."""
+    activation_scales: dict[str, PositiveFloat | list[PositiveFloat]]
+    """Real value of one code of a tensor, by layer where there are several."""
     residual_scale: PositiveFloat
     """Real value of one code of the residual stream."""
     logit_scale: PositiveFloat
@@ -124,12 +115,12 @@ class HardwareConfig(_Strict):
     """SHA-256 of the other files of the export; set on writing."""
 
 
-def _by_site(
+def _bits_by_site(
     layers: Mapping[str, Array], ends: Mapping[str, Array], suffix: str
-) -> dict[str, Array]:
-    """Returns the arrays `<site>_<suffix>` of all linear sites."""
+) -> dict[str, list[int]]:
+    """Returns the widths `<site>_<suffix>` of all linear sites."""
     return {
-        site: np.asarray((ends if site in _END_SITES else layers)[f"{site}_{suffix}"])
+        site: np.atleast_1d((ends if site in _END_SITES else layers)[f"{site}_{suffix}"]).tolist()
         for site in LINEAR_SITES
     }
 
@@ -140,27 +131,13 @@ def check_policy(
     """Checks that configuration and arrays agree.
 
     Raises:
-      ExportError: If the policy differs from what the arrays hold, weights are wider than their
-        bits, or the accelerator runs another mechanism than the model.
+      ExportError: If the policy differs from what the arrays hold, or the accelerator runs another
+        mechanism than the model.
     """
-    policy = config.policy
-    held = IntegerPolicy.from_arrays(layers, ends, policy.weight_bits)
+    held = IntegerPolicy.from_arrays(layers, ends)
     for field in IntegerPolicy.model_fields:
-        if getattr(held, field) != getattr(policy, field):
+        if getattr(held, field) != getattr(config.policy, field):
             raise ExportError(f"`policy.{field}` disagrees with the arrays of the deployment")
-    for site, weight in _by_site(layers, ends, "weight").items():
-        blocks = weight[None] if site in _END_SITES else weight
-        bits = policy.weight_bits.get(site, [])
-        if len(bits) != len(blocks) or not all(2 <= width <= 8 for width in bits):
-            raise ExportError(
-                f"`policy.weight_bits.{site}` must hold {len(blocks)} widths of 2 to 8 bits, "
-                f"got {bits}"
-            )
-        for width, block in zip(bits, blocks, strict=True):
-            if np.abs(block).max() > limit(width):
-                raise ExportError(f"the codes of `{site}_weight` do not fit their {width} bits")
-    if policy.weight_bits.keys() != set(LINEAR_SITES):
-        raise ExportError(f"`policy.weight_bits` must name {', '.join(LINEAR_SITES)} only")
     mechanism = config.structure.mechanism
     if mechanism not in ("dense", config.accelerator.mechanism):
         raise ExportError(

@@ -31,14 +31,10 @@ class ModelShape:
     num_tokens: int
     num_heads: int
     head_dim: int
+    width: int
     hidden: int
     embed: tuple[int, int, int] | None = None
     head: tuple[int, int, int] | None = None
-
-    @property
-    def width(self) -> int:
-        """Model width D, elements."""
-        return self.num_heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +109,7 @@ def workload_from_fractions(shape: ModelShape, setting: Setting) -> Workload:
         "softmax.exp": operation(final, setting.qk_bits, setting.qk_bits),
         "pv.mac": operation(final * width, setting.qk_bits, setting.v_bits),
         "softmax.reciprocal": operation(queries, setting.qk_bits, setting.qk_bits),
-        "output.multiply": operation(queries * width, setting.qk_bits, setting.qk_bits),
+        "output.multiply": operation(queries * width, setting.qk_bits, setting.v_bits),
     }
     rows = {"attention": _rows(kept[-1] * tokens, shape)}
     output_bits = setting.activation_bits if setting.output_bits is None else setting.output_bits
@@ -173,7 +169,8 @@ def _union(kept: float, setting: Setting, shape: ModelShape) -> np.ndarray:
     if setting.union is not None and kept < 1.0:
         # A single query wants its own keys; no block wants fewer keys than one query.
         independent = np.where(sizes > 1, max(setting.union, kept), kept)
-    return np.ceil(shape.num_tokens / sizes) * shape.num_tokens * shape.num_heads * independent
+    blocks: np.ndarray = np.ceil(shape.num_tokens / sizes)
+    return blocks * (shape.num_tokens * shape.num_heads) * independent
 
 
 def _stream(
@@ -203,9 +200,10 @@ def _gemms(shape: ModelShape, setting: Setting) -> tuple[dict[str, Gemm], dict[s
         )
 
     tokens, width, hidden = shape.num_tokens, shape.width, shape.hidden
+    attended = shape.num_heads * shape.head_dim
     products = {
-        "qkv": (width, 3 * width),
-        "out": (width, width),
+        "qkv": (width, 3 * attended),
+        "out": (attended, width),
         "up": (width, hidden),
         "down": (hidden, width),
     }

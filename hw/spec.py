@@ -66,7 +66,7 @@ class _In:
         self.units = units
         self.zero = zero
 
-    def __call__(self, quantity: Quantity) -> Quantity:
+    def check(self, quantity: Quantity) -> Quantity:
         if quantity.unit not in self.units:
             choices = " or ".join(f'"{unit}"' for unit in self.units)
             raise ValueError(f'unit "{quantity.unit}" does not fit here: write unit = {choices}')
@@ -75,34 +75,32 @@ class _In:
             raise ValueError(f"value must be {bound}, got {quantity.value:g}: correct the size")
         return quantity
 
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return AfterValidator(self.check).__get_pydantic_core_schema__(source, handler)
+
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
-        schema: dict[str, Any] = handler(core_schema)
-        return {"allOf": [schema], "properties": {"unit": {"enum": list(self.units)}}}
+        return {"allOf": [handler(core_schema), {"properties": {"unit": {"enum": self.units}}}]}
 
 
-def _validator(*units: str, zero: bool = False) -> AfterValidator:
-    return AfterValidator(_In(*units, zero=zero))
-
-
-Lanes = Annotated[Quantity, _validator("lane")]
-Elements = Annotated[Quantity, _validator("element")]
-Rows = Annotated[Quantity, _validator("row")]
-Count = Annotated[Quantity, _validator("1")]
-Bits = Annotated[Quantity, _validator("bit")]
-Cycles = Annotated[Quantity, _validator("cycle", zero=True)]
-Capacity = Annotated[Quantity, _validator("B", "KB")]
-Bandwidth = Annotated[Quantity, _validator("GB/s")]
-Frequency = Annotated[Quantity, _validator("MHz", "GHz")]
-Length = Annotated[Quantity, _validator("nm")]
-Voltage = Annotated[Quantity, _validator("V")]
-Energy = Annotated[Quantity, _validator("pJ", zero=True)]
-EnergyPerBit = Annotated[Quantity, _validator("pJ/bit", zero=True)]
-EnergyPerByte = Annotated[Quantity, _validator("pJ/B", zero=True)]
-Power = Annotated[Quantity, _validator("W", "mW")]
-Area = Annotated[Quantity, _validator("mm2")]
-AreaPerLane = Annotated[Quantity, _validator("mm2/lane", "mm2/element", zero=True)]
-AreaPerKib = Annotated[Quantity, _validator("mm2/KB", zero=True)]
-Fraction = Annotated[Quantity, _validator("1", zero=True)]
+Lanes = Annotated[Quantity, _In("lane")]
+Elements = Annotated[Quantity, _In("element")]
+Rows = Annotated[Quantity, _In("row")]
+Count = Annotated[Quantity, _In("1")]
+Bits = Annotated[Quantity, _In("bit")]
+Cycles = Annotated[Quantity, _In("cycle", zero=True)]
+Capacity = Annotated[Quantity, _In("B", "KB")]
+Bandwidth = Annotated[Quantity, _In("GB/s")]
+Frequency = Annotated[Quantity, _In("MHz", "GHz")]
+Length = Annotated[Quantity, _In("nm")]
+Voltage = Annotated[Quantity, _In("V")]
+Energy = Annotated[Quantity, _In("pJ", zero=True)]
+EnergyPerBit = Annotated[Quantity, _In("pJ/bit", zero=True)]
+EnergyPerByte = Annotated[Quantity, _In("pJ/B", zero=True)]
+Power = Annotated[Quantity, _In("W", "mW")]
+Area = Annotated[Quantity, _In("mm2")]
+AreaPerLane = Annotated[Quantity, _In("mm2/lane", "mm2/element", zero=True)]
+AreaPerKib = Annotated[Quantity, _In("mm2/KB", zero=True)]
+Fraction = Annotated[Quantity, _In("1", zero=True)]
 
 
 class Choice(_Strict):
@@ -457,5 +455,3 @@ def load_preset(name_or_path: str | Path) -> AcceleratorSpec:
 def json_schema() -> dict[str, Any]:
     """Returns the JSON Schema of an accelerator file."""
     return AcceleratorSpec.model_json_schema()
-
-

@@ -14,7 +14,7 @@ from codesign import gates, units
 from codesign.errors import UnknownNameError
 from codesign.hw.accelerator import Accelerator, Structure, UnitStructure
 from codesign.hw.host import HostCost, Maximum, ceil, host_cost, host_mm2, total
-from codesign.workload import LINEAR_SITES, Gemm, Operation, Stream, Workload
+from codesign.workload import LINEAR_SITES, Gemm, Operation, RowStatistics, Stream, Workload
 
 Scope = Literal["attention", "end_to_end"]
 SCOPES: tuple[Scope, ...] = ("attention", "end_to_end")
@@ -136,9 +136,7 @@ def cost(
     return Cost(
         unit_energy_pj=energy_pj,
         unit_busy_cycles=busy | {"dram": dram_cycles},
-        attention_cycles=_layer_cycles(
-            busy, dram_cycles, workload, accelerator.structure, maximum
-        ),
+        attention_cycles=_layer_cycles(busy, dram_cycles, workload, accelerator.structure, maximum),
         block_host=_gemm_cost(workload.block_gemms, accelerator, maximum, axis=None),
         end_host=_gemm_cost(workload.end_gemms, accelerator, maximum, axis=1),
         unit_area_mm2=_unit_mm2(accelerator),
@@ -146,26 +144,76 @@ def cost(
     )
 
 
-def _at_size(grid: jax.Array, size: jax.Array) -> jax.Array:
-    """Interpolates a statistic given at sizes 1, 2, 4, ... `[B, L, G]` at one size, `[B, L]`.
+def _sizes(levels: int) -> jax.Array:
+    """Returns the sizes 1, 2, 4, ... at which a workload's statistics are given, `[G]`."""
+    return 2.0 ** jnp.arange(levels)
 
-    Linear in 1/size between neighbours: exact at powers of two, for full rows and for rows below
-    both neighbours. Below 1 the statistic grows as 1/size (a lane takes several cycles per key),
-    beyond the last size it is constant.
+
+def _hats(size: jax.Array, levels: int) -> jax.Array:
+    """Returns how much each size 1, 2, 4, ... counts in a linear interpolation at `size`.
+
+    Args:
+      size: Any shape, from 0 (nothing) to the last size.
+      levels: Number of sizes G.
+
+    Returns:
+      Weights, `[..., G]`; at most two are not 0.
     """
-    last = grid.shape[-1] - 1
-    terms = []
-    for index in range(last + 1):
-        ratio = 2.0**index / size
-        rising = 2.0 * ratio - 1.0
-        falling = ratio if index == 0 else 2.0 - ratio
-        if index == last:
-            # Larger sizes than the last: the statistic no longer changes.
-            weight = jnp.minimum(falling, 1.0)
-        else:
-            weight = jnp.minimum(falling, rising)
-        terms.append(grid[..., index] * jnp.maximum(weight, 0.0))
-    return functools.reduce(jnp.add, terms)
+    ratio = size[..., None] / jnp.reshape(_sizes(levels), (1,) * size.ndim + (levels,))
+    rising = jnp.where(jnp.arange(levels) == 0, 1.0, 2.0)
+    rising = jnp.reshape(rising, (1,) * size.ndim + (levels,))
+    return jnp.maximum(jnp.minimum(2.0 - ratio, rising * ratio - (rising - 1.0)), 0.0)
+
+
+def _segments(rows: RowStatistics, lanes: jax.Array) -> jax.Array:
+    """Returns the steps of all rows of a layer, sum of ceil(keys / lanes), `[B, L]`.
+
+    Steps times lanes are interpolated between powers of two, where this is exact. Rows nearly all
+    as long as the longest share one remainder, which interpolation cannot see: they are corrected
+    by the steps of the longest row, as far as the mean row stays within half a step of it.
+    """
+    levels = rows.segments.shape[-1]
+    sizes = jnp.reshape(_sizes(levels), (1, 1, 1, levels))
+    lanes = jnp.minimum(lanes, 2.0 ** (levels - 1))
+    # Below one lane a key takes several cycles.
+    hats = jnp.reshape(_hats(jnp.maximum(lanes, 1.0), levels), (1, 1, 1, levels))
+    queries = jnp.maximum(rows.queries, 1.0)
+    short = rows.maximum - rows.segments[..., 0] / queries
+    alike = jnp.maximum(1.0 - 2.0 * short / lanes, 0.0) * rows.queries
+    remainders = ceil(rows.maximum[..., None] / sizes)
+    rest = rows.segments - alike[..., None] * remainders
+    steps = jnp.sum(hats * sizes * rest, axis=-1) / lanes
+    return jnp.sum(steps + alike * ceil(rows.maximum / lanes), axis=2)
+
+
+def _shared_vectors(vectors: jax.Array, queries: jax.Array, block: jax.Array) -> jax.Array:
+    """Returns vectors fetched by blocks of `block` queries, `[B, L]`, from `[B, L, H, G]`.
+
+    The union of one block is interpolated between powers of two; whole blocks and the remaining
+    one are counted, and the result is scaled to be exact at powers of two.
+    """
+    levels = vectors.shape[-1]
+    sizes = jnp.reshape(_sizes(levels), (1, 1, 1, levels))
+    block = jnp.minimum(block, 2.0 ** (levels - 1))
+    queries = jnp.maximum(queries, 1.0)
+    union = vectors / ceil(queries[..., None] / sizes)
+
+    def whole(size: jax.Array) -> jax.Array:
+        ratio = queries[..., None] / size
+        return gates.straight_through(jnp.floor(ratio), ratio)
+
+    def fetched(size: jax.Array, of_size: jax.Array) -> jax.Array:
+        blocks = whole(size)
+        rest = jnp.minimum(queries[..., None] - blocks * size, 2.0 ** (levels - 1))
+        of_rest = jnp.sum(_hats(rest, levels) * union[..., None, :], axis=-1)
+        return blocks * of_size + of_rest
+
+    hats = jnp.reshape(_hats(block, levels), (1, 1, 1, levels))
+    weights = hats * sizes / block
+    here = fetched(jnp.reshape(block, (1, 1, 1, 1)), jnp.sum(hats * union, -1, keepdims=True))
+    there = jnp.sum(weights * fetched(sizes, union), axis=-1)
+    given = jnp.sum(weights * vectors, axis=-1)
+    return jnp.sum(given * here[..., 0] / jnp.maximum(there, 1e-6), axis=2)
 
 
 def _passes(operation: Operation, unit: UnitStructure) -> jax.Array | float:
@@ -196,8 +244,7 @@ def _unit_cycles(
             cycles.append(jnp.sum(operation.count, axis=2) / lanes * _passes(operation, unit))
             continue
         rows = workload.rows[key.partition(".")[0] if unit.rows == "filter*" else str(unit.rows)]
-        segments = _at_size(jnp.sum(rows.segments, axis=2), lanes)
-        cycles.append(segments * (_passes(operation, unit) * steps_per_key))
+        cycles.append(_segments(rows, lanes) * (_passes(operation, unit) * steps_per_key))
         queries = jnp.sum(rows.queries, axis=2)
     if queries is not None and unit.overhead_cycles:
         cycles.append(queries * unit.overhead_cycles)
@@ -254,9 +301,7 @@ def _fits(workload: Workload, accelerator: Accelerator) -> jax.Array | float:
         if stream.buffer:
             resident = stream.resident_bits[..., 0] / units.BITS_PER_BYTE
             present = needed.get(stream.buffer)
-            needed[stream.buffer] = (
-                resident if present is None else jnp.maximum(present, resident)
-            )
+            needed[stream.buffer] = resident if present is None else jnp.maximum(present, resident)
     fits: jax.Array | float = 1.0
     for name, resident in needed.items():
         if f"{name}.bytes" not in accelerator.sizes:
@@ -277,15 +322,17 @@ def _stream_bytes(workload: Workload, accelerator: Accelerator) -> jax.Array:
     block = accelerator.sizes["query_block"]
 
     def vectors(stream: Stream) -> jax.Array:
-        by_block = jnp.sum(stream.vectors, axis=2)
-        if by_block.shape[-1] == 1:
-            return by_block[..., 0]
-        shared = _at_size(by_block, block)
-        return shared + fits * (by_block[..., -1] - shared)
+        if stream.vectors.shape[-1] == 1:
+            return jnp.sum(stream.vectors[..., 0], axis=2)
+        shared = _shared_vectors(stream.vectors, workload.rows["attention"].queries, block)
+        return shared + fits * (jnp.sum(stream.vectors[..., -1], axis=2) - shared)
 
     moved = [
         vectors(stream)
-        * (_stream_bits(name, workload, accelerator.structure) * (stream.width / units.BITS_PER_BYTE))
+        * (
+            _stream_bits(name, workload, accelerator.structure)
+            * (stream.width / units.BITS_PER_BYTE)
+        )
         for name, stream in workload.streams.items()
     ]
     return functools.reduce(jnp.add, moved)
@@ -332,15 +379,14 @@ def _gemm_cost(
     gemms: dict[str, Gemm], accelerator: Accelerator, maximum: Maximum, *, axis: int | None
 ) -> HostCost:
     """Returns the cost of dense products: summed where `axis` is None, else side by side along it."""
-    costs = [
-        host_cost(gemms[site], accelerator, maximum) for site in LINEAR_SITES if site in gemms
-    ]
+    costs = [host_cost(gemms[site], accelerator, maximum) for site in LINEAR_SITES if site in gemms]
     if not costs:
         none = jnp.zeros((1, 0 if axis else 1))
         return HostCost(cycles=none, mac_pj=none, sram_pj=none, dram_pj=none)
     if axis is None:
         return total(costs)
-    return jax.tree.map(lambda *parts: _concatenate(parts, axis), *costs)
+    joined: HostCost = jax.tree.map(lambda *parts: _concatenate(parts, axis), *costs)
+    return joined
 
 
 def _concatenate(parts: tuple[jax.Array, ...], axis: int) -> jax.Array:

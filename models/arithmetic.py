@@ -165,17 +165,16 @@ class FloatArithmetic:
             return x, jnp.ones((), x.dtype)
         low, high = BITS_RANGE["attention"]
         bits = self.knobs[width]
-        values = interpolated_quantize(
-            x,
-            self.ranges[name],
+        limit = gates.detach(code_limit(deployed_bits(bits, low, high)))
+        scale = gates.detach(self.ranges[name]) / limit
+        # In units of the code: integers come out exact, so that a filter's floor sees no rounding error.
+        code = interpolated_quantize(
+            x / scale,
+            limit,
             bits,
             max_bits=high,
             straight_through=self.relaxation.straight_through,
         )
-        scale = gates.detach(self.ranges[name] / code_limit(deployed_bits(bits, low, high)))
-        code = values / scale
-        if self.relaxation.straight_through:
-            code = gates.straight_through(jnp.round(code), code)
         return code, scale
 
     def probabilities(self, operands: Operands, weights: jax.Array) -> jax.Array:

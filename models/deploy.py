@@ -42,6 +42,11 @@ class Deployment:
     logit_scale: float
     scales: dict[str, list[float] | float]
 
+    def hard_arrays(self) -> tuple[dict[str, NDArray[np.int64]], dict[str, NDArray[np.int64]]]:
+        """Returns what the JAX hard path reads: `layers`, and `ends` with the fixed tables."""
+        tables = {"exp_table": exp_table(), "reciprocal_table": reciprocal_table()}
+        return self.layers, self.ends | tables
+
 
 def exp_table() -> NDArray[np.int64]:
     """Returns 2^16 * 2^-((f + 1/2) / 1024) for f = 0..1023, rounded."""

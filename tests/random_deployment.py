@@ -192,6 +192,7 @@ def build(
         scale_weight = np.abs(weight).max(axis=0) / linear_limit
         mantissa, shift = multiplier(scale_in * scale_weight / scale_out)
         return {
+            f"{site}_weight_bits": np.asarray(linear_bits),
             f"{site}_weight": to_codes(weight, scale_weight),
             f"{site}_bias": to_codes(bias, scale_in * scale_weight),
             f"{site}_mantissa": mantissa,
@@ -259,6 +260,7 @@ def build(
         "head_gain": head_gain,
         "head_offset": head_offset,
         "head_activation_bits": np.asarray(linear_bits),
+        "head_weight_bits": np.asarray(linear_bits),
         "head_weight": to_codes(parameters["head_weight"], head_weight_scale),
         "head_bias": to_codes(parameters["head_bias"], scales["logits"]),
     }

@@ -1,18 +1,23 @@
 """The NumPy emulator: hand examples of the filter, each operation against exact rationals, the whole
 against a model in real numbers."""
 
+import functools
 import math
 import subprocess
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
 
+import jax
 import numpy as np
 import pytest
 import random_deployment
 
 from codesign.errors import DataError, ExportError, UnknownNameError
 from codesign.hw import emulator
+from codesign.hw.export import first_difference
+from codesign.mechanisms import mechanism_by_name
+from codesign.models import vit
 from codesign.structure import ModelStructure
 
 # Hand example of two rounds: codes of 4 bits, filter codes of 4 (query), 2 and 4 (key) bits.
@@ -292,6 +297,36 @@ def test_the_distance_from_the_real_model_is_quantisation_noise() -> None:
     assert errors[8] < errors[5] / 4
 
 
+@pytest.mark.parametrize(
+    ("changes", "bits"),
+    [
+        ({"num_heads": 3}, 16),
+        ({"channels": 3, "num_rounds": 1, "stride": 1}, 8),
+        ({"mechanism": "dense", "num_rounds": 0}, 12),
+    ],
+)
+def test_jax_path_agrees_in_every_bit(changes: dict[str, object], bits: int) -> None:
+    shape = random_deployment.structure(**changes)
+    threshold = np.random.default_rng(bits).integers(-100, 60, (shape.num_heads, shape.num_rounds))
+    deployment, pixels = random_deployment.build(
+        shape, seed=bits, attention_bits=bits, threshold=threshold
+    )
+    tables = {
+        "exp_table": emulator.exp_table(),
+        "reciprocal_table": emulator.reciprocal_table(),
+    }
+    hard_fn = functools.partial(
+        vit.apply_hard,
+        structure=shape,
+        mechanism=mechanism_by_name(shape.mechanism),
+        tracing=True,
+    )
+    with jax.enable_x64(True):
+        output = jax.jit(hard_fn)(deployment.layers, deployment.ends | tables, pixels)
+    expected = emulator.emulate(shape, deployment.layers, deployment.ends, pixels)
+    assert first_difference(expected, output.trace | {"logits": output.logits}) is None
+
+
 def test_round_off_everywhere_is_dense() -> None:
     sparse = random_deployment.structure()
     dense = random_deployment.structure(mechanism="dense", num_rounds=0)
@@ -357,6 +392,8 @@ def test_malformed_input_is_named() -> None:
         "`layers/key_bits` must rise": layers | {"key_bits": layers["key_bits"] * 0 + 4},
         "`layers/gelu_table` holds codes wider": layers
         | {"down_activation_bits": layers["down_activation_bits"] - 1},
+        "`layers/up_weight` holds codes wider than `up_weight_bits`": layers
+        | {"up_weight_bits": layers["up_weight_bits"] - 1},
     }
     for message, arrays in broken.items():
         with pytest.raises(ExportError, match=message):

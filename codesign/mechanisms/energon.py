@@ -198,11 +198,13 @@ def soft_filter(
         if straight_through
         else alpha
     )
-    code_bits = gates.detach(context.widths["qk_bits"])
+    # Codes and filters have their deployed widths on the relaxed path too, where counts use fractional ones.
+    widths = {name: _deployed(name, context.widths[name]) for name in ("qk_bits", *FILTER_KNOBS)}
+    code_bits = widths["qk_bits"]
     query_low = filter_operand(
         query,
         context.knobs["query_bits"],
-        gates.detach(context.widths["query_bits"]),
+        widths["query_bits"],
         code_bits,
         straight_through=straight_through,
     )
@@ -214,7 +216,7 @@ def soft_filter(
         key_low = filter_operand(
             key,
             context.knobs["key_bits"][index],
-            gates.detach(context.widths["key_bits"][index]),
+            widths["key_bits"][index],
             code_bits,
             straight_through=straight_through,
         )

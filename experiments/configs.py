@@ -1,0 +1,162 @@
+"""Named experiments and their settings."""
+
+import dataclasses
+from typing import Literal
+
+from codesign.errors import CodesignError, UnknownNameError
+from codesign.experiments.data import Task
+from codesign.models.config import VisionConfig
+from codesign.optimize import Group, OptimizeSettings
+from codesign.structure import ModelStructure
+
+Metric = Literal["energy", "latency"]
+Scope = Literal["end_to_end", "attention"]
+Mode = Literal["joint", "policy"]
+
+MODES: dict[Mode, tuple[Group, ...]] = {
+    "joint": ("params", "thresholds", "bits", "clips"),
+    "policy": ("thresholds", "bits", "clips"),
+}
+"""Optimiser groups that each mode trains."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Sizes of the vision transformer; all are counts of elements."""
+
+    # Transformer blocks, >= 1.
+    num_layers: int = 3
+    # Attention heads, >= 1, and the width of one.
+    num_heads: int = 4
+    head_dim: int = 16
+    # Width of the residual stream, and of the feed-forward network's inside.
+    width: int = 64
+    hidden: int = 128
+    # Patches of patch_size pixels every stride pixels, the image padded by that many zeros on each side.
+    patch_size: int = 3
+    stride: int = 1
+    padding: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseSettings:
+    """Training of the dense model in floating point, before any mechanism."""
+
+    # Optimiser steps, >= 1.
+    num_steps: int = 500
+    # Images per step, >= 1.
+    batch_size: int = 32
+    # Peak learning rate of AdamW (warm-up over a tenth, then cosine), > 0.
+    rate: float = 2e-3
+    # Decoupled weight decay, >= 0.
+    weight_decay: float = 0.05
+    # Probability mass moved from the label to all classes, [0, 1).
+    label_smoothing: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Upper bounds on the cost, each as a fraction of the dense cost on the same machine; None: no bound."""
+
+    # Energy per example over that of dense, > 0.
+    energy: float | None = None
+    # Latency per example over that of dense, > 0.
+    latency: float | None = None
+    # Whether the linear layers count (end_to_end) or attention alone.
+    scope: Scope = "end_to_end"
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+          CodesignError: If a bound is not positive.
+        """
+        for name, value in (("energy", self.energy), ("latency", self.latency)):
+            if value is not None and not value > 0.0:
+                raise CodesignError(
+                    f"`budget.{name}` must be > 0 (a fraction of dense), got {value}: give e.g. 0.5"
+                )
+
+    @property
+    def limits(self) -> dict[Metric, float]:
+        """The bounds that are set."""
+        bounds: dict[Metric, float | None] = {"energy": self.energy, "latency": self.latency}
+        return {name: value for name, value in bounds.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a training run or a curve depends on, but the budgets."""
+
+    # Name of a task in `codesign.experiments.data.TASKS`.
+    task: str = "digits"
+    # Accelerator: a shipped preset's name, or the path of a TOML file.
+    preset: str = "energon"
+    # Mechanism attached to the model.
+    mechanism: str = "energon"
+    # Seed of initialisation and of the order of the examples, >= 0.
+    seed: int = 0
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    dense: DenseSettings = dataclasses.field(default_factory=DenseSettings)
+    optimize: OptimizeSettings = dataclasses.field(default_factory=OptimizeSettings)
+    # Images per step of the training under a budget, >= 1.
+    batch_size: int = 32
+    # Training images that measure ranges, start thresholds and the budget's rounding, >= 1.
+    num_calibration: int = 128
+    # Weight of the divergence from the dense model's outputs in the task loss, [0, 1]; the rest is cross-entropy.
+    distillation: float = 0.9
+    # Images are moved by up to this many pixels each way in training, >= 0.
+    reach: int = 1
+    # Kept fraction after each round at the start, falling, (0, 1].
+    start_kept: tuple[float, ...] = (0.85, 0.6)
+    # Widths at the start, in bit: linear layers [2, 8], exact attention [8, 16]; off the integers and the rails.
+    start_linear_bits: float = 7.5
+    start_attention_bits: float = 15.5
+
+
+def digits() -> Experiment:
+    """Digits on the Energon machine: a ViT of 3 layers on 64 tokens (one per pixel, 3 x 3 windows).
+
+    `codesign quickstart` draws its curve in under six minutes on two CPU cores.
+    """
+    return Experiment(
+        optimize=OptimizeSettings(num_steps=120, weight_rate=1e-3, bits_rate=0.1),
+    )
+
+
+EXPERIMENTS = {"digits": digits}
+
+
+def experiment_by_name(name: str) -> Experiment:
+    """Returns a named experiment.
+
+    Raises:
+      UnknownNameError: If there is none of that name.
+    """
+    if name not in EXPERIMENTS:
+        raise UnknownNameError(
+            f"experiment `{name}` does not exist: choose one of {', '.join(sorted(EXPERIMENTS))}"
+        )
+    return EXPERIMENTS[name]()
+
+
+def vision_config(task: Task, model: ModelSettings) -> VisionConfig:
+    """Returns the model that fits a task's images."""
+    structure = ModelStructure(
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        head_dim=model.head_dim,
+        width=model.width,
+        hidden=model.hidden,
+        image_size=task.image_size,
+        channels=task.channels,
+        patch_size=model.patch_size,
+        stride=model.stride,
+        padding=model.padding,
+        num_classes=task.num_classes,
+        mechanism="dense",
+        num_rounds=0,
+    )
+    return VisionConfig(
+        structure=structure, pixel_offset=task.pixel_offset, pixel_scale=task.pixel_scale
+    )

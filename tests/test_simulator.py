@@ -1,0 +1,286 @@
+"""The row-by-row simulator: hand-worked rows, and agreement with the differentiable cost."""
+
+import dataclasses
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import kendalltau
+
+from codesign.errors import PresetError, UnknownNameError
+from codesign.hw.accelerator import accelerator_from_spec, spec_with_sizes
+from codesign.hw.simulator import GemmShape, Simulation, simulate
+from codesign.hw.spec import AcceleratorSpec, load_preset
+from codesign.hw.surrogate import Cost, cost
+from codesign.workload import (
+    Trace,
+    Workload,
+    fetched_vectors,
+    gemm,
+    layers_second,
+    operation,
+    row_statistics,
+    stream,
+)
+
+SPEC = load_preset("energon")
+SITES = {"qkv": (64, 192), "out": (64, 64), "up": (64, 128), "down": (128, 64)}
+ENDS = {"embed": (16, 64, None), "head": (64, 10, 1)}
+GEMM_SHAPES = {name: GemmShape(inner=k, outer=n) for name, (k, n) in SITES.items()} | {
+    name: GemmShape(inner=k, outer=n, rows=rows) for name, (k, n, rows) in ENDS.items()
+}
+
+
+def make_masks(
+    rng: np.random.Generator,
+    shape: tuple[int, int, int, int],
+    valid: np.ndarray,
+    first: float,
+    last: float,
+    agreement: float,
+) -> np.ndarray:
+    """Nested masks `[L, B, H, 2, T, S]`: rows of uneven length whose queries agree in part.
+
+    The score of a pair mixes a key's popularity, a local band and noise; each row keeps its best
+    keys, a fraction that varies from row to row.
+    """
+    layers, batch, heads, tokens = shape
+    popular = rng.normal(size=(layers, batch, heads, 1, tokens))
+    noise = rng.normal(size=(layers, batch, heads, tokens, tokens))
+    distance = np.abs(np.arange(tokens)[:, None] - np.arange(tokens)) / tokens
+    score = agreement * (popular - 2.0 * distance) + (1.0 - agreement) * noise
+    exists = valid[:, None, :, None] & valid[:, None, None, :]
+    score = np.where(exists, score, -np.inf)
+    order = np.argsort(np.argsort(-score, axis=-1), axis=-1)
+    spread = np.exp(0.3 * rng.normal(size=(layers, batch, heads, tokens, 1)))
+    length = valid.sum(axis=1)[:, None, None, None]
+    rounds = [order < np.maximum(np.round(length * kept * spread), 1) for kept in (first, last)]
+    return np.stack([rounds[0] & exists, rounds[0] & rounds[1] & exists], axis=3)
+
+
+def make_trace(masks: np.ndarray, valid: np.ndarray, bits: dict[str, np.ndarray], head_dim: int):
+    return Trace(
+        packed=np.packbits(masks, axis=-1),
+        valid=valid,
+        num_keys=masks.shape[-1],
+        head_dim=head_dim,
+        bits=bits,
+    )
+
+
+def make_bits(rng: np.random.Generator | None, layers: int) -> dict[str, np.ndarray]:
+    """Published widths without a generator, else random legal ones."""
+    if rng is None:
+        bits = {"query_bits": np.full(layers, 4), "key_bits": np.tile([2, 4], (layers, 1))}
+        bits |= {"qk_bits": np.full(layers, 16), "v_bits": np.full(layers, 16)}
+    else:
+        low = rng.integers(2, 6, layers)
+        key_bits = np.stack([low, low + rng.integers(1, 3, layers)], axis=1)
+        bits = {"query_bits": rng.integers(2, 9, layers), "key_bits": key_bits}
+        bits |= {name: rng.integers(8, 17, layers) for name in ("qk_bits", "v_bits")}
+    for name in (*SITES, *ENDS):
+        count = layers if name in SITES else 1
+        for side in ("weight_bits", "activation_bits"):
+            drawn = np.full(count, 8) if rng is None else rng.integers(2, 9, count)
+            bits[f"{name}.{side}"] = drawn
+    return bits
+
+
+def workload_from_masks(trace: Trace, *, is_dense: bool = False) -> Workload:
+    """The workload of hard masks, through the statistics that models report."""
+    d, bits, valid = trace.head_dim, trace.bits, jnp.asarray(trace.valid, float)
+    tokens = jnp.sum(valid, axis=1)
+    exists = valid[:, None, :, None] * valid[:, None, None, :]
+    ones = jnp.ones_like(valid)[:, None, :] * valid[:, None, :]
+
+    def layer(index: int) -> Workload:
+        keep = jnp.asarray(trace.keep(index), float)
+        rounds = [] if is_dense else [keep[:, :, r] for r in range(keep.shape[2])]
+        first = jnp.broadcast_to(exists, keep[:, :, 0].shape)
+        entering = [first, *rounds] if rounds else [keep[:, :, -1]]
+        alive = [jnp.sum(mask, axis=(2, 3)) for mask in entering]
+        queries = jnp.broadcast_to(tokens[:, None], alive[0].shape)
+        b_a, b_v = float(bits["qk_bits"][index]), float(bits["v_bits"][index])
+        operations = {
+            "qk.mac": operation(alive[-1] * d, b_a, b_a),
+            "softmax.exp": operation(alive[-1], b_a, b_a),
+            "softmax.reciprocal": operation(queries, b_a, b_a),
+            "pv.mac": operation(alive[-1] * d, b_a, b_v),
+            "output.multiply": operation(queries * d, b_a, b_v),
+        }
+        rows = {"attention": row_statistics(jnp.sum(entering[-1], axis=-1), ones, trace.num_keys)}
+        resident = {"key": tokens * d * b_a, "value": tokens * d * b_v}
+        planes = np.diff(bits["key_bits"][index], prepend=0) if rounds else []
+        low = float(np.sum(planes))
+        out_bits = jnp.asarray(float(bits["out.activation_bits"][index]))
+
+        def fetch(mask: jax.Array, width: float, name: str):
+            vectors = fetched_vectors(mask)
+            return stream(
+                vectors, jnp.asarray(width), d, buffer=name, resident_bits=resident[name]
+            )
+
+        streams = {
+            "query": stream(queries[..., None], jnp.asarray(b_a), d),
+            "output": stream(queries[..., None], out_bits, d),
+            "key_rest": fetch(entering[-1], b_a - low, "key"),
+            "value": fetch(entering[-1], b_v, "value"),
+        }
+        for r, plane in enumerate(planes):
+            widths = float(bits["query_bits"][index]), float(plane)
+            operations[f"filter{r}.mac"] = operation(alive[r] * d, *widths)
+            operations[f"filter{r}.statistic"] = operation(alive[r], *widths)
+            operations[f"filter{r}.compare"] = operation(alive[r], *widths)
+            rows[f"filter{r}"] = row_statistics(
+                jnp.sum(entering[r], axis=-1), ones, trace.num_keys
+            )
+            streams[f"key{r}"] = fetch(entering[r], float(plane), "key")
+        if rounds:
+            listed = sum(alive[1:], start=jnp.zeros_like(queries))
+            operations["threshold.evaluate"] = operation(queries * len(rounds), 1.0, 1.0)
+            operations["index.bits"] = operation(
+                listed * np.ceil(np.log2(trace.num_keys)), 1.0, 1.0
+            )
+        return Workload(
+            operations=operations,
+            rows=rows,
+            streams=streams,
+            block_gemms={
+                site: gemm(tokens, k, n, *site_bits(site, index)) for site, (k, n) in SITES.items()
+            },
+            end_gemms={},
+            head_dim=d,
+        )
+
+    def site_bits(site: str, index: int):
+        return tuple(
+            jnp.asarray(float(bits[f"{site}.{side}"][index]))
+            for side in ("activation_bits", "weight_bits")
+        )
+
+    layers = [layer(index) for index in range(trace.packed.shape[0])]
+    workload = layers_second(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+    ends = {
+        site: gemm(tokens if rows is None else jnp.ones_like(tokens), k, n, *site_bits(site, 0))
+        for site, (k, n, rows) in ENDS.items()
+    }
+    ends = {site: jax.tree.map(lambda leaf: leaf[:, None], end) for site, end in ends.items()}
+    return workload.replace(end_gemms=ends)
+
+
+def both(trace: Trace, spec: AcceleratorSpec, **kwargs: bool) -> tuple[Simulation, Cost, Workload]:
+    workload = workload_from_masks(trace, **kwargs)
+    return (
+        simulate(trace, spec, GEMM_SHAPES),
+        cost(workload, accelerator_from_spec(spec)),
+        workload,
+    )
+
+
+def padded(batch: int, tokens: int) -> np.ndarray:
+    """Validity of `batch` examples, the later ones shorter."""
+    lengths = tokens - np.arange(batch) * (tokens // (2 * batch))
+    return np.arange(tokens) < lengths[:, None]
+
+
+def random_trace(seed: int, tokens: int = 64, head_dim: int = 64) -> Trace:
+    rng = np.random.default_rng(seed)
+    valid = padded(2, tokens)
+    masks = make_masks(rng, (2, 2, 2, tokens), valid, 0.5, 0.22, 0.5)
+    return make_trace(masks, valid, make_bits(None, 2), head_dim)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_bytes_and_energy_equal_the_surrogate(seed: int):
+    trace = random_trace(seed)
+    trace = dataclasses.replace(trace, bits=make_bits(np.random.default_rng(seed), 2))
+    simulation, surrogate, workload = both(trace, SPEC)
+    assert simulation.operations.keys() == workload.operations.keys()
+    for key, count in simulation.operations.items():
+        np.testing.assert_array_equal(count, np.sum(workload.operations[key].count, axis=2))
+    # float32 against float64 from here on.
+    np.testing.assert_allclose(
+        simulation.busy_cycles["dram"], surrogate.unit_busy_cycles["dram"], rtol=1e-5
+    )
+    for name, cycles in simulation.busy_cycles.items():
+        np.testing.assert_allclose(cycles, surrogate.unit_busy_cycles[name], rtol=1e-5)
+    for name, spent in simulation.unit_energy_pj.items():
+        np.testing.assert_allclose(spent, surrogate.unit_energy_pj[name], rtol=1e-5)
+    np.testing.assert_allclose(simulation.host_cycles, surrogate.block_host.cycles, rtol=1e-5)
+    np.testing.assert_allclose(simulation.end_cycles, surrogate.end_host.cycles, rtol=1e-5)
+    for scope in ("attention", "end_to_end"):
+        np.testing.assert_allclose(
+            simulation.energy_pj(scope), surrogate.energy_pj(scope), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("tokens", [64, 128])
+@pytest.mark.parametrize("kept", [(0.3, 0.1), (0.5, 0.22), (0.8, 0.5)])
+def test_latency_within_one_percent_at_the_preset(tokens: int, kept: tuple[float, float]):
+    rng = np.random.default_rng(tokens)
+    valid = padded(2, tokens)
+    masks = make_masks(rng, (2, 2, 4, tokens), valid, *kept, 0.5)
+    trace = make_trace(masks, valid, make_bits(None, 2), 64)
+    simulation, surrogate, _ = both(trace, SPEC)
+    np.testing.assert_allclose(
+        surrogate.attention_cycles, simulation.attention_cycles, rtol=0.01
+    )
+
+
+def draw_sizes(rng: np.random.Generator) -> dict[str, float]:
+    lanes = float(rng.integers(1, 5))
+    width = float(rng.choice([16, 32, 48, 64]))
+    filter_lanes = float(rng.integers(2, 25))
+    return {
+        "filter_array.lanes": filter_lanes,
+        "filter_array.width": float(rng.choice([32, 64])),
+        "filter_statistics.lanes": filter_lanes,
+        "qk.lanes": lanes,
+        "qk.width": width,
+        "softmax.lanes": float(rng.integers(1, 5)),
+        "pv.lanes": lanes,
+        "pv.width": width,
+        "query_block": float(rng.integers(2, 33)),
+        "key.bytes": float(rng.choice([2, 8, 64])) * 1024,
+        "value.bytes": float(rng.choice([2, 8, 64])) * 1024,
+        "dram.bytes_per_cycle": float(rng.uniform(4, 64)),
+        "host.rows": float(rng.choice([8, 12, 16, 32])),
+        "host.cols": float(rng.choice([8, 12, 16, 32])),
+        "host.sram_bytes": float(rng.choice([2, 16, 256])) * 1024,
+    }
+
+
+def test_latency_over_random_policies_and_sizes():
+    """200 points, 8 sizes by 25 policies: 5 % each, and the same order overall and at each size."""
+    rng = np.random.default_rng(0)
+    tokens, valid = 64, padded(2, 64)
+    simulated, estimated = [], []
+    for _ in range(8):
+        spec = spec_with_sizes(SPEC, draw_sizes(rng))
+        at_size = []
+        for _ in range(25):
+            first = rng.uniform(0.15, 0.95)
+            masks = make_masks(
+                rng, (1, 2, 4, tokens), valid, first, first * rng.uniform(0.1, 0.95), rng.uniform()
+            )
+            trace = make_trace(masks, valid, make_bits(rng, 1), 64)
+            simulation = simulate(trace, spec, GEMM_SHAPES)
+            workload = workload_from_masks(trace)
+            surrogate = jitted_cost(workload, accelerator_from_spec(spec).sizes)
+            at_size.append((simulation.attention_cycles, surrogate.attention_cycles))
+        pairs = np.asarray(at_size)
+        simulated.append(pairs[:, 0].ravel())
+        estimated.append(pairs[:, 1].ravel())
+        assert kendalltau(simulated[-1], estimated[-1]).statistic >= 0.95
+    real, model = np.concatenate(simulated), np.concatenate(estimated)
+    print(np.abs(model / real - 1).max(), kendalltau(real, model).statistic)
+    np.testing.assert_allclose(model, real, rtol=0.05)
+    assert kendalltau(real, model).statistic >= 0.95
+
+
+@jax.jit
+def jitted_cost(workload: Workload, sizes: dict[str, jax.Array]) -> Cost:
+    return cost(workload, accelerator_from_spec(SPEC).replace(sizes=sizes))
