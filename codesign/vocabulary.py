@@ -7,6 +7,12 @@ from codesign.errors import UnknownNameError
 LINEAR_SITES = ("embed", "qkv", "out", "up", "down", "head")
 """Linear layers with a weight; `embed` and `head` stand outside the scanned blocks."""
 
+SITES = (
+    *("qkv", "query", "key", "value", "scores", "probabilities"),
+    *("attention", "out", "up", "gelu", "down"),
+)
+"""Tensors of a block by where they enter; `attention` are the attended heads before `out`."""
+
 STAGES = (
     "predict",  # estimate of Q, K or scores before they exist
     "encode",  # conversion of operands to a code (leading one, HLog)

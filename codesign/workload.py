@@ -1,11 +1,12 @@
 """What the hardware would execute: counts with the bits of both operands, differentiable in the policy.
 
-A `Workload` holds four kinds of facts, all per example, so that padding and the make-up of a batch do not matter:
+A `Workload` holds five kinds of facts, all per example, so that padding and the make-up of a batch do not matter:
 
 - `operations`: scalar operations of the attention engine, keyed `stage.kind`;
 - `gemms`: dense matrix products, keyed by linear site;
 - `rows`: how many keys each query row sends into a stage (what lock-step lanes need);
-- `streams`: vectors moved from and to main memory, as a function of the query block.
+- `streams`: vectors moved from and to main memory, as a function of the query block;
+- `densities`: fraction of elements of a tensor that are not zero, keyed by site, for machines that skip zeros.
 
 Query block and lanes are sizes of the machine, yet the union of fetched keys and the number of lane segments need the
 masks: both are carried on a grid of powers of two, and the cost model interpolates on it.
@@ -58,7 +59,8 @@ class Operation:
 class Gemm:
     """Dense products out[M, N] = x[M, K] w[K, N].
 
-    `rows` (M) `[B, L]`, `inner` (K) and `outer` (N) static; `activation_bits`, `weight_bits` `[1, L]` in bit.
+    `rows` (M) `[B, L]`, `inner` (K) and `outer` (N) static; `weight_bits` `[1, L]` in bit;
+    `activation_bits` `[1, L]` in bit, or `[B, L]` where rows differ in width (then their mean).
     """
 
     rows: jax.Array
@@ -100,9 +102,10 @@ class Stream:
 
 @struct.dataclass
 class Workload:
-    """All counts of a batch; see the module's text for the four fields.
+    """All counts of a batch; see the module's text for the five fields.
 
-    `head_dim` is the width of one head; `block_gemms` run once per layer, `end_gemms` (`[B, 1]` leaves) once per model.
+    `head_dim` is the width of one head; `block_gemms` run once per layer, `end_gemms` (`[B, 1]` leaves) once per model;
+    `densities` are `[B, L]`, 1 where a site is missing.
     """
 
     operations: dict[str, Operation]
@@ -111,6 +114,7 @@ class Workload:
     block_gemms: dict[str, Gemm]
     end_gemms: dict[str, Gemm]
     head_dim: int = struct.field(pytree_node=False)
+    densities: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 def layers_second(stacked: Workload) -> Workload:
@@ -131,10 +135,10 @@ def operation(count: jax.Array, bits_a: jax.Array | float, bits_b: jax.Array | f
 def gemm(
     rows: jax.Array, inner: int, outer: int, activation_bits: jax.Array, weight_bits: jax.Array
 ) -> Gemm:
-    """Returns one layer's dense product: `rows` `[B]`, scalar operand widths in bit."""
+    """Returns one layer's dense product: `rows` `[B]`, scalar widths in bit (activations also `[B]`)."""
     return Gemm(
         rows=rows,
-        activation_bits=jnp.reshape(jnp.asarray(activation_bits, rows.dtype), (1,)),
+        activation_bits=jnp.reshape(jnp.asarray(activation_bits, rows.dtype), (-1,)),
         weight_bits=jnp.reshape(jnp.asarray(weight_bits, rows.dtype), (1,)),
         inner=inner,
         outer=outer,
@@ -173,7 +177,7 @@ def row_statistics(keys: jax.Array, valid_rows: jax.Array, num_keys: int) -> Row
 
     Args:
       keys: Keys that each query row sends into the stage, `[B, H, T]`; 0 for padded rows.
-      valid_rows: 1 for query rows that exist, `[B, 1, T]`.
+      valid_rows: 1 for query rows that exist and are computed, `[B, 1, T]` or `[B, H, T]`.
       num_keys: S, which sets the grid.
     """
     sizes = jnp.asarray([2.0**g for g in range(grid_levels(num_keys))], keys.dtype)

@@ -28,6 +28,10 @@ class Examples:
         """Number of examples."""
         return len(self.labels)
 
+    def first(self, number: int | None) -> "Examples":
+        """Returns the first examples; all if `number` is None."""
+        return Examples(pixels=self.pixels[:number], labels=self.labels[:number])
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:

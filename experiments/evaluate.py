@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from codesign.calibration import Calibration
 from codesign.experiments.configs import Metric, Scope
 from codesign.experiments.data import Part
-from codesign.experiments.problem import Problem, chunks
+from codesign.experiments.problem import Problem, chunks, float_logits
 from codesign.hw.accelerator import Accelerator
 from codesign.hw.surrogate import SCOPES, cost
 from codesign.mechanisms import Mechanism, mechanism_by_name
@@ -124,7 +124,9 @@ def deployment(problem: Problem, point: Point, *, mechanism: Mechanism | None = 
 
 def hard_run(
     deployed: Deployment, pixels: NDArray[np.int32], accelerator: Accelerator
-) -> tuple[NDArray[np.float64], dict[Scope, dict[Metric, NDArray[np.float64]]], NDArray[np.float64]]:
+) -> tuple[
+    NDArray[np.float64], dict[Scope, dict[Metric, NDArray[np.float64]]], NDArray[np.float64]
+]:
     """Returns real logits `[N, classes]`, costs per example and kept fractions `[L, H, R]` of the hard path."""
     mechanism = mechanism_by_name(deployed.structure.mechanism)
     layers, ends = deployed.hard_arrays()
@@ -146,7 +148,12 @@ def hard_run(
 
 
 def measure(
-    problem: Problem, point: Point, part: Part, *, mechanism: Mechanism | None = None
+    problem: Problem,
+    point: Point,
+    part: Part,
+    *,
+    mechanism: Mechanism | None = None,
+    num_examples: int | None = None,
 ) -> Measurement:
     """Returns the measurement of a point on the validation or test part.
 
@@ -155,13 +162,14 @@ def measure(
       point: What is deployed.
       part: The part of the data.
       mechanism: Another mechanism than the problem's, e.g. `dense`.
+      num_examples: Only the first of the part; None: all.
     """
-    examples = problem.task.parts[part]
+    examples = problem.task.parts[part].first(num_examples)
     deployed = deployment(problem, point, mechanism=mechanism)
     logits, costs, kept = hard_run(deployed, examples.pixels, problem.accelerator)
     return Measurement(
         correct=np.argmax(logits, axis=-1) == examples.labels,
-        kl_nats=divergence(problem.teacher[part], logits),
+        kl_nats=divergence(float_logits(problem.params, examples.pixels, problem.config), logits),
         costs=costs,
         kept=kept,
     )

@@ -87,8 +87,8 @@ class RunDirectory:
                 )
             shutil.rmtree(run.path.resolve())
         run.path.mkdir(parents=True, exist_ok=True)
-        _write_json(run.path / VERSIONS, _versions())
-        _write_json(run.path / CONFIG, plain)
+        write_json(run.path / VERSIONS, _versions())
+        write_json(run.path / CONFIG, plain)
         return run
 
     def log(self, step: int, metrics: Mapping[str, Any], seconds: float) -> None:
@@ -139,7 +139,7 @@ class RunDirectory:
                 shutil.rmtree(other)
         with _manager(self.path / CHECKPOINTS, options) as manager:
             manager.save(step, args=ocp.args.StandardSave(tree), force=True)
-        _write_json(
+        write_json(
             directory / MANIFEST,
             {
                 "leaves": _leaves(tree),
@@ -359,7 +359,8 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file in one step."""
     _write_text(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -4,7 +4,6 @@ Its size, cycles and energy are ours, not published: attention-only machines nam
 """
 
 from collections.abc import Callable
-from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ Maximum = Callable[[list[jax.Array]], jax.Array]
 
 @struct.dataclass
 class HostCost:
-    """Cost of dense products, `[B, L]`: cycles, and pJ in multipliers, SRAM and main memory."""
+    """Cost of dense products, any shape: cycles, and pJ in multipliers, SRAM and main memory."""
 
     cycles: jax.Array
     mac_pj: jax.Array
@@ -28,7 +27,7 @@ class HostCost:
 
 
 def ceil(x: jax.Array) -> jax.Array:
-    """Returns ceil(x); true derivative zero almost everywhere, substituted: 1."""
+    """Rounds up; true derivative zero almost everywhere, substituted: 1."""
     return gates.straight_through(jnp.ceil(x), x)
 
 
@@ -38,11 +37,11 @@ def _repeats(extent: jax.Array, resident: jax.Array) -> jax.Array:
     return ceil(jnp.maximum(extent / whole, 1.0))
 
 
-def host_cost(gemm: Gemm, accelerator: Accelerator, maximum: Maximum) -> HostCost:
-    """Returns the cost of one dense product per example and layer.
+def host_cost(gemms: list[Gemm], accelerator: Accelerator, maximum: Maximum) -> HostCost:
+    """Returns the cost of dense products, one by one, `[B, L, E]`.
 
     Args:
-      gemm: out[M, N] = x[M, K] w[K, N], M `[B, L]`.
+      gemms: E products out[M, N] = x[M, K] w[K, N], M `[B, L]`.
       accelerator: The machine with its host.
       maximum: Combines the times of computation and transfer.
 
@@ -50,44 +49,48 @@ def host_cost(gemm: Gemm, accelerator: Accelerator, maximum: Maximum) -> HostCos
       Fill, drain and tiles of a weight-stationary systolic array: docs/cost_model.md, section 4.
     """
     host, sizes = accelerator.structure.host, accelerator.sizes
-    rows, cols = sizes["host.rows"], sizes["host.cols"]
-    activation_bits, weight_bits = gemm.activation_bits, gemm.weight_bits
-    tiles = ceil(gemm.inner / rows) * ceil(gemm.outer / cols)
+    height, width = sizes["host.rows"], sizes["host.cols"]
+    rows = _side_by_side([gemm.rows for gemm in gemms])
+    activation_bits = _side_by_side([gemm.activation_bits for gemm in gemms])
+    weight_bits = _side_by_side([gemm.weight_bits for gemm in gemms])
+    inner = jnp.asarray([[[float(gemm.inner) for gemm in gemms]]])
+    outer = jnp.asarray([[[float(gemm.outer) for gemm in gemms]]])
+    tiles = ceil(inner / height) * ceil(outer / width)
     passes = ceil(activation_bits / host.bits) * ceil(weight_bits / host.bits)
-    fill = 2.0 * rows + cols - 2.0
+    fill = 2.0 * height + width - 2.0
     if host.prefetches_weights:
-        cycles = tiles * gemm.rows * passes + fill
+        cycles = tiles * rows * passes + fill
     else:
-        cycles = tiles * (fill + gemm.rows) * passes - 1.0
+        cycles = tiles * (fill + rows) * passes - 1.0
     if host.scales_with_bits:
-        widths = activation_bits * weight_bits
-        cycles = cycles * widths / (passes * (host.bits * host.bits))
+        cycles = cycles * (activation_bits * weight_bits) / (passes * (host.bits * host.bits))
 
-    weights = gemm.inner * gemm.outer * weight_bits
-    inputs = gemm.rows * gemm.inner * activation_bits
-    outputs = gemm.rows * gemm.outer * activation_bits
+    weights = inner * outer * weight_bits
+    inputs = rows * inner * activation_bits
+    outputs = rows * outer * activation_bits
     half = sizes["host.sram_bytes"] * (units.BITS_PER_BYTE / 2)
-    weight_fetches = _repeats(gemm.rows, half / (gemm.inner * activation_bits))
-    input_fetches = _repeats(jnp.asarray(float(gemm.outer)), half / (gemm.inner * weight_bits))
+    weight_fetches = _repeats(rows, half / (inner * activation_bits))
+    input_fetches = _repeats(outer, half / (inner * weight_bits))
     bits = outputs + jnp.minimum(
         weights * weight_fetches + inputs, weights + inputs * input_fetches
     )
     moved = bits / units.BITS_PER_BYTE
 
-    macs = gemm.rows * (gemm.inner * gemm.outer)
-    read = gemm.rows * tiles * rows * activation_bits / units.BITS_PER_BYTE
+    read = rows * tiles * height * activation_bits / units.BITS_PER_BYTE
     capacity_ratio = jnp.maximum(sizes["host.sram_bytes"] / host.sram_reference_bytes, 1.0)
+    mac_pj = host.multiply_pj * activation_bits * weight_bits + host.add_pj
     return HostCost(
         cycles=maximum([cycles, moved / sizes["dram.bytes_per_cycle"]]),
-        mac_pj=macs * (host.multiply_pj * activation_bits * weight_bits + host.add_pj),
+        mac_pj=rows * (inner * outer) * mac_pj,
         sram_pj=read * (host.sram_pj_per_byte * jnp.sqrt(capacity_ratio)),
         dram_pj=moved * accelerator.structure.dram_pj_per_byte,
     )
 
 
-def total(costs: list[HostCost]) -> HostCost:
-    """Returns the sum of the costs of products that run one after another."""
-    return reduce(lambda a, b: jax.tree.map(jnp.add, a, b), costs)
+def _side_by_side(parts: list[jax.Array]) -> jax.Array:
+    """Stacks `[B, L]` or `[1, L]` along a last axis."""
+    shape = jnp.broadcast_shapes(*(part.shape for part in parts))
+    return jnp.stack([jnp.broadcast_to(part, shape) for part in parts], axis=-1)
 
 
 def host_mm2(accelerator: Accelerator) -> dict[str, jax.Array]:

@@ -93,7 +93,7 @@ def workload_from_fractions(shape: ModelShape, setting: Setting) -> Workload:
     tokens, width = shape.num_tokens, shape.head_dim
     queries = float(tokens * shape.num_heads)
     pairs = queries * tokens
-    planes = [high - low for low, high in zip((0.0, *setting.key_bits), setting.key_bits)]
+    planes = np.diff(setting.key_bits, prepend=0.0).tolist()
 
     def operation(count: float, bits_a: float, bits_b: float) -> Operation:
         return Operation(
@@ -170,7 +170,8 @@ def _union(kept: float, setting: Setting, shape: ModelShape) -> np.ndarray:
         # A single query wants its own keys; no block wants fewer keys than one query.
         independent = np.where(sizes > 1, max(setting.union, kept), kept)
     blocks: np.ndarray = np.ceil(shape.num_tokens / sizes)
-    return blocks * (shape.num_tokens * shape.num_heads) * independent
+    vectors: np.ndarray = blocks * (shape.num_tokens * shape.num_heads) * independent
+    return vectors
 
 
 def _stream(

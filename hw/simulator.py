@@ -7,7 +7,7 @@ the next by at most the index queue. Heads follow one another; main memory strea
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -17,10 +17,30 @@ from codesign.hw import energy
 from codesign.hw.spec import AcceleratorSpec, Unit
 from codesign.vocabulary import LINEAR_SITES
 
-if TYPE_CHECKING:
-    from codesign.workload import Trace
-
 BLOCK_SITES = ("qkv", "out", "up", "down")
+
+
+class Trace(Protocol):
+    """What is read of a `codesign.workload.Trace`, which needs JAX to be imported."""
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Tokens that exist, bool `[B, S]`."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+
+    @property
+    def bits(self) -> dict[str, np.ndarray]:
+        """Deployed widths by knob or site, bit."""
+
+    @property
+    def packed(self) -> np.ndarray:
+        """Packed masks; the leading axis is the layers."""
+
+    def keep(self, layer: int) -> np.ndarray:
+        """Returns one layer's masks after each round, bool `[B, H, R, T, S]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +120,7 @@ class _Masks:
 
 
 def simulate(
-    trace: "Trace", spec: AcceleratorSpec, gemm_shapes: Mapping[str, GemmShape]
+    trace: Trace, spec: AcceleratorSpec, gemm_shapes: Mapping[str, GemmShape]
 ) -> Simulation:
     """Runs a batch through a machine.
 
@@ -181,7 +201,7 @@ def _per_example(value: np.ndarray) -> np.ndarray:
 
 
 def _read_masks(
-    trace: "Trace", spec: AcceleratorSpec, bits: dict[str, np.ndarray], num_rounds: int
+    trace: Trace, spec: AcceleratorSpec, bits: dict[str, np.ndarray], num_rounds: int
 ) -> _Masks:
     valid = np.asarray(trace.valid, bool)
     head_bytes = valid.sum(axis=1) * trace.head_dim / units.BITS_PER_BYTE

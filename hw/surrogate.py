@@ -13,8 +13,8 @@ from flax import struct
 from codesign import gates, units
 from codesign.errors import UnknownNameError
 from codesign.hw.accelerator import Accelerator, Structure, UnitStructure
-from codesign.hw.host import HostCost, Maximum, ceil, host_cost, host_mm2, total
-from codesign.workload import LINEAR_SITES, Gemm, Operation, RowStatistics, Stream, Workload
+from codesign.hw.host import HostCost, Maximum, ceil, host_cost, host_mm2
+from codesign.workload import LINEAR_SITES, Gemm, Operation, RowStatistics, Workload
 
 Scope = Literal["attention", "end_to_end"]
 SCOPES: tuple[Scope, ...] = ("attention", "end_to_end")
@@ -137,83 +137,86 @@ def cost(
         unit_energy_pj=energy_pj,
         unit_busy_cycles=busy | {"dram": dram_cycles},
         attention_cycles=_layer_cycles(busy, dram_cycles, workload, accelerator.structure, maximum),
-        block_host=_gemm_cost(workload.block_gemms, accelerator, maximum, axis=None),
-        end_host=_gemm_cost(workload.end_gemms, accelerator, maximum, axis=1),
+        block_host=jax.tree.map(
+            lambda part: jnp.sum(part, axis=2),
+            _gemm_cost(workload.block_gemms, accelerator, maximum),
+        ),
+        end_host=jax.tree.map(
+            lambda part: part[:, 0], _gemm_cost(workload.end_gemms, accelerator, maximum)
+        ),
         unit_area_mm2=_unit_mm2(accelerator),
         host_area_mm2=host_mm2(accelerator),
     )
 
 
-def _sizes(levels: int) -> jax.Array:
-    """Returns the sizes 1, 2, 4, ... at which a workload's statistics are given, `[G]`."""
-    return 2.0 ** jnp.arange(levels)
+def _floor(x: jax.Array) -> jax.Array:
+    """Rounds down; true derivative zero almost everywhere, substituted: 1."""
+    return gates.straight_through(jnp.floor(x), x)
 
 
-def _hats(size: jax.Array, levels: int) -> jax.Array:
-    """Returns how much each size 1, 2, 4, ... counts in a linear interpolation at `size`.
+def _interpolate(values: list[jax.Array], size: jax.Array) -> jax.Array:
+    """Interpolates values given at sizes 1, 2, 4, ... linearly at `size`; 0 at size 0.
 
-    Args:
-      size: Any shape, from 0 (nothing) to the last size.
-      levels: Number of sizes G.
-
-    Returns:
-      Weights, `[..., G]`; at most two are not 0.
+    `size` must not exceed the last size given.
     """
-    ratio = size[..., None] / jnp.reshape(_sizes(levels), (1,) * size.ndim + (levels,))
-    rising = jnp.where(jnp.arange(levels) == 0, 1.0, 2.0)
-    rising = jnp.reshape(rising, (1,) * size.ndim + (levels,))
-    return jnp.maximum(jnp.minimum(2.0 - ratio, rising * ratio - (rising - 1.0)), 0.0)
+    terms = []
+    for level, value in enumerate(values):
+        ratio = size * 0.5**level
+        rising = 2.0 * ratio - 1.0 if level else ratio
+        terms.append(value * jnp.maximum(jnp.minimum(2.0 - ratio, rising), 0.0))
+    return functools.reduce(jnp.add, terms)
 
 
 def _segments(rows: RowStatistics, lanes: jax.Array) -> jax.Array:
     """Returns the steps of all rows of a layer, sum of ceil(keys / lanes), `[B, L]`.
 
-    Steps times lanes are interpolated between powers of two, where this is exact. Rows nearly all
-    as long as the longest share one remainder, which interpolation cannot see: they are corrected
-    by the steps of the longest row, as far as the mean row stays within half a step of it.
+    Steps times lanes are interpolated between powers of two, where the result is exact. Rows nearly
+    all as long as the longest share one remainder, which interpolation cannot see: they take the
+    steps of the longest row, as far as the mean row stays within half a step of it.
     """
     levels = rows.segments.shape[-1]
-    sizes = jnp.reshape(_sizes(levels), (1, 1, 1, levels))
     lanes = jnp.minimum(lanes, 2.0 ** (levels - 1))
-    # Below one lane a key takes several cycles.
-    hats = jnp.reshape(_hats(jnp.maximum(lanes, 1.0), levels), (1, 1, 1, levels))
-    queries = jnp.maximum(rows.queries, 1.0)
-    short = rows.maximum - rows.segments[..., 0] / queries
+    short = rows.maximum - rows.segments[..., 0] / jnp.maximum(rows.queries, 1.0)
     alike = jnp.maximum(1.0 - 2.0 * short / lanes, 0.0) * rows.queries
-    remainders = ceil(rows.maximum[..., None] / sizes)
-    rest = rows.segments - alike[..., None] * remainders
-    steps = jnp.sum(hats * sizes * rest, axis=-1) / lanes
+    uneven = [
+        (rows.segments[..., level] - alike * ceil(rows.maximum * 0.5**level)) * 2.0**level
+        for level in range(levels)
+    ]
+    # Below one lane a key takes several cycles.
+    steps = _interpolate(uneven, jnp.maximum(lanes, 1.0)) / lanes
     return jnp.sum(steps + alike * ceil(rows.maximum / lanes), axis=2)
 
 
-def _shared_vectors(vectors: jax.Array, queries: jax.Array, block: jax.Array) -> jax.Array:
-    """Returns vectors fetched by blocks of `block` queries, `[B, L]`, from `[B, L, H, G]`.
+def _shared_fetches(given: jax.Array, queries: jax.Array, block: jax.Array) -> jax.Array:
+    """Returns what blocks of `block` queries fetch, `[B, L]`, from what 1, 2, 4, ... do `[B, L, H, G]`.
 
-    The union of one block is interpolated between powers of two; whole blocks and the remaining
-    one are counted, and the result is scaled to be exact at powers of two.
+    Whole blocks fetch the union of `block` queries each, the last one that of the queries left.
+    The union of n queries is linear in n between powers of two, where it is chosen such that the
+    result is the given one.
     """
-    levels = vectors.shape[-1]
-    sizes = jnp.reshape(_sizes(levels), (1, 1, 1, levels))
+    levels = given.shape[-1]
     block = jnp.minimum(block, 2.0 ** (levels - 1))
     queries = jnp.maximum(queries, 1.0)
-    union = vectors / ceil(queries[..., None] / sizes)
-
-    def whole(size: jax.Array) -> jax.Array:
-        ratio = queries[..., None] / size
-        return gates.straight_through(jnp.floor(ratio), ratio)
-
-    def fetched(size: jax.Array, of_size: jax.Array) -> jax.Array:
-        blocks = whole(size)
-        rest = jnp.minimum(queries[..., None] - blocks * size, 2.0 ** (levels - 1))
-        of_rest = jnp.sum(_hats(rest, levels) * union[..., None, :], axis=-1)
-        return blocks * of_size + of_rest
-
-    hats = jnp.reshape(_hats(block, levels), (1, 1, 1, levels))
-    weights = hats * sizes / block
-    here = fetched(jnp.reshape(block, (1, 1, 1, 1)), jnp.sum(hats * union, -1, keepdims=True))
-    there = jnp.sum(weights * fetched(sizes, union), axis=-1)
-    given = jnp.sum(weights * vectors, axis=-1)
-    return jnp.sum(given * here[..., 0] / jnp.maximum(there, 1e-6), axis=2)
+    unions = [given[..., 0] / queries]
+    whole, rest_union = queries, jnp.zeros_like(queries)
+    for level in range(1, levels):
+        size = 2.0**level
+        next_whole = _floor(queries / size)
+        # Whether half a block is left over, and how far the rest reaches beyond that half.
+        is_odd = whole - 2.0 * next_whole > 0.5
+        beyond = (queries - next_whole * size) * (2.0 / size) - 1.0
+        share = jnp.where(is_odd, beyond, 0.0)
+        below = jnp.where(is_odd, (1.0 - share) * unions[-1], rest_union)
+        number = next_whole + share
+        has_any = number > 0.0
+        union = (given[..., level] - below) / jnp.where(has_any, number, 1.0)
+        unions.append(jnp.where(has_any, union, given[..., level]))
+        rest_union = below + share * unions[-1]
+        whole = next_whole
+    blocks = _floor(queries / block)
+    rest = jnp.clip(queries - blocks * block, 0.0, 2.0 ** (levels - 1))
+    fetched = blocks * _interpolate(unions, block) + _interpolate(unions, rest)
+    return jnp.sum(fetched, axis=2)
 
 
 def _passes(operation: Operation, unit: UnitStructure) -> jax.Array | float:
@@ -318,23 +321,21 @@ def _fits(workload: Workload, accelerator: Accelerator) -> jax.Array | float:
 
 def _stream_bytes(workload: Workload, accelerator: Accelerator) -> jax.Array:
     """Returns bytes moved from and to main memory, `[B, L]`."""
-    fits = _fits(workload, accelerator)
-    block = accelerator.sizes["query_block"]
-
-    def vectors(stream: Stream) -> jax.Array:
-        if stream.vectors.shape[-1] == 1:
-            return jnp.sum(stream.vectors[..., 0], axis=2)
-        shared = _shared_vectors(stream.vectors, workload.rows["attention"].queries, block)
-        return shared + fits * (jnp.sum(stream.vectors[..., -1], axis=2) - shared)
-
-    moved = [
-        vectors(stream)
-        * (
-            _stream_bits(name, workload, accelerator.structure)
-            * (stream.width / units.BITS_PER_BYTE)
-        )
-        for name, stream in workload.streams.items()
-    ]
+    moved, by_block = [], []
+    for name, stream in workload.streams.items():
+        element = _stream_bits(name, workload, accelerator.structure) / units.BITS_PER_BYTE
+        sent = stream.vectors * (element * stream.width)[..., None, None]
+        if sent.shape[-1] == 1:
+            moved.append(jnp.sum(sent[..., 0], axis=2))
+        else:
+            by_block.append(sent)
+    if by_block:
+        # Sharing is linear in what is fetched, so all streams are shared at once.
+        fetched = functools.reduce(jnp.add, by_block)
+        queries = workload.rows["attention"].queries
+        shared = _shared_fetches(fetched, queries, accelerator.sizes["query_block"])
+        whole_head = jnp.sum(fetched[..., -1], axis=2)
+        moved.append(shared + _fits(workload, accelerator) * (whole_head - shared))
     return functools.reduce(jnp.add, moved)
 
 
@@ -375,25 +376,13 @@ def _buffer_bytes(accelerator: Accelerator) -> dict[str, jax.Array]:
     }
 
 
-def _gemm_cost(
-    gemms: dict[str, Gemm], accelerator: Accelerator, maximum: Maximum, *, axis: int | None
-) -> HostCost:
-    """Returns the cost of dense products: summed where `axis` is None, else side by side along it."""
-    costs = [host_cost(gemms[site], accelerator, maximum) for site in LINEAR_SITES if site in gemms]
-    if not costs:
-        none = jnp.zeros((1, 0 if axis else 1))
+def _gemm_cost(gemms: dict[str, Gemm], accelerator: Accelerator, maximum: Maximum) -> HostCost:
+    """Returns the cost of dense products in the order of `LINEAR_SITES`, `[B, L, E]`."""
+    present = [gemms[site] for site in LINEAR_SITES if site in gemms]
+    if not present:
+        none = jnp.zeros((1, 1, 0))
         return HostCost(cycles=none, mac_pj=none, sram_pj=none, dram_pj=none)
-    if axis is None:
-        return total(costs)
-    joined: HostCost = jax.tree.map(lambda *parts: _concatenate(parts, axis), *costs)
-    return joined
-
-
-def _concatenate(parts: tuple[jax.Array, ...], axis: int) -> jax.Array:
-    batch = max(part.shape[0] for part in parts)
-    return jnp.concatenate(
-        [jnp.broadcast_to(part, (batch, *part.shape[1:])) for part in parts], axis=axis
-    )
+    return host_cost(present, accelerator, maximum)
 
 
 def _unit_mm2(accelerator: Accelerator) -> dict[str, jax.Array]:

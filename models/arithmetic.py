@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from codesign import gates
 from codesign.gates import Relaxation
 from codesign.mechanisms.protocol import Operands
-from codesign.policy import BITS_RANGE, bits_range, group
+from codesign.policy import BITS_RANGE, BLOCK_SITES, bits_range, group
 from codesign.quantize import (
     code_limit,
     deployed_bits,
@@ -21,6 +21,8 @@ SOFTMAX_EPSILON = 1e-9
 """Keeps a row without kept mass finite on the soft path (Energon's specification, section 3; dimensionless)."""
 GELU_BITS = 10.0
 """Width in bit of the code that enters the GELU table (docs/integer_path.md)."""
+WIDTHS = {"query": "qk_bits", "key": "qk_bits", "value": "v_bits"}
+"""The knob that gives an attention operand its width."""
 
 
 class Arithmetic(Protocol):
@@ -29,16 +31,16 @@ class Arithmetic(Protocol):
     def norm(self, r: jax.Array, site: str) -> jax.Array:
         """Normalises the residual stream `[B, T, D]` into the activation that enters `site`."""
 
-    def weight(self, site: str) -> jax.Array:
-        """Returns the weight of `site` `[inputs, outputs]` as its dense product uses it."""
-
     def linear(self, x: jax.Array, site: str) -> jax.Array:
-        """Returns the dense product of `site`, bias included, `[B, T, outputs]`."""
+        """Returns the dense product of `site`, bias included, `[B, T, outputs]`, in the scale of what consumes it."""
 
     def heads(self, projected: jax.Array) -> Operands:
         """Splits the output of `qkv` into the codes of every head."""
 
-    def probabilities(self, operands: Operands, weights: jax.Array) -> jax.Array:
+    def scores(self, operands: Operands) -> jax.Array:
+        """Returns query times key in units of their codes, `[B, H, T, S]`."""
+
+    def probabilities(self, scores: jax.Array, operands: Operands, weights: jax.Array) -> jax.Array:
         """Returns attention probabilities over the kept keys, `[B, H, T, S]`."""
 
     def attend(self, probabilities: jax.Array, operands: Operands) -> jax.Array:
@@ -46,6 +48,15 @@ class Arithmetic(Protocol):
 
     def activate(self, x: jax.Array) -> jax.Array:
         """Returns the GELU of the output of `up` as the activation that enters `down`."""
+
+    def codes(self, x: jax.Array, site: str) -> jax.Array:
+        """See `codesign.mechanisms.protocol.Numbers`, as the next two."""
+
+    def weight_codes(self, site: str) -> jax.Array:
+        """Returns the weight of `site` as codes."""
+
+    def estimate(self, accumulator: jax.Array) -> Operands:
+        """Returns the operands that an estimated accumulator of `qkv` becomes."""
 
     def add(self, r: jax.Array, branch: jax.Array, site: str) -> jax.Array:
         """Adds the output of `site` to the residual stream."""
@@ -134,24 +145,30 @@ class FloatArithmetic:
         """See `Arithmetic.linear`."""
         product: jax.Array = x @ self.weight(site)
         bias = self.params[site]["bias"]
-        return product + jnp.reshape(bias, (1,) * (product.ndim - 1) + (-1,))
+        product = product + jnp.reshape(bias, (1,) * (product.ndim - 1) + (-1,))
+        if site == "up":
+            self.observe("gelu", product)
+            if self.relaxation is not None:
+                product = quantize(product, self.ranges["gelu"], GELU_BITS)
+        return product
 
     def heads(self, projected: jax.Array) -> Operands:
         """See `Arithmetic.heads`; without quantisation the codes are the values themselves."""
-        batch, tokens, _ = projected.shape
-        split = jnp.reshape(projected, (batch, tokens, 3, self.num_heads, -1))
-        query, key, value = (jnp.swapaxes(split[:, :, index], 1, 2) for index in range(3))
-        codes, scales = [], []
-        for name, tensor, width in (
-            ("query", query, "qk_bits"),
-            ("key", key, "qk_bits"),
-            ("value", value, "v_bits"),
-        ):
+        tensors = self._split(projected)
+        for name, tensor in tensors.items():
             self.observe(name, tensor)
-            code, scale = self._code(tensor, name, width)
-            codes.append(code)
-            scales.append(scale)
-        root = jnp.sqrt(jnp.asarray(query.shape[-1], projected.dtype))
+        return self._operands(tensors)
+
+    def _split(self, projected: jax.Array) -> dict[str, jax.Array]:
+        split = jnp.reshape(projected, (*projected.shape[:2], 3, self.num_heads, -1))
+        names = ("query", "key", "value")
+        return {name: jnp.swapaxes(split[:, :, i], 1, 2) for i, name in enumerate(names)}
+
+    def _operands(self, tensors: dict[str, jax.Array]) -> Operands:
+        codes, scales = zip(
+            *(self._code(tensor, name) for name, tensor in tensors.items()), strict=True
+        )
+        root = jnp.sqrt(jnp.asarray(codes[0].shape[-1], codes[0].dtype))
         return Operands(
             query=codes[0],
             key=codes[1],
@@ -160,26 +177,77 @@ class FloatArithmetic:
             value_scale=scales[2],
         )
 
-    def _code(self, x: jax.Array, name: str, width: str) -> tuple[jax.Array, jax.Array]:
+    def _code(self, x: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
+        scale = self.scale(name)
         if self.relaxation is None:
-            return x, jnp.ones((), x.dtype)
-        low, high = BITS_RANGE["attention"]
-        bits = self.knobs[width]
-        limit = gates.detach(code_limit(deployed_bits(bits, low, high)))
-        scale = gates.detach(self.ranges[name]) / limit
+            return x, scale
         # In units of the code: integers come out exact, so that a filter's floor sees no rounding error.
         code = interpolated_quantize(
             x / scale,
-            limit,
-            bits,
-            max_bits=high,
+            self._limit(WIDTHS[name]),
+            self.knobs[WIDTHS[name]],
+            max_bits=BITS_RANGE["attention"][1],
             straight_through=self.relaxation.straight_through,
         )
         return code, scale
 
-    def probabilities(self, operands: Operands, weights: jax.Array) -> jax.Array:
+    def _rounded(self, code: jax.Array) -> jax.Array:
+        """Returns codes as whole numbers where the forward value is the deployed one."""
+        if self.relaxation is None or not self.relaxation.straight_through:
+            return code
+        return gates.straight_through(jnp.round(code), code)
+
+    def _limit(self, width: str) -> jax.Array:
+        """Returns the largest code of a knob's deployed width, constant."""
+        limit: jax.Array = code_limit(deployed_bits(self.knobs[width], *bits_range(width)))
+        return gates.detach(limit)
+
+    def scale(self, name: str) -> jax.Array:
+        """Returns the real value of one code of a tensor, constant: an activation's site, an operand, or `gelu`."""
+        if self.relaxation is None:
+            return jnp.ones((), self.valid.dtype)
+        real = gates.detach(self.ranges[name])
+        if name == "gelu":
+            return real / code_limit(GELU_BITS)
+        if name in WIDTHS:
+            return real / self._limit(WIDTHS[name])
+        return (
+            real
+            * gates.detach(jnp.exp(self.knobs[f"{name}.clip"]))
+            / self._limit(f"{name}.activation_bits")
+        )
+
+    def scales(self) -> dict[str, jax.Array]:
+        """Returns the scales of a block's tensors; `out` and `down` are what enters these products."""
+        return {name: self.scale(name) for name in (*BLOCK_SITES, *WIDTHS, "gelu")}
+
+    def _weight_scale(self, site: str) -> jax.Array:
+        if self.relaxation is None:
+            return jnp.ones((1, 1), self.valid.dtype)
+        range_ = gates.detach(weight_range(self.params[site]["kernel"], site))
+        return range_ / self._limit(f"{site}.weight_bits")
+
+    def codes(self, x: jax.Array, site: str) -> jax.Array:
+        """See `Numbers.codes`."""
+        return self._rounded(x / self.scale(site))
+
+    def weight_codes(self, site: str) -> jax.Array:
+        """See `Numbers.weight_codes`."""
+        return self._rounded(self.weight(site) / self._weight_scale(site))
+
+    def estimate(self, accumulator: jax.Array) -> Operands:
+        """See `Numbers.estimate`; nothing is observed."""
+        product = accumulator * (self.scale("qkv") * self._weight_scale("qkv"))[None]
+        bias = self.params["qkv"]["bias"]
+        return self._operands(self._split(product + bias[None, None, :]))
+
+    def scores(self, operands: Operands) -> jax.Array:
+        """See `Arithmetic.scores`."""
+        scores: jax.Array = jnp.einsum("bhtd,bhsd->bhts", operands.query, operands.key)
+        return scores
+
+    def probabilities(self, scores: jax.Array, operands: Operands, weights: jax.Array) -> jax.Array:
         """See `Arithmetic.probabilities`; gates multiply the exponentials."""
-        scores = jnp.einsum("bhtd,bhsd->bhts", operands.query, operands.key)
         logits = scores * operands.logit_scale
         probabilities = gates.masked_softmax(logits, weights, epsilon=SOFTMAX_EPSILON)
         if self.relaxation is None:
@@ -198,9 +266,6 @@ class FloatArithmetic:
 
     def activate(self, x: jax.Array) -> jax.Array:
         """See `Arithmetic.activate`."""
-        self.observe("gelu", x)
-        if self.relaxation is not None:
-            x = quantize(x, self.ranges["gelu"], GELU_BITS)
         return self.enter(jax.nn.gelu(x, approximate=False), "down")
 
     def add(self, r: jax.Array, branch: jax.Array, site: str) -> jax.Array:

@@ -20,7 +20,7 @@ from codesign.models.integer import (
     RECIPROCAL_BITS,
     RESIDUAL_LIMIT,
 )
-from codesign.policy import BLOCK_SITES, Policy, deployed_bits
+from codesign.policy import ATTENTION_BITS, BLOCK_SITES, Policy, deployed_bits, group
 from codesign.quantize import code_limit, multiplier, quantize_codes
 from codesign.structure import GELU_LIMIT, ModelStructure
 
@@ -93,42 +93,43 @@ def harden(
     end_knobs = {name: np.asarray(value, np.float64) for name, value in policy.ends.items()}
     ranges = {name: np.asarray(value, np.float64) for name, value in calibration.layers.items()}
     end_ranges = {name: float(value) for name, value in calibration.ends.items()}
-    codes = mechanism.codes(knobs)
     own = {
-        name: np.rint(knobs[name]).astype(np.int64)
-        for name in ("query_bits", "key_bits")
-        if name in knobs
+        name: np.rint(value).astype(np.int64)
+        for name, value in knobs.items()
+        if group(name) == "bits" and name not in ATTENTION_BITS and "." not in name
     }
-    structure = dataclasses.replace(
-        config.structure,
-        mechanism=mechanism.name,
-        num_rounds=codes["threshold"].shape[-1] if "threshold" in codes else 0,
-    )
     residual_scale = end_ranges["residual"] / RESIDUAL_LIMIT
     per_layer = [
         _harden_layer(
             {site: _slice(params["blocks"][site], index) for site in params["blocks"]},
             {name: value[index] for name, value in knobs.items()},
-            {name: float(value[index]) for name, value in ranges.items()},
-            structure,
+            {name: value[index] for name, value in ranges.items()},
+            config.structure,
             residual_scale,
         )
-        for index in range(structure.num_layers)
+        for index in range(config.structure.num_layers)
     ]
     layers = {name: np.stack([one[0][name] for one in per_layer]) for name in per_layer[0][0]}
-    layers |= codes | own
     ends, end_scales, logit_scale = _harden_ends(
         params, end_knobs, end_ranges, config, residual_scale
     )
     scales: dict[str, list[float] | float] = {
         name: [one[1][name] for one in per_layer] for name in per_layer[0][1]
-    }
+    } | {"residual": residual_scale}
+    codes = mechanism.codes(
+        knobs, ranges | {name: np.asarray(value) for name, value in scales.items()}
+    )
+    structure = dataclasses.replace(
+        config.structure,
+        mechanism=mechanism.name,
+        num_rounds=codes["threshold"].shape[-1] if "threshold" in codes else 0,
+    )
     return Deployment(
         structure=structure,
-        layers=layers,
+        layers=layers | codes | own,
         ends=ends,
         logit_scale=logit_scale,
-        scales=scales | end_scales | {"residual": residual_scale},
+        scales=scales | end_scales,
     )
 
 
@@ -140,10 +141,10 @@ def _bits(knobs: dict[str, Any], name: str) -> int:
     return round(float(knobs[name]))
 
 
-def _activation_scale(knobs: dict[str, Any], ranges: dict[str, float], site: str) -> float:
+def _activation_scale(knobs: dict[str, Any], ranges: dict[str, Any], site: str) -> float:
     """Returns the real value of one activation code entering `site`."""
     largest: int = code_limit(_bits(knobs, f"{site}.activation_bits"))
-    return ranges[site] * math.exp(float(knobs[f"{site}.clip"])) / largest
+    return float(ranges[site]) * math.exp(float(knobs[f"{site}.clip"])) / largest
 
 
 def _weight_codes(
@@ -190,17 +191,20 @@ def _dense(
 def _harden_layer(
     params: dict[str, dict[str, NDArray[np.float64]]],
     knobs: dict[str, Any],
-    ranges: dict[str, float],
+    ranges: dict[str, Any],
     structure: ModelStructure,
     residual_scale: float,
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, float]]:
     """Returns the integer arrays and the scales of one layer."""
     scale = {site: _activation_scale(knobs, ranges, site) for site in BLOCK_SITES}
     qk_bits, v_bits = _bits(knobs, "qk_bits"), _bits(knobs, "v_bits")
-    scale["query"] = ranges["query"] / code_limit(qk_bits)
-    scale["key"] = ranges["key"] / code_limit(qk_bits)
-    scale["value"] = ranges["value"] / code_limit(v_bits)
-    scale["gelu"] = ranges["gelu"] / GELU_LIMIT
+    for name, largest in (
+        ("query", code_limit(qk_bits)),
+        ("key", code_limit(qk_bits)),
+        ("value", code_limit(v_bits)),
+        ("gelu", GELU_LIMIT),
+    ):
+        scale[name] = float(ranges[name]) / largest
     attention = structure.attention_width
     qkv_scale = np.repeat([scale["query"], scale["key"], scale["value"]], attention)
     arrays: dict[str, NDArray[np.int64]] = {}

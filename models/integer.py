@@ -97,42 +97,59 @@ class IntegerArithmetic:
             self.tables["norm_epsilon"],
         )
 
-    def weight(self, site: str) -> jax.Array:
-        """See `Arithmetic.weight`: integer codes."""
+    def codes(self, x: jax.Array, site: str) -> jax.Array:
+        """See `Numbers.codes`: activations are codes."""
+        del site
+        return x
+
+    def weight_codes(self, site: str) -> jax.Array:
+        """See `Numbers.weight_codes`."""
         return self.arrays[f"{site}_weight"]
 
     def linear(self, x: jax.Array, site: str) -> jax.Array:
-        """See `Arithmetic.linear`: the exact accumulator."""
-        product = exact_einsum("btk,kn->btn", x, self.weight(site), LINEAR_LIMIT)
-        return product.astype(jnp.int64) + self.arrays[f"{site}_bias"][None, None, :]
+        """See `Arithmetic.linear`: an exact accumulator, requantised."""
+        product = exact_einsum("btk,kn->btn", x, self.weight_codes(site), LINEAR_LIMIT)
+        code = self._requantized(product.astype(jnp.int64), site)
+        return saturate(code, GELU_LIMIT) if site == "up" else code
 
     def _requantized(self, accumulator: jax.Array, site: str) -> jax.Array:
+        """Returns the accumulator with its bias in the scale of what consumes it."""
         return requantize(
-            accumulator,
+            accumulator + self.arrays[f"{site}_bias"][None, None, :],
             self.arrays[f"{site}_mantissa"][None, None, :],
             self.arrays[f"{site}_shift"][None, None, :],
         )
 
     def heads(self, projected: jax.Array) -> Operands:
         """See `Arithmetic.heads`."""
-        code = self._requantized(projected, "qkv")
+        operands = self._operands(projected)
+        for name in ("query", "key", "value"):
+            self.trace(name, getattr(operands, name))
+        return operands
+
+    def estimate(self, accumulator: jax.Array) -> Operands:
+        """See `Numbers.estimate`; nothing is traced."""
+        return self._operands(self._requantized(accumulator, "qkv"))
+
+    def _operands(self, code: jax.Array) -> Operands:
         split = jnp.reshape(code, (*code.shape[:2], 3, self.num_heads, -1))
         qk_limit, v_limit = limit(self.arrays["qk_bits"]), limit(self.arrays["v_bits"])
         query, key, value = (
             saturate(jnp.swapaxes(split[:, :, index], 1, 2), largest)
             for index, largest in ((0, qk_limit), (1, qk_limit), (2, v_limit))
         )
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            self.trace(name, tensor)
         one = jnp.ones((), jnp.float64)
         return Operands(query=query, key=key, value=value, logit_scale=one, value_scale=one)
 
-    def probabilities(self, operands: Operands, weights: jax.Array) -> jax.Array:
+    def scores(self, operands: Operands) -> jax.Array:
+        """See `Arithmetic.scores`."""
+        scores = exact_einsum("bhtd,bhsd->bhts", operands.query, operands.key, ATTENTION_LIMIT)
+        return scores.astype(jnp.int64)
+
+    def probabilities(self, scores: jax.Array, operands: Operands, weights: jax.Array) -> jax.Array:
         """See `Arithmetic.probabilities`: a table of powers of two and one reciprocal per row."""
+        del operands
         kept = weights > 0.5
-        scores = exact_einsum(
-            "bhtd,bhsd->bhts", operands.query, operands.key, ATTENTION_LIMIT
-        ).astype(jnp.int64)
         lowest = jnp.iinfo(jnp.int64).min
         top = jnp.max(jnp.where(kept, scores, lowest), axis=-1, keepdims=True)
         distance = jnp.where(kept, top - scores, 0)
@@ -169,13 +186,12 @@ class IntegerArithmetic:
 
     def activate(self, x: jax.Array) -> jax.Array:
         """See `Arithmetic.activate`: a table."""
-        code = saturate(self._requantized(x, "up"), GELU_LIMIT)
-        hidden = jnp.take(self.arrays["gelu_table"], code + GELU_LIMIT)
+        hidden = jnp.take(self.arrays["gelu_table"], x + GELU_LIMIT)
         self.trace("hidden", hidden)
         return hidden
 
     def add(self, r: jax.Array, branch: jax.Array, site: str) -> jax.Array:
         """See `Arithmetic.add`: saturating 16-bit codes."""
-        total = saturate(r + self._requantized(branch, site), RESIDUAL_LIMIT)
+        total = saturate(r + branch, RESIDUAL_LIMIT)
         self.trace({"out": "attended", "down": "residual"}[site], total)
         return total

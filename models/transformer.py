@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from codesign.mechanisms.protocol import Carry, Context, Counts, Hooks, Plan
+from codesign.mechanisms.protocol import Carry, Context, Counts, Hooks, Plan, Selection
 from codesign.models.arithmetic import Arithmetic
 from codesign.structure import ModelStructure
 from codesign.workload import Gemm, Workload, gemm, layers_second
@@ -49,7 +49,7 @@ def block(
     structure: ModelStructure,
     residual: jax.Array,
     carry: Carry,
-) -> tuple[jax.Array, Carry, Workload, dict[str, jax.Array]]:
+) -> tuple[jax.Array, jax.Array, Carry, BlockOutput]:
     """Runs one pre-norm transformer block.
 
     Args:
@@ -61,53 +61,71 @@ def block(
       carry: What the mechanism passes from layer to layer.
 
     Returns:
-      The residual stream, the carry, this layer's workload, and the mechanism's decisions.
+      The residual stream, the tokens that live on `[B, T]`, the carry, and this layer's output.
     """
-    counts = Counts()
+    counts, plan = Counts(), Plan()
 
     def entering(x: jax.Array, site: str) -> jax.Array:
         nonlocal counts
-        x, added = hooks.on_activation(context, x, site)
+        x, added = hooks.on_activation(context, x, plan, site)
         counts += added
         return x
 
-    def leaving(y: jax.Array, plan: Plan, branch: str) -> jax.Array:
+    def leaving(y: jax.Array, site: str) -> jax.Array:
         nonlocal counts
-        y, added = hooks.on_output(context, y, plan, branch)
+        y, added = hooks.on_output(context, y, plan, site)
         counts += added
         return y
 
     x = entering(arithmetic.norm(residual, "qkv"), "qkv")
-    plan, added = hooks.plan(context, x, {"qkv": arithmetic.weight("qkv")}, carry)
+    plan, added = hooks.plan(context, x, arithmetic, carry)
     counts += added
+    if plan.tokens is not None:
+        context = context.replace(  # type: ignore[attr-defined]
+            valid=context.valid * plan.tokens,
+            pairs=context.pairs * plan.tokens[:, None, None, :],
+        )
     operands = arithmetic.heads(arithmetic.linear(x, "qkv"))
+    operands = operands.replace(  # type: ignore[attr-defined]
+        query=entering(operands.query, "query"),
+        key=entering(operands.key, "key"),
+        value=entering(operands.value, "value"),
+    )
     selection, added = hooks.filter(context, operands, plan, carry)
     counts += added
-    probabilities = arithmetic.probabilities(operands, selection.weights)
+    scores = entering(arithmetic.scores(operands), "scores")
+    probabilities = arithmetic.probabilities(scores, operands, selection.weights)
     probabilities, value_weights, added = hooks.on_probabilities(context, probabilities, selection)
     counts += added
     counts += hooks.execution(context, operands, selection, plan, value_weights)
-    attended = arithmetic.attend(probabilities, operands)
+    attended = leaving(arithmetic.attend(probabilities, operands), "attention")
     carry = hooks.carry(context, carry, probabilities, attended)
-    branch = leaving(arithmetic.linear(entering(attended, "out"), "out"), plan, "attention")
+    branch = leaving(arithmetic.linear(entering(attended, "out"), "out"), "out")
     residual = arithmetic.add(residual, branch, "out")
     x = entering(arithmetic.norm(residual, "up"), "up")
-    hidden = entering(arithmetic.activate(arithmetic.linear(x, "up")), "down")
-    branch = leaving(arithmetic.linear(hidden, "down"), plan, "ffn")
+    hidden = arithmetic.activate(entering(arithmetic.linear(x, "up"), "gelu"))
+    branch = leaving(arithmetic.linear(entering(hidden, "down"), "down"), "down")
     residual = arithmetic.add(residual, branch, "down")
     workload = Workload(
         operations=counts.operations,
         rows=counts.rows,
         streams=counts.streams,
-        block_gemms=block_gemms(context, plan, structure),
+        block_gemms=block_gemms(hooks, context, plan, selection, structure),
         end_gemms={},
         head_dim=structure.head_dim,
+        densities=counts.densities,
     )
-    return residual, carry, workload, selection.trace
+    output = BlockOutput(workload=workload, trace=selection.trace, observed=counts.observed)
+    return residual, context.valid, carry, output
 
 
-def block_gemms(context: Context, plan: Plan, structure: ModelStructure) -> dict[str, Gemm]:
-    """Returns the dense products of one layer; rows that a plan skips are not counted."""
+def block_gemms(
+    hooks: Hooks, context: Context, plan: Plan, selection: Selection, structure: ModelStructure
+) -> dict[str, Gemm]:
+    """Returns the dense products of one layer: rows that are skipped do not count, nor heads that are dropped.
+
+    Rows are effective ones: rows times inner times outer size is what is multiplied.
+    """
     tokens = jnp.sum(context.valid, axis=-1)
     shapes = {
         "qkv": (structure.width, 3 * structure.attention_width),
@@ -116,48 +134,66 @@ def block_gemms(context: Context, plan: Plan, structure: ModelStructure) -> dict
         "down": (structure.hidden, structure.width),
     }
     rows = dict.fromkeys(shapes, tokens)
-    if plan.queries is not None or plan.keys is not None:
-        queries = tokens if plan.queries is None else jnp.mean(jnp.sum(plan.queries, -1), -1)
-        keys = tokens if plan.keys is None else jnp.mean(jnp.sum(plan.keys, -1), -1)
-        rows["qkv"] = (queries + 2.0 * keys) / 3.0
+    bits = {site: context.widths[f"{site}.activation_bits"] for site in shapes}
+    generated = plan.keys if selection.keys is None else selection.keys
+    parts = [plan.queries, generated, generated]
+    if hooks.generates_keys:
+        rows["qkv"] = _mean_rows(parts[:1], context.valid) / 3.0
+    elif any(part is not None for part in parts):
+        rows["qkv"] = _mean_rows(parts, context.valid) / 3.0
+    if plan.heads is not None:
+        rows["out"] = tokens * jnp.mean(plan.heads, axis=-1)
     if plan.ffn_source is not None:
-        computed = jnp.sum(jnp.diagonal(plan.ffn_source, axis1=1, axis2=2), axis=-1)
-        rows["up"] = rows["down"] = computed
+        computed = jnp.diagonal(plan.ffn_source, axis1=1, axis2=2) * context.valid
+        rows["up"] = rows["down"] = jnp.sum(computed, axis=-1)
+    else:
+        computed = context.valid
+    if plan.ffn_bits is not None:
+        mean_bits = jnp.sum(computed * plan.ffn_bits, axis=-1) / jnp.maximum(rows["up"], 1.0)
+        bits["up"] = bits["down"] = mean_bits
     return {
-        site: gemm(
-            rows[site],
-            inner,
-            outer,
-            context.widths[f"{site}.activation_bits"],
-            context.widths[f"{site}.weight_bits"],
-        )
+        site: gemm(rows[site], inner, outer, bits[site], context.widths[f"{site}.weight_bits"])
         for site, (inner, outer) in shapes.items()
     }
 
 
+def _mean_rows(parts: list[jax.Array | None], valid: jax.Array) -> jax.Array:
+    """Returns the rows computed in all parts together, `[B]`: each `[B, H, T]`, mean over heads, or None for all."""
+    exists = valid[:, None, :]
+    return sum(
+        (
+            jnp.mean(jnp.sum(exists if part is None else exists * part, axis=-1), axis=-1)
+            for part in parts
+        ),
+        start=jnp.zeros((), valid.dtype),
+    )
+
+
 def run_layers(
-    layer_fn: Callable[[Any, jax.Array, Carry], tuple[jax.Array, Carry, BlockOutput]],
+    layer_fn: Callable[..., tuple[jax.Array, jax.Array, Carry, BlockOutput]],
     stacked: Any,
     residual: jax.Array,
+    valid: jax.Array,
     carry: Carry,
-) -> tuple[jax.Array, BlockOutput]:
+) -> tuple[jax.Array, jax.Array, BlockOutput]:
     """Scans `layer_fn` over the leading axis of `stacked`; compile time does not grow with depth.
 
     Args:
-      layer_fn: One layer: (its slice of `stacked`, residual, carry) to (residual, carry, output).
+      layer_fn: One layer: (its slice of `stacked`, residual, valid, carry) to (residual, valid, carry, output).
       stacked: Pytree of per-layer arrays, `[L, ...]`.
       residual: Residual stream entering the first layer, `[B, T, D]`.
+      valid: Tokens that exist, `[B, T]`.
       carry: The mechanism's carry entering the first layer.
 
     Returns:
-      The last residual stream, and the outputs of all layers with the workload as `[B, L, ...]`.
+      The last residual stream, the tokens left, and the outputs of all layers with the workload as `[B, L, ...]`.
     """
 
     def step(
-        state: tuple[jax.Array, Carry], layer: Any
-    ) -> tuple[tuple[jax.Array, Carry], BlockOutput]:
-        residual, carry, output = layer_fn(layer, *state)
-        return (residual, carry), output
+        state: tuple[jax.Array, jax.Array, Carry], layer: Any
+    ) -> tuple[tuple[jax.Array, jax.Array, Carry], BlockOutput]:
+        residual, valid, carry, output = layer_fn(layer, *state)
+        return (residual, valid, carry), output
 
-    (residual, _), outputs = jax.lax.scan(step, (residual, carry), stacked)
-    return residual, outputs.replace(workload=layers_second(outputs.workload))
+    (residual, valid, _), outputs = jax.lax.scan(step, (residual, valid, carry), stacked)
+    return residual, valid, outputs.replace(workload=layers_second(outputs.workload))

@@ -63,6 +63,7 @@ def apply(
     mechanism: Mechanism,
     relaxation: Relaxation | None,
     tracing: bool = False,
+    calibrating: bool = False,
 ) -> ModelOutput:
     """Runs the float path.
 
@@ -75,6 +76,7 @@ def apply(
       mechanism: The mechanism whose soft hooks run.
       relaxation: Temperature and path; None: plain floating point, nothing quantised (mechanism must have no knobs).
       tracing: Whether to return the mechanism's decisions.
+      calibrating: Whether to measure the ranges that the mechanism wants (into `observed`).
 
     Returns:
       Real logits `[B, classes]`, the workload, decisions, and absolute maxima.
@@ -107,10 +109,13 @@ def apply(
     residual = embedded + params["position"][None, :, :]
     ends.observe("residual", residual)
     pairs = valid[:, None, None, :] * jnp.ones_like(valid)[:, None, :, None]
+    residual_scale = (
+        {} if relaxation is None else {"residual": ranges["ends"]["residual"] / RESIDUAL_LIMIT}
+    )
 
     def layer_fn(
-        layer: Any, residual: jax.Array, carry: Carry
-    ) -> tuple[jax.Array, Carry, BlockOutput]:
+        layer: Any, residual: jax.Array, valid: jax.Array, carry: Carry
+    ) -> tuple[jax.Array, jax.Array, Carry, BlockOutput]:
         arithmetic = FloatArithmetic(
             layer["params"],
             layer["knobs"],
@@ -126,13 +131,16 @@ def apply(
             ranges=layer["ranges"],
             relaxation=counting,
             valid=valid,
-            pairs=pairs,
+            pairs=pairs * valid[:, None, None, :],
+            scales=arithmetic.scales() | residual_scale,
             tracing=tracing,
+            calibrating=calibrating,
         )
-        residual, carry, workload, trace = block(
+        residual, valid, carry, output = block(
             arithmetic, mechanism.soft, context, structure, residual, carry
         )
-        return residual, carry, BlockOutput(workload, trace, arithmetic.observed)
+        observed = arithmetic.observed | output.observed
+        return residual, valid, carry, BlockOutput(output.workload, output.trace, observed)
 
     stacked = {
         "params": params["blocks"],
@@ -141,9 +149,9 @@ def apply(
         "ranges": ranges["layers"],
     }
     carry = mechanism.soft.start(valid.shape[0], structure.num_heads, structure.num_tokens)
-    residual, outputs = run_layers(layer_fn, stacked, residual, carry)
+    residual, left, outputs = run_layers(layer_fn, stacked, residual, valid, carry)
     features = ends.norm(residual, "head")
-    pooled = jnp.sum(features * valid[..., None], axis=1) / jnp.sum(valid, axis=1)[:, None]
+    pooled = jnp.sum(features * left[..., None], axis=1) / jnp.sum(left, axis=1)[:, None]
     logits = ends.linear(pooled, "head")
     observed_layers = dict(outputs.observed)
     ends.observed["residual"] = jnp.maximum(
@@ -185,20 +193,15 @@ def apply_hard(
     )
     inputs = saturate(inputs, limit(ends["embed_activation_bits"]))
     tokens = windows(inputs, structure)
-    embedded = requantize(
-        end.linear(tokens, "embed"),
-        ends["embed_mantissa"][None, None, :],
-        ends["embed_shift"][None, None, :],
-    )
-    residual = saturate(embedded + ends["position"][None, :, :], RESIDUAL_LIMIT)
+    residual = saturate(end.linear(tokens, "embed") + ends["position"][None, :, :], RESIDUAL_LIMIT)
     end.trace("embedded", residual)
     valid = jnp.ones(tokens.shape[:2], jnp.float64)
     pairs = valid[:, None, None, :] * jnp.ones_like(valid)[:, None, :, None]
     relaxation = Relaxation(temperature=jnp.zeros(()), smoothness=jnp.zeros(()))
 
     def layer_fn(
-        layer: dict[str, jax.Array], residual: jax.Array, carry: Carry
-    ) -> tuple[jax.Array, Carry, BlockOutput]:
+        layer: dict[str, jax.Array], residual: jax.Array, valid: jax.Array, carry: Carry
+    ) -> tuple[jax.Array, jax.Array, Carry, BlockOutput]:
         arithmetic = IntegerArithmetic(layer, ends, num_heads=structure.num_heads, tracing=tracing)
         context = Context(
             knobs=layer,
@@ -206,19 +209,20 @@ def apply_hard(
             ranges={},
             relaxation=relaxation,
             valid=valid,
-            pairs=pairs,
+            pairs=pairs * valid[:, None, None, :],
             tracing=tracing,
         )
-        residual, carry, workload, trace = block(
+        residual, valid, carry, output = block(
             arithmetic, mechanism.hard, context, structure, residual, carry
         )
-        return residual, carry, BlockOutput(workload, trace | arithmetic.traced, {})
+        trace = output.trace | arithmetic.traced
+        return residual, valid, carry, BlockOutput(output.workload, trace, {})
 
     carry = mechanism.hard.start(valid.shape[0], structure.num_heads, structure.num_tokens)
-    residual, outputs = run_layers(layer_fn, layers, residual, carry)
+    residual, left, outputs = run_layers(layer_fn, layers, residual, valid, carry)
     features = end.norm(residual, "head")
-    number = jnp.sum(valid, axis=1)[:, None].astype(jnp.int64)
-    pooled = jnp.sum(features * valid[..., None].astype(jnp.int64), axis=1)
+    number = jnp.sum(left, axis=1)[:, None].astype(jnp.int64)
+    pooled = jnp.sum(features * left[..., None].astype(jnp.int64), axis=1)
     product = exact_einsum(
         "bk,kn->bn", pooled, ends["head_weight"], LINEAR_LIMIT * structure.num_tokens
     )
@@ -238,7 +242,7 @@ def _widths(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         for kind in ("weight_bits", "activation_bits"):
             if name.endswith(f"_{kind}"):
                 widths[f"{name[: -len(kind) - 1]}.{kind}"] = value
-        if name in ("qk_bits", "v_bits", "query_bits", "key_bits"):
+        if name.endswith("bits") and not name.endswith(("_weight_bits", "_activation_bits")):
             widths[name] = value
     return widths
 

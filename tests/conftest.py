@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import pytest
+import tiny_model
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -19,3 +20,9 @@ def getkey() -> Callable[[], jax.Array]:
         return key
 
     return next_key
+
+
+@pytest.fixture(scope="session")
+def digits_model() -> tiny_model.Model:
+    """A model of two layers and 16 tokens, trained for seconds on the bundled digits."""
+    return tiny_model.trained(tiny_model.structure())

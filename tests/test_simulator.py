@@ -1,7 +1,6 @@
 """The row-by-row simulator: hand-worked rows, and agreement with the differentiable cost."""
 
 import dataclasses
-from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -118,9 +117,7 @@ def workload_from_masks(trace: Trace, *, is_dense: bool = False) -> Workload:
 
         def fetch(mask: jax.Array, width: float, name: str):
             vectors = fetched_vectors(mask)
-            return stream(
-                vectors, jnp.asarray(width), d, buffer=name, resident_bits=resident[name]
-            )
+            return stream(vectors, jnp.asarray(width), d, buffer=name, resident_bits=resident[name])
 
         streams = {
             "query": stream(queries[..., None], jnp.asarray(b_a), d),
@@ -133,9 +130,7 @@ def workload_from_masks(trace: Trace, *, is_dense: bool = False) -> Workload:
             operations[f"filter{r}.mac"] = operation(alive[r] * d, *widths)
             operations[f"filter{r}.statistic"] = operation(alive[r], *widths)
             operations[f"filter{r}.compare"] = operation(alive[r], *widths)
-            rows[f"filter{r}"] = row_statistics(
-                jnp.sum(entering[r], axis=-1), ones, trace.num_keys
-            )
+            rows[f"filter{r}"] = row_statistics(jnp.sum(entering[r], axis=-1), ones, trace.num_keys)
             streams[f"key{r}"] = fetch(entering[r], float(plane), "key")
         if rounds:
             listed = sum(alive[1:], start=jnp.zeros_like(queries))
@@ -225,9 +220,12 @@ def test_latency_within_one_percent_at_the_preset(tokens: int, kept: tuple[float
     masks = make_masks(rng, (2, 2, 4, tokens), valid, *kept, 0.5)
     trace = make_trace(masks, valid, make_bits(None, 2), 64)
     simulation, surrogate, _ = both(trace, SPEC)
-    np.testing.assert_allclose(
-        surrogate.attention_cycles, simulation.attention_cycles, rtol=0.01
-    )
+    np.testing.assert_allclose(surrogate.attention_cycles, simulation.attention_cycles, rtol=0.01)
+
+
+@jax.jit
+def jitted_cost(workload: Workload, sizes: dict[str, jax.Array]) -> Cost:
+    return cost(workload, accelerator_from_spec(SPEC).replace(sizes=sizes))
 
 
 def draw_sizes(rng: np.random.Generator) -> dict[str, float]:
@@ -276,11 +274,89 @@ def test_latency_over_random_policies_and_sizes():
         estimated.append(pairs[:, 1].ravel())
         assert kendalltau(simulated[-1], estimated[-1]).statistic >= 0.95
     real, model = np.concatenate(simulated), np.concatenate(estimated)
-    print(np.abs(model / real - 1).max(), kendalltau(real, model).statistic)
     np.testing.assert_allclose(model, real, rtol=0.05)
     assert kendalltau(real, model).statistic >= 0.95
 
 
-@jax.jit
-def jitted_cost(workload: Workload, sizes: dict[str, jax.Array]) -> Cost:
-    return cost(workload, accelerator_from_spec(SPEC).replace(sizes=sizes))
+def hand_trace() -> Trace:
+    """Two rounds, 3 queries of 4 keys, d = 2; round 1 keeps what round 0 keeps."""
+    keep = np.array([[1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+    masks = np.broadcast_to(keep, (1, 1, 1, 2, 4, 4))
+    return make_trace(masks, np.ones((1, 4), bool), make_bits(None, 1), 2)
+
+
+def test_hand_worked_rows():
+    """Rows keep 2, 2, 1, 0 of 4 keys; the union of the queries wants 3 of 4."""
+    simulation = simulate(hand_trace(), SPEC, GEMM_SHAPES)
+    # Round 0 takes all 16 pairs, round 1 the 5 kept ones, attention the same 5; d = 2.
+    assert simulation.operations["filter0.mac"].item() == 16 * 2
+    assert simulation.operations["filter1.mac"].item() == 5 * 2
+    assert simulation.operations["pv.mac"].item() == 5 * 2
+    # (5 + 5) kept pairs of 2 bits of index.
+    assert simulation.operations["index.bits"].item() == 10 * 2
+    # 2 elements of 2 bits of all 4 keys, then 2 + 12 and 16 bits of the 3 wanted ones.
+    moved = simulation.stream_bytes
+    assert [moved[name].item() for name in ("key0", "key1", "key_rest", "value")] == [2, 1.5, 9, 12]
+    # One step of 8 lanes per round with a survivor, 8 cycles per row; one cycle per kept key.
+    assert simulation.busy_cycles["filter_array"].item() == (4 + 3) + 4 * 8
+    assert simulation.busy_cycles["qk"].item() == 5
+    # Filtering binds: rows take 10, 10, 10, 9 cycles, the last has no attention; drain 32.
+    assert simulation.attention_cycles.item() == 39 + 32
+
+
+def test_a_full_index_queue_holds_the_filter_back():
+    """Attention of 30 cycles per row, filtering of 10: a deeper queue cannot help, none hurts not."""
+    trace = random_trace(0)
+    latency = []
+    for depth in (1, 2, 16, 1000):
+        queue = SPEC.pipeline.index_queue.model_copy(update={"value": depth})
+        pipeline = SPEC.pipeline.model_copy(update={"index_queue": queue})
+        spec = SPEC.model_copy(update={"pipeline": pipeline})
+        latency.append(simulate(trace, spec, {}).attention_cycles)
+    for shallow, deep in zip(latency, latency[1:], strict=False):
+        assert np.all(deep <= shallow)
+    assert np.any(latency[-1] < latency[0])
+
+
+def test_dense_attention_is_simulated_and_priced_too():
+    trace = random_trace(1)
+    exists = trace.valid[:, None, :, None] & trace.valid[:, None, None, :]
+    masks = np.broadcast_to(exists[None, :, :, None], (2, 2, 2, 1, 64, 64))
+    bits = {name: value for name, value in trace.bits.items() if name not in ("query_bits",)}
+    trace = make_trace(masks, trace.valid, bits, 64)
+    simulation, surrogate, _ = both(trace, SPEC, is_dense=True)
+    assert not any(key.startswith("filter") for key in simulation.operations)
+    np.testing.assert_allclose(
+        simulation.energy_pj("end_to_end"), surrogate.energy_pj("end_to_end"), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        simulation.latency_cycles("end_to_end"), surrogate.latency_cycles("end_to_end"), rtol=0.01
+    )
+
+
+def test_padding_changes_nothing():
+    """An example alone and the same one padded to twice its length."""
+    rng = np.random.default_rng(3)
+    short = np.ones((1, 32), bool)
+    masks = make_masks(rng, (1, 1, 2, 32), short, 0.5, 0.2, 0.5)
+    longer = np.zeros((1, 1, 2, 2, 64, 64), bool)
+    longer[..., :32, :32] = masks
+    bits = make_bits(None, 1)
+    alone = simulate(make_trace(masks, short, bits, 64), SPEC, GEMM_SHAPES)
+    padded_ = simulate(make_trace(longer, np.arange(64)[None] < 32, bits, 64), SPEC, GEMM_SHAPES)
+    assert padded_.latency_cycles("end_to_end") == alone.latency_cycles("end_to_end")
+    assert padded_.energy_pj("end_to_end") == pytest.approx(alone.energy_pj("end_to_end"))
+
+
+def test_unknown_names_and_rules_are_refused():
+    trace = hand_trace()
+    with pytest.raises(UnknownNameError, match="linear site `qkw`"):
+        simulate(trace, SPEC, {"qkw": GemmShape(inner=2, outer=2)})
+    with pytest.raises(UnknownNameError, match="unknown scope"):
+        simulate(trace, SPEC, {}).energy_pj("host")
+    flat = SPEC.units["qk"].model_copy(update={"rule": "flat"})
+    spec = SPEC.model_copy(update={"units": {**SPEC.units, "qk": flat}})
+    with pytest.raises(PresetError, match="units.qk.rule"):
+        simulate(trace, spec, {})
+    with pytest.raises(UnknownNameError, match="no size `qk.lane`"):
+        spec_with_sizes(SPEC, {"qk.lane": 2.0})

@@ -27,7 +27,7 @@ from codesign.mechanisms.protocol import (
     Selection,
 )
 from codesign.policy import bits_range
-from codesign.quantize import exact_einsum, power_of_two
+from codesign.quantize import deployed_bits, exact_einsum, power_of_two
 from codesign.workload import fetched_vectors, operation, row_statistics, stream
 
 ALPHA_ONE = 128
@@ -64,8 +64,11 @@ def alpha_code(alpha: jax.Array | np.ndarray) -> jax.Array:
     )
 
 
-def codes(knobs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def codes(
+    knobs: Mapping[str, np.ndarray], tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """Returns the thresholds as the chip stores them: int64 `[L, H, R]` in 1/128, -128 = keep all."""
+    del tensors
     alpha = np.tanh(np.asarray(knobs["threshold"], np.float64))
     scaled = ALPHA_ONE * alpha
     rounded = np.clip(np.rint(scaled), -127, 127)
@@ -132,14 +135,16 @@ def soft_round(
     """
     alive = weights >= 0.5
     alive = jnp.where(jnp.any(alive, axis=-1, keepdims=True), alive, pairs > 0.5)
+    has_any = jnp.any(alive, axis=-1, keepdims=True)
     total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-6)
     mean = jnp.sum(weights * scores, axis=-1, keepdims=True) / total
     variance = jnp.sum(weights * jnp.square(scores - mean), axis=-1, keepdims=True) / total
     top = jnp.max(jnp.where(alive, scores, -jnp.inf), axis=-1, keepdims=True)
     bottom = jnp.min(jnp.where(alive, scores, jnp.inf), axis=-1, keepdims=True)
+    # Finite in a row without any key too: infinity times a zero gradient would be NaN.
+    top, bottom = jnp.where(has_any, top, 0.0), jnp.where(has_any, bottom, 0.0)
     a = alpha[None, :, None, None]
     theta = jnp.where(a >= 0.0, a * top + (1.0 - a) * mean, (1.0 + a) * mean - a * bottom)
-    theta = jnp.where(jnp.isfinite(theta), theta, 0.0)
     soft = gates.Relaxation(
         temperature=relaxation.temperature, smoothness=relaxation.smoothness, straight_through=False
     )
@@ -199,7 +204,10 @@ def soft_filter(
         else alpha
     )
     # Codes and filters have their deployed widths on the relaxed path too, where counts use fractional ones.
-    widths = {name: _deployed(name, context.widths[name]) for name in ("qk_bits", *FILTER_KNOBS)}
+    widths = {
+        name: deployed_bits(gates.detach(context.widths[name]), *bits_range(name))
+        for name in ("qk_bits", "query_bits", "key_bits")
+    }
     code_bits = widths["qk_bits"]
     query_low = filter_operand(
         query,

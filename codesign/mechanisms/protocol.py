@@ -1,27 +1,30 @@
 """What a mechanism is: pure functions plugged into named hooks of one transformer block.
 
-A `Mechanism` carries two sets of `Hooks`, `soft` (differentiable; relaxed or straight-through, as the `Relaxation` says)
-and `hard` (integers and comparisons). Both sets have the same signatures and the identity as default, so a mechanism
-states only the hooks it uses. Hooks see *codes*: integer-valued arrays on the hard and straight-through paths. Each
-hook returns its counts.
+A `Mechanism` carries two sets of `Hooks`, `soft` (differentiable; relaxed or straight-through, as the
+`Relaxation` says) and `hard` (integers and comparisons). Both sets have the same signatures and the
+identity as default, so a mechanism states only the hooks it uses. Each hook returns its counts.
 
-Order of the calls in a block:
+Attention operands and scores are *codes* on every path: integers on the hard path, integer-valued on
+the straight-through path. Other tensors are codes on the hard path and values on the soft one, where
+`Context.scales` has the value of a code.
 
-    plan -> [Q, K, V made] -> filter -> [scores, softmax] -> on_probabilities -> execution -> carry
-         -> [output projection] -> on_output("attention") -> [FFN] -> on_output("ffn")
+Order of the calls in a block, with the site of each tensor (docs/mechanisms.md):
 
-and `on_activation(site)` before every dense product.
+    on_activation qkv -> plan -> on_activation query, key, value -> filter -> on_activation scores
+    -> on_probabilities -> execution -> on_output attention -> carry -> on_activation out -> on_output out
+    -> on_activation up, gelu, down -> on_output down
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from codesign import gates
 from codesign.gates import Relaxation
 from codesign.workload import (
     Operation,
@@ -36,20 +39,23 @@ from codesign.workload import (
 
 @struct.dataclass
 class Counts:
-    """What a hook added to the workload: see `codesign.workload` for the three vocabularies."""
+    """What a hook added to the workload: see `codesign.workload` for the vocabularies.
+
+    `densities` are fractions of elements that are not zero, `[B]` by site; `observed` are maxima that
+    the mechanism wants calibrated (`Context.calibrated`), by names of its own.
+    """
 
     operations: dict[str, Operation] = struct.field(default_factory=dict)
     rows: dict[str, RowStatistics] = struct.field(default_factory=dict)
     streams: dict[str, Stream] = struct.field(default_factory=dict)
+    densities: dict[str, jax.Array] = struct.field(default_factory=dict)
+    observed: dict[str, jax.Array] = struct.field(default_factory=dict)
 
     def __add__(self, other: "Counts") -> "Counts":
         """Returns both sets of counts; a key counted twice is our own mistake."""
-        assert not self.operations.keys() & other.operations.keys()
-        return Counts(
-            operations=self.operations | other.operations,
-            rows=self.rows | other.rows,
-            streams=self.streams | other.streams,
-        )
+        mine, theirs = vars(self), vars(other)
+        assert not any(mine[name].keys() & theirs[name].keys() for name in mine)
+        return Counts(**{name: mine[name] | theirs[name] for name in mine})
 
 
 @struct.dataclass
@@ -59,11 +65,13 @@ class Context:
     Attributes:
       knobs: This layer's knobs: trainable variables on the soft path, storage integers on the hard path.
       widths: Deployed widths in bit by knob name, scalars or `[R]`; on the soft path they carry the bits' gradient.
-      ranges: The mechanism's calibrated ranges and shifts for this layer.
+      ranges: Calibrated ranges of this layer; empty on the hard path, which stores integers made from them.
       relaxation: Temperature and path of the soft hooks; ignored by hard hooks.
-      valid: 1 for tokens that exist, `[B, T]`.
-      pairs: 1 for query-key pairs that exist (padding and causality), `[B, 1, T, S]`.
+      valid: 1 for tokens that exist and are not pruned, `[B, T]`.
+      pairs: 1 for query-key pairs that exist (padding, causality, pruning), `[B, 1, T, S]`.
+      scales: Real value of one code by tensor, scalars, for soft hooks that see values; empty on the hard path.
       tracing: Whether hooks return their decisions for the simulator and the emulator.
+      calibrating: Whether this run measures the mechanism's own ranges.
     """
 
     knobs: dict[str, jax.Array]
@@ -72,7 +80,20 @@ class Context:
     relaxation: Relaxation
     valid: jax.Array
     pairs: jax.Array
+    scales: dict[str, jax.Array] = struct.field(default_factory=dict)
     tracing: bool = struct.field(pytree_node=False, default=False)
+    calibrating: bool = struct.field(pytree_node=False, default=False)
+
+    def calibrated(self, name: str, measured: jax.Array) -> tuple[jax.Array, Counts]:
+        """Returns a range of the soft path: the stored one, or `measured` while calibrating.
+
+        Raises:
+          KeyError: If the range was not calibrated.
+        """
+        if not self.calibrating:
+            return self.ranges[name], Counts()
+        constant = gates.detach(measured)
+        return constant, Counts(observed={name: constant})
 
 
 @struct.dataclass
@@ -89,23 +110,51 @@ class Operands:
     value_scale: jax.Array
 
 
+class Numbers(Protocol):
+    """What a path's arithmetic lends to `plan`: the product that makes Q, K and V, seen before it runs."""
+
+    def codes(self, x: jax.Array, site: str) -> jax.Array:
+        """Returns the activation that enters `site` as codes of its deployed width, shape of `x`."""
+
+    def weight_codes(self, site: str) -> jax.Array:
+        """Returns the weight of `site` as codes, `[inputs, outputs]`."""
+
+    def estimate(self, accumulator: jax.Array) -> "Operands":
+        """Returns the operands that an estimate of the product's accumulator becomes.
+
+        Args:
+          accumulator: Estimate of codes times weight codes, `[B, T, 3*H*d]`; bias and requantisation
+            are those of the real product.
+        """
+
+
 @struct.dataclass
 class Plan:
     """What `plan` decided before Q, K and V exist; None means all, or no re-use.
 
+    All are weights, 0 or 1 but on the relaxed path.
+
     Attributes:
-      queries: Weight of each query row that is computed, `[B, H, T]`.
-      keys: Weight of each key row that is generated, `[B, H, S]`.
-      keep: Predicted keep weights, `[B, H, T, S]`.
-      attention_source: Row re-use: weights of the rows whose output a row takes, `[B, H, T, T]`.
-      ffn_source: The same for the feed-forward network, `[B, T, T]`.
+      tokens: Tokens that live on, `[B, T]`; the others are gone from here on, pooling included.
+      heads: Heads whose output counts, `[B, H]`.
+      queries: Query rows that are computed, `[B, H, T]`.
+      keys: Key and value rows that are generated, `[B, H, S]`.
+      keep: Predicted pairs, `[B, H, T, S]`.
+      attention_source: Row re-use: the rows whose output a row takes, `[B, H, T, T]`.
+      ffn_source: The same for the feed-forward network, `[B, T, T]`; its diagonal is computed.
+      ffn_bits: Activation bits of each row of that network, `[B, T]`; None: those of its sites.
+      notes: What the mechanism's later hooks want to know.
     """
 
+    tokens: jax.Array | None = None
+    heads: jax.Array | None = None
     queries: jax.Array | None = None
     keys: jax.Array | None = None
     keep: jax.Array | None = None
     attention_source: jax.Array | None = None
     ffn_source: jax.Array | None = None
+    ffn_bits: jax.Array | None = None
+    notes: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -117,26 +166,25 @@ class Selection:
       fetched: Key vectors still to be fetched by query block, `[B, H, G]`.
       fetched_bits: Key bits already on chip, scalar in bit.
       trace: `scores` and `keep` of every round, `[R, B, H, T, S]`, if the context traces.
+      keys: Key and value rows generated on demand, `[B, H, S]`; None: those of the plan.
     """
 
     weights: jax.Array
     fetched: jax.Array
     fetched_bits: jax.Array
     trace: dict[str, jax.Array]
+    keys: jax.Array | None = None
 
 
 Carry: TypeAlias = Any
 StartFn: TypeAlias = Callable[[int, int, int], Carry]
-PlanFn: TypeAlias = Callable[
-    [Context, jax.Array, Mapping[str, jax.Array], Carry], tuple[Plan, Counts]
-]
+PlanFn: TypeAlias = Callable[[Context, jax.Array, Numbers, Carry], tuple[Plan, Counts]]
 FilterFn: TypeAlias = Callable[[Context, Operands, Plan, Carry], tuple[Selection, Counts]]
 ProbabilitiesFn: TypeAlias = Callable[
     [Context, jax.Array, Selection], tuple[jax.Array, jax.Array, Counts]
 ]
-ActivationFn: TypeAlias = Callable[[Context, jax.Array, str], tuple[jax.Array, Counts]]
+TensorFn: TypeAlias = Callable[[Context, jax.Array, Plan, str], tuple[jax.Array, Counts]]
 ExecutionFn: TypeAlias = Callable[[Context, Operands, Selection, Plan, jax.Array], Counts]
-OutputFn: TypeAlias = Callable[[Context, jax.Array, Plan, str], tuple[jax.Array, Counts]]
 CarryFn: TypeAlias = Callable[[Context, Carry, jax.Array, jax.Array], Carry]
 
 
@@ -146,26 +194,27 @@ def no_carry(batch: int, num_heads: int, num_tokens: int) -> Carry:
     return ()
 
 
-def plan_all(
-    context: Context, x: jax.Array, weights: Mapping[str, jax.Array], carry: Carry
-) -> tuple[Plan, Counts]:
-    """Plans that every row is computed."""
-    del context, x, weights, carry
+def plan_all(context: Context, x: jax.Array, numbers: Numbers, carry: Carry) -> tuple[Plan, Counts]:
+    """Plans that every row is computed; `x` is the activation that enters `qkv`, `[B, T, D]`."""
+    del context, x, numbers, carry
     return Plan(), Counts()
 
 
 def keep_all(
     context: Context, operands: Operands, plan: Plan, carry: Carry
 ) -> tuple[Selection, Counts]:
-    """Keeps every pair that exists; each head's keys are fetched whole for every query block."""
+    """Keeps every pair that exists and that the plan keeps, for the rows that are computed."""
     del carry
     query = operands.query
     weights = jnp.broadcast_to(context.pairs, (*query.shape[:3], operands.key.shape[2]))
+    fetched = fetched_whole(context, query.shape[1])
     if plan.keep is not None:
         weights = weights * plan.keep
+    if plan.keep is not None or plan.queries is not None:
+        fetched = fetched_vectors(weights * computed_rows(context, plan)[..., None])
     selection = Selection(
         weights=weights,
-        fetched=fetched_whole(context, query.shape[1]),
+        fetched=fetched,
         fetched_bits=jnp.zeros((), context.valid.dtype),
         trace={},
     )
@@ -180,26 +229,53 @@ def keep_probabilities(
     return probabilities, selection.weights, Counts()
 
 
-def keep_activation(context: Context, x: jax.Array, site: str) -> tuple[jax.Array, Counts]:
-    """Leaves the activation entering `site` as it is."""
-    del context, site
+def keep_activation(
+    context: Context, x: jax.Array, plan: Plan, site: str
+) -> tuple[jax.Array, Counts]:
+    """Leaves the activation entering `site` as it is; at `qkv` there is no plan yet."""
+    del context, plan, site
     return x, Counts()
 
 
-def keep_output(
-    context: Context, y: jax.Array, plan: Plan, branch: str
-) -> tuple[jax.Array, Counts]:
-    """Leaves a branch's output `[B, T, D]` as it is."""
-    del context, plan, branch
-    return y, Counts()
+def reuse_rows(context: Context, y: jax.Array, plan: Plan, site: str) -> tuple[jax.Array, Counts]:
+    """Replaces rows by those the plan re-uses, and clears the heads it drops.
+
+    Args:
+      context: The layer's context.
+      y: What leaves `attention` (heads side by side, before the output projection, `[B, T, H*d]`),
+        `out` or `down` (`[B, T, D]`, in the scale of the residual stream).
+      plan: Its `attention_source` and `heads` apply to `attention`, its `ffn_source` to `down`.
+      site: Which of the three.
+    """
+    del context
+    result = y
+    if site == "attention":
+        for weights, subscripts in (
+            (plan.attention_source, "bhtu,buhd->bthd"),
+            (plan.heads, "bh,bthd->bthd"),
+        ):
+            if weights is not None:
+                split = jnp.reshape(result, (*y.shape[:2], weights.shape[1], -1))
+                mixed = jnp.einsum(subscripts, weights, split.astype(weights.dtype))
+                result = jnp.reshape(mixed, y.shape).astype(y.dtype)
+    elif site == "down" and plan.ffn_source is not None:
+        mixed = jnp.einsum("btu,bud->btd", plan.ffn_source, y.astype(plan.ffn_source.dtype))
+        result = mixed.astype(y.dtype)
+    return result, Counts()
 
 
 def keep_carry(
     context: Context, carry: Carry, probabilities: jax.Array, attended: jax.Array
 ) -> Carry:
-    """Leaves the carry as it is."""
+    """Leaves the carry as it is; `probabilities` `[B, H, T, S]`, `attended` `[B, T, H*d]`."""
     del context, probabilities, attended
     return carry
+
+
+def computed_rows(context: Context, plan: Plan) -> jax.Array:
+    """Returns the weights of query rows that exist and are computed, `[B, 1, T]` or `[B, H, T]`."""
+    exists = context.valid[:, None, :]
+    return exists if plan.queries is None else exists * plan.queries
 
 
 def fetched_whole(context: Context, num_heads: int) -> jax.Array:
@@ -221,18 +297,17 @@ def exact_execution(
       context: The layer's context.
       operands: Codes of Q, K, V.
       selection: The kept pairs.
-      plan: What is computed at all.
+      plan: Its `queries` are what is computed at all.
       value_weights: Pairs whose value is used, `[B, H, T, S]`; the kept pairs unless probabilities are pruned too.
 
     References:
       Energon (arXiv 2110.09310), attention unit; counts of its specification, section 4.
     """
-    del plan
     query = operands.query
     head_dim, num_keys = query.shape[-1], operands.key.shape[2]
     qk_bits, v_bits = context.widths["qk_bits"], context.widths["v_bits"]
     output_bits = context.widths["out.activation_bits"]
-    exists = context.valid[:, None, :]
+    exists = computed_rows(context, plan)
     keys_per_row = jnp.sum(selection.weights, axis=-1) * exists
     kept = jnp.sum(keys_per_row, axis=-1)
     used = jnp.sum(jnp.sum(value_weights, axis=-1) * exists, axis=-1)
@@ -270,16 +345,21 @@ def exact_execution(
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """One path's hooks; each default is the identity, or exact attention over what is kept."""
+    """One path's hooks; each default is the identity, or does what the plan and the selection say.
+
+    `generates_keys`: `execution` counts K and V as made on the mechanism's own units
+    (`generate.mac`), so that the dense product `qkv` counts Q alone.
+    """
 
     start: StartFn = no_carry
     plan: PlanFn = plan_all
     filter: FilterFn = keep_all
     on_probabilities: ProbabilitiesFn = keep_probabilities
-    on_activation: ActivationFn = keep_activation
+    on_activation: TensorFn = keep_activation
     execution: ExecutionFn = exact_execution
-    on_output: OutputFn = keep_output
+    on_output: TensorFn = reuse_rows
     carry: CarryFn = keep_carry
+    generates_keys: bool = False
 
 
 def no_knobs(num_layers: int, num_heads: int) -> dict[str, jax.Array]:
@@ -288,9 +368,11 @@ def no_knobs(num_layers: int, num_heads: int) -> dict[str, jax.Array]:
     return {}
 
 
-def no_codes(knobs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def no_codes(
+    knobs: Mapping[str, np.ndarray], tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """Returns no storage codes."""
-    del knobs
+    del knobs, tensors
     return {}
 
 
@@ -302,7 +384,8 @@ class Mechanism:
       name: The registry's name.
       summary: One line for `codesign list`.
       knobs: Start values of the mechanism's own knobs, each with a leading axis L.
-      codes: Trained knobs to the integers the chip stores.
+      codes: Trained knobs to the integers the chip stores, given the real value of one code by
+        tensor and the mechanism's calibrated ranges, `[L, ...]` (`residual` a scalar).
       soft: Differentiable hooks.
       hard: Integer hooks.
     """
@@ -310,6 +393,8 @@ class Mechanism:
     name: str
     summary: str
     knobs: Callable[[int, int], dict[str, jax.Array]] = no_knobs
-    codes: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = no_codes
+    codes: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], dict[str, np.ndarray]] = (
+        no_codes
+    )
     soft: Hooks = field(default_factory=Hooks)
     hard: Hooks = field(default_factory=Hooks)

@@ -1,0 +1,69 @@
+"""Statistics of curves: paired bootstrap intervals, and cost at equal divergence."""
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+BOOTSTRAP_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap(values: NDArray[np.floating], *, num_resamples: int) -> Interval:
+    """Returns the mean over examples and its 95 % percentile bootstrap interval.
+
+    Args:
+      values: One value per example, already averaged over seeds, `[N]`; paired differences make a paired interval.
+      num_resamples: Resamples of the examples.
+    """
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    wide = np.asarray(values, np.float64)
+    chosen = generator.integers(0, len(wide), size=(num_resamples, len(wide)))
+    means = wide[chosen].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(mean=float(wide.mean()), low=float(low), high=float(high))
+
+
+def cost_at_equal_kl(
+    reference: tuple[NDArray[np.floating], NDArray[np.floating]],
+    candidate: tuple[NDArray[np.floating], NDArray[np.floating]],
+) -> float | None:
+    """Returns how many times the candidate's cost the reference needs for the same divergence.
+
+    Both curves are made monotone (a point is as good as the best at most as expensive) and interpolated linearly in the
+    logarithms of cost and divergence. The geometric mean is taken over the divergences that both reach.
+
+    Args:
+      reference: Costs and divergences, each `[points]`.
+      candidate: Costs and divergences, each `[points]`.
+
+    Returns:
+      The ratio, above 1 where the candidate is cheaper; None if the divergences do not overlap.
+    """
+
+    def front(
+        curve: tuple[NDArray[np.floating], NDArray[np.floating]],
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        order = np.argsort(curve[0])
+        cost = np.log(np.asarray(curve[0], np.float64)[order])
+        kl = np.log(np.maximum(np.asarray(curve[1], np.float64)[order], 1e-9))
+        best = np.minimum.accumulate(kl)
+        first = np.concatenate([[True], best[1:] < best[:-1]])
+        return cost[first][::-1], best[first][::-1]  # divergence rising, cost falling
+
+    cost_r, kl_r = front(reference)
+    cost_c, kl_c = front(candidate)
+    low, high = max(kl_r[0], kl_c[0]), min(kl_r[-1], kl_c[-1])
+    if not low < high:
+        return None
+    levels = np.linspace(low, high, 50)
+    gap = np.interp(levels, kl_r, cost_r) - np.interp(levels, kl_c, cost_c)
+    return float(np.exp(np.mean(gap)))

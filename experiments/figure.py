@@ -1,0 +1,88 @@
+"""Figures, drawn from JSON files alone."""
+
+from pathlib import Path
+from typing import Any
+
+from codesign.units import PJ_PER_UJ
+
+STYLE = {
+    "trained": ("trained thresholds and bits", "#0b5394", "o", "-"),
+    "uniform_tuned": ("uniform, same fine-tuning", "#b45f06", "s", "--"),
+    "uniform": ("uniform, no training", "#999999", "^", ":"),
+    "bits_only": ("bits trained, thresholds uniform", "#38761d", "v", "-."),
+    "thresholds_only": ("thresholds trained, bits uniform", "#a64d79", "D", "-."),
+}
+"""Label, colour, marker and line of each kind of point."""
+
+
+def draw_curve(record: dict[str, Any], path: Path) -> None:
+    """Draws accuracy and divergence over cost, with 95 % intervals, into a PNG file.
+
+    Args:
+      record: Contents of `curve.json`.
+      path: Where to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scope, metric = record["scope"], record["metric"]
+    key, factor, unit = {
+        "energy": ("energy_pj", PJ_PER_UJ, "µJ"),
+        "latency": ("latency_cycles", 1e3, "thousand cycles"),
+    }[metric]
+    figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained")
+    dense = next(entry for entry in record["means"] if entry["kind"] == "dense")
+    dense_cost = dense[scope][key] / factor
+    for kind, (label, colour, marker, line) in STYLE.items():
+        entries = [entry for entry in record["means"] if entry["kind"] == kind]
+        if not entries:
+            continue
+        costs = [entry[scope][key] / factor for entry in entries]
+        for axis, quality, scale in ((axes[0], "accuracy", 100.0), (axes[1], "kl_nats", 1.0)):
+            means = [scale * entry[quality]["mean"] for entry in entries]
+            spread = [
+                [
+                    scale * max(0.0, entry[quality]["mean"] - entry[quality]["low"])
+                    for entry in entries
+                ],
+                [
+                    scale * max(0.0, entry[quality]["high"] - entry[quality]["mean"])
+                    for entry in entries
+                ],
+            ]
+            axis.errorbar(
+                costs,
+                means,
+                yerr=spread,
+                label=label,
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                markersize=4.5,
+                linewidth=1.3,
+                capsize=2.0,
+                elinewidth=0.8,
+            )
+    axes[0].plot(dense_cost, 100.0 * dense["accuracy"]["mean"], "k*", markersize=10, label="dense")
+    axes[1].set_yscale("log")
+    axes[0].set_ylabel("Accuracy (%)")
+    axes[1].set_ylabel("KL divergence from dense (nat)")
+    where = "end to end" if scope == "end_to_end" else "attention only"
+    for axis in axes:
+        axis.set_xlabel(f"{metric.capitalize()} per example, {where} ({unit})")
+        axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
+        ratio = axis.secondary_xaxis(
+            "top", functions=(lambda x: x / dense_cost, lambda x: x * dense_cost)
+        )
+        ratio.set_xlabel("Fraction of dense")
+    axes[0].legend(fontsize=7.5, loc="lower right")
+    seeds = len(record["seeds"])
+    figure.suptitle(
+        f"{record['task']}, {record['mechanism']} on `{record['preset']}`: {record['part']} part, "
+        f"{record['num_examples']} examples, {seeds} seed{'s' if seeds > 1 else ''}, hard path, 95 % bootstrap intervals",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
