@@ -119,7 +119,8 @@ class Workload:
 
 def layers_second(stacked: Workload) -> Workload:
     """Returns the workload that `lax.scan` stacked, `[L, B, ...]`, with the layer axis second, `[B, L, ...]`."""
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), stacked)
+    result: Workload = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), stacked)
+    return result
 
 
 def operation(count: jax.Array, bits_a: jax.Array | float, bits_b: jax.Array | float) -> Operation:

@@ -208,14 +208,13 @@ class FloatArithmetic:
             return jnp.ones((), self.valid.dtype)
         real = gates.detach(self.ranges[name])
         if name == "gelu":
-            return real / code_limit(GELU_BITS)
-        if name in WIDTHS:
-            return real / self._limit(WIDTHS[name])
-        return (
-            real
-            * gates.detach(jnp.exp(self.knobs[f"{name}.clip"]))
-            / self._limit(f"{name}.activation_bits")
-        )
+            largest: jax.Array = code_limit(jnp.asarray(GELU_BITS, real.dtype))
+        elif name in WIDTHS:
+            largest = self._limit(WIDTHS[name])
+        else:
+            real = real * gates.detach(jnp.exp(self.knobs[f"{name}.clip"]))
+            largest = self._limit(f"{name}.activation_bits")
+        return real / largest
 
     def scales(self) -> dict[str, jax.Array]:
         """Returns the scales of a block's tensors; `out` and `down` are what enters these products."""

@@ -10,6 +10,7 @@ from flax import struct
 from codesign.mechanisms.protocol import Carry, Context, Counts, Hooks, Plan, Selection
 from codesign.models.arithmetic import Arithmetic
 from codesign.structure import ModelStructure
+from codesign.vocabulary import SITES, check_key
 from codesign.workload import Gemm, Workload, gemm, layers_second
 
 
@@ -106,6 +107,9 @@ def block(
     hidden = arithmetic.activate(entering(arithmetic.linear(x, "up"), "gelu"))
     branch = leaving(arithmetic.linear(entering(hidden, "down"), "down"), "down")
     residual = arithmetic.add(residual, branch, "down")
+    for key in counts.operations:
+        check_key(key)
+    assert counts.densities.keys() <= set(SITES)
     workload = Workload(
         operations=counts.operations,
         rows=counts.rows,
@@ -196,4 +200,5 @@ def run_layers(
         return (residual, valid, carry), output
 
     (residual, valid, _), outputs = jax.lax.scan(step, (residual, valid, carry), stacked)
-    return residual, valid, outputs.replace(workload=layers_second(outputs.workload))
+    workload = layers_second(outputs.workload)
+    return residual, valid, BlockOutput(workload, outputs.trace, outputs.observed)

@@ -26,7 +26,7 @@ LAYERS = {
 
 # Inside `codesign`: a module imports from its own line or from those above, never from below.
 ORDER = [
-    {"units", "errors"},
+    {"units", "errors", "vocabulary"},
     {"quantize", "gates"},
     {"workload", "policy", "structure", "calibration", "thresholds"},
     {"mechanisms"},

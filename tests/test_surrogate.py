@@ -156,24 +156,24 @@ HOST_GOLDEN = [
 def test_host_cycles_and_bytes(inner: int, outer: int, cycles: int | None, moved: int):
     product = gemm(jnp.asarray([128.0]), inner, outer, jnp.asarray(8.0), jnp.asarray(8.0))
     product = jax.tree.map(lambda leaf: leaf[None], product)
-    result = host_cost(product, accelerator_from_spec(SPEC), hard_maximum)
-    assert float(result.dram_pj[0, 0]) / energy.dram_pj_per_byte(SPEC) == pytest.approx(
+    result = host_cost([product], accelerator_from_spec(SPEC), hard_maximum)
+    assert float(result.dram_pj[0, 0, 0]) / energy.dram_pj_per_byte(SPEC) == pytest.approx(
         moved, rel=FLOAT32
     )
     macs = 128 * inner * outer
     # 0.2 for the multiplication and 32 * 0.0033 for the addition.
-    assert float(result.mac_pj[0, 0]) == pytest.approx(macs * 0.3056, rel=FLOAT32)
+    assert float(result.mac_pj[0, 0, 0]) == pytest.approx(macs * 0.3056, rel=FLOAT32)
     # One vector of 16 bytes per row and tile, 1.25 * sqrt(256 / 8) pJ per byte.
     tiles = inner * outer / 256
-    assert float(result.sram_pj[0, 0]) == pytest.approx(128 * tiles * 16 * 7.0711, rel=FLOAT32)
+    assert float(result.sram_pj[0, 0, 0]) == pytest.approx(128 * tiles * 16 * 7.0711, rel=FLOAT32)
     if cycles is not None:
-        assert float(result.cycles[0, 0]) == cycles
+        assert float(result.cycles[0, 0, 0]) == cycles
         choice = SPEC.host.prefetch_weights.model_copy(update={"value": True})
         spec = SPEC.model_copy(
             update={"host": SPEC.host.model_copy(update={"prefetch_weights": choice})}
         )
-        prefetched = host_cost(product, accelerator_from_spec(spec), hard_maximum)
-        assert float(prefetched.cycles[0, 0]) == 294_958
+        prefetched = host_cost([product], accelerator_from_spec(spec), hard_maximum)
+        assert float(prefetched.cycles[0, 0, 0]) == 294_958
 
 
 def hard_maximum(values: list[jax.Array]) -> jax.Array:

@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 from codesign.calibration import Calibration, floored
 from codesign.gates import Relaxation
 from codesign.mechanisms import MECHANISMS
-from codesign.mechanisms.energon import knobs
+from codesign.mechanisms.energon import hard_filter, knobs, soft_filter
+from codesign.mechanisms.protocol import Context, Operands, Plan, Selection
 from codesign.models import deploy, vit
 from codesign.models.config import VisionConfig
 from codesign.models.parameters import init_params
@@ -23,6 +24,8 @@ from codesign.structure import ModelStructure
 
 BATCH_SIZE = 32
 NUM_CALIBRATION = 128
+WIDTHS: dict[str, object] = {"qk_bits": 16, "v_bits": 16, "query_bits": 4, "key_bits": [2, 4]}
+"""Published widths of Energon's filter and attention, bit."""
 OFF = -4.0
 """Threshold variable of a round that keeps all: 128 tanh(-4) = -127.9."""
 
@@ -218,3 +221,46 @@ def run_hard(
             mechanism=mechanism,
         )
         return deployment, jax.tree.map(np.asarray, output)
+
+
+def all_pairs(batch_size: int, num_queries: int, num_keys: int) -> np.ndarray:
+    return np.ones((batch_size, 1, num_queries, num_keys))
+
+
+def run_filter(
+    query: np.ndarray,
+    key: np.ndarray,
+    threshold: np.ndarray,
+    *,
+    pairs: np.ndarray | None = None,
+    widths: dict[str, object] = WIDTHS,
+    soft: Relaxation | None = None,
+) -> Selection:
+    """Filters codes `[B, H, T, d]`, `[B, H, S, d]`; thresholds are codes `[H, R]`, for `soft` variables v."""
+    batch_size, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
+    if pairs is None:
+        pairs = all_pairs(batch_size, num_queries, num_keys)
+    dtype = jnp.int32 if soft is None else jnp.float32
+    numbers = {name: jnp.asarray(value, dtype) for name, value in widths.items()}
+    knobs = numbers | {"threshold": jnp.asarray(threshold, dtype)}
+    context = Context(
+        knobs=knobs,
+        widths=numbers,
+        ranges={},
+        relaxation=soft or relaxation(),
+        valid=jnp.ones((batch_size, num_queries)),
+        pairs=jnp.asarray(pairs, jnp.float32),
+        tracing=True,
+    )
+    one = jnp.ones(())
+    key_codes = jnp.asarray(key, dtype)
+    operands = Operands(
+        query=jnp.asarray(query, dtype),
+        key=key_codes,
+        value=key_codes,
+        logit_scale=one,
+        value_scale=one,
+    )
+    run = hard_filter if soft is None else soft_filter
+    selection, _ = run(context, operands, Plan(), ())
+    return selection
