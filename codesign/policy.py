@@ -21,10 +21,10 @@ ATTENTION_BITS = ("qk_bits", "v_bits")
 class Policy:
     """Knobs by name.
 
-    `layers` have a leading axis L: `<site>.weight_bits`, `<site>.activation_bits` and `<site>.clip` `[L]` for the sites of a
+    `layers` have a leading axis L: `<site>.weight_bits`, `<site>.activation_bits`, `<site>.weight_clip` and `<site>.activation_clip` `[L]` for the sites of a
     block, `qk_bits` (Q, K and probabilities) and `v_bits` `[L]`, and the mechanism's own, e.g. `threshold` `[L, H, R]`.
     `ends` are the scalars of `embed` and `head`. Bits are fractional while they train. A clip is the natural logarithm of
-    the factor on a calibrated activation range; thresholds are unconstrained variables (alpha = tanh v for Energon).
+    the factor on a range: the calibrated one of an activation, the largest magnitude of a weight; thresholds are unconstrained variables (alpha = tanh v for Energon).
     """
 
     layers: dict[str, jax.Array]
@@ -78,12 +78,14 @@ def dense_knobs(num_layers: int, *, linear_bits: float, attention_bits: float) -
     for site in BLOCK_SITES:
         layers[f"{site}.weight_bits"] = jnp.full((num_layers,), linear_bits)
         layers[f"{site}.activation_bits"] = jnp.full((num_layers,), linear_bits)
-        layers[f"{site}.clip"] = jnp.zeros((num_layers,))
+        layers[f"{site}.weight_clip"] = jnp.zeros((num_layers,))
+        layers[f"{site}.activation_clip"] = jnp.zeros((num_layers,))
     ends = {}
     for site in END_SITES:
         ends[f"{site}.weight_bits"] = jnp.asarray(linear_bits)
         ends[f"{site}.activation_bits"] = jnp.asarray(linear_bits)
-        ends[f"{site}.clip"] = jnp.asarray(0.0)
+        ends[f"{site}.weight_clip"] = jnp.asarray(0.0)
+        ends[f"{site}.activation_clip"] = jnp.asarray(0.0)
     return Policy(layers=layers, ends=ends)
 
 

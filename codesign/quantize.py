@@ -86,7 +86,8 @@ def _quantize(x: jax.Array, range_: jax.Array, bits: jax.Array) -> jax.Array:
     """Returns Q_b(x) for integer-valued `bits`; below 2 bits only the code 0 exists."""
     limit = jnp.maximum(code_limit(bits), 0.0)
     scale = range_ / jnp.maximum(limit, 1.0)
-    ratio = x / scale
+    # Not x / scale: where range and limit divide evenly, ties stay ties, as in the integer path.
+    ratio = x * (jnp.maximum(limit, 1.0) / range_)
     # Clipped before rounding: beyond the range x gets no gradient and the range gets +-1.
     # A comparison instead of clip(), whose derivative at the largest element would be 1/2.
     clipped = jnp.where(jnp.abs(ratio) <= limit, ratio, jnp.sign(ratio) * limit)

@@ -9,9 +9,9 @@ LINEAR_SITES = ("embed", "qkv", "out", "up", "down", "head")
 
 SITES = (
     *("qkv", "query", "key", "value", "scores", "probabilities"),
-    *("attention", "out", "up", "gelu", "down"),
+    *("attention", "out", "attention_branch", "up", "gelu", "down", "ffn_branch"),
 )
-"""Tensors of a block by where they enter; `attention` are the attended heads before `out`."""
+"""Tensors of a block in order: by where they enter, or (`attention`, the branches) by what they leave."""
 
 STAGES = (
     "predict",  # estimate of Q, K or scores before they exist

@@ -104,7 +104,7 @@ class Experiment:
     # Training images that measure ranges, start thresholds and the budget's rounding, >= 1.
     num_calibration: int = 128
     # Weight of the divergence from the dense model's outputs in the task loss, [0, 1]; the rest is cross-entropy.
-    distillation: float = 0.9
+    distillation: float = 1.0
     # Images are moved by up to this many pixels each way in training, >= 0.
     reach: int = 1
     # Kept fraction after each round at the start, falling, (0, 1].
@@ -120,7 +120,7 @@ def digits() -> Experiment:
     `codesign quickstart` draws its curve in under six minutes on two CPU cores.
     """
     return Experiment(
-        optimize=OptimizeSettings(num_steps=120, weight_rate=1e-3, bits_rate=0.1),
+        optimize=OptimizeSettings(num_steps=120, weight_rate=5e-4, bits_rate=0.1, clip_rate=0.02),
     )
 
 

@@ -251,7 +251,7 @@ def _uniform_policy(problem: Problem, policy: Policy, setting: dict[str, Any]) -
         for name, value in knobs.items():
             if name.endswith(".activation_bits"):
                 knobs[name] = jnp.full_like(value, setting["activation_bits"])
-            if name.endswith(".clip"):
+            if name.endswith("_clip"):
                 knobs[name] = own[name]
     alpha = np.broadcast_to(np.asarray(setting["alpha"]), layers["threshold"].shape)
     return with_alpha(Policy(layers=layers, ends=ends), alpha)

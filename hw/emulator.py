@@ -40,7 +40,8 @@ THRESHOLD_OFF = -128  # code of a round that keeps all keys
 THRESHOLD_SHIFT = 7  # thresholds have 7 fraction bits
 _EXACT_LIMIT = 2**53  # float64 holds every integer below it
 _NORM_SHIFT = 14  # fraction bits of a normalised value
-_GAIN_SHIFT = 24  # fraction bits of a normalised value times its gain
+_BIAS_SHIFT = 8  # fraction bits of a sum of products below their scale, for the bias
+_GAIN_SHIFT = 30  # fraction bits of a normalised value times its gain
 
 _BITS_LINEAR = (2, 8)
 _BITS_ATTENTION = (8, 16)
@@ -125,8 +126,8 @@ def normalise(
 
     Args:
       residual: Residual stream, `[B, T, D]`.
-      gain: Gain with 10 fraction bits per output step, `[D]`.
-      bias: Bias with 24 fraction bits per output step, `[D]`.
+      gain: Gain with 16 fraction bits per output step, `[D]`.
+      bias: Bias with 30 fraction bits per output step, `[D]`.
       epsilon: Added to D**2 times the variance, in squared codes; at least 1.
       bits: Bits of the output codes.
 
@@ -198,8 +199,8 @@ def reference_filter(
 
 @functools.cache
 def exp_table() -> Integers:
-    """Returns 2**16 * 2**(-x) at the middle of 1024 steps of x in [0, 1), `[1024]`."""
-    return np.rint(2.0**16 * 2.0 ** (-(np.arange(1024) + 0.5) / 1024)).astype(np.int64)
+    """Returns 2**16 * 2**(-x) at the middle of 4096 steps of x in [0, 1), `[4096]`."""
+    return np.rint(2.0**16 * 2.0 ** (-(np.arange(4096) + 0.5) / 4096)).astype(np.int64)
 
 
 @functools.cache
@@ -217,7 +218,7 @@ def softmax_codes(
     Args:
       scores: Exact products of query and key codes, `[B, H, T, S]`.
       kept: Pairs that take part, at least one per row, `[B, H, T, S]`.
-      mantissa: Multiplier from a difference of scores to 1024ths of an octave.
+      mantissa: Multiplier from a difference of scores to 4096ths of an octave.
       shift: Right shift that follows the multiplier.
       bits: Bits of the codes.
 
@@ -227,7 +228,7 @@ def softmax_codes(
     maximum = np.where(kept, scores, np.iinfo(np.int64).min).max(axis=-1, keepdims=True)
     distance = np.where(kept, maximum - scores, 0)
     octaves = _exact_product(distance, mantissa) >> np.asarray(shift, np.int64)
-    exponential = exp_table()[octaves & 1023] >> np.minimum(octaves >> 10, 31)
+    exponential = exp_table()[octaves & 4095] >> np.minimum(octaves >> 12, 31)
     exponential = np.where(kept, exponential, 0)
     total = exponential.sum(axis=-1, keepdims=True)
     floor_log2 = np.frexp(total.astype(np.float64))[1].astype(np.int64) - 1
@@ -301,14 +302,14 @@ def _embed(structure: ModelStructure, ends: Mapping[str, Integers], pixels: Inte
     patches = np.moveaxis(windows, 3, -1).reshape(
         len(pixels), structure.num_tokens, structure.patch_values
     )
-    sums = _exact_matmul(patches, ends["embed_weight"]) + ends["embed_bias"]
+    sums = (_exact_matmul(patches, ends["embed_weight"]) << _BIAS_SHIFT) + ends["embed_bias"]
     embedded = requantise(sums, ends["embed_mantissa"], ends["embed_shift"]) + ends["position"]
     return saturate(embedded, RESIDUAL_LIMIT)
 
 
 def _linear(inputs: Integers, layer: Mapping[str, Integers], site: str) -> Integers:
     """Returns the requantised output of the linear layer `site`, last axis transformed."""
-    sums = _exact_matmul(inputs, layer[f"{site}_weight"]) + layer[f"{site}_bias"]
+    sums = (_exact_matmul(inputs, layer[f"{site}_weight"]) << _BIAS_SHIFT) + layer[f"{site}_bias"]
     return requantise(sums, layer[f"{site}_mantissa"], layer[f"{site}_shift"])
 
 

@@ -21,6 +21,8 @@ SOFTMAX_EPSILON = 1e-9
 """Keeps a row without kept mass finite on the soft path (Energon's specification, section 3; dimensionless)."""
 GELU_BITS = 10.0
 """Width in bit of the code that enters the GELU table (docs/integer_path.md)."""
+RESIDUAL_BITS = 16
+"""Width in bit of the residual stream (docs/integer_path.md)."""
 WIDTHS = {"query": "qk_bits", "key": "qk_bits", "value": "v_bits"}
 """The knob that gives an attention operand its width."""
 
@@ -99,6 +101,7 @@ class FloatArithmetic:
         *,
         num_heads: int,
         norm_epsilon: float,
+        residual_range: jax.Array | None = None,
     ):
         self.params = params
         self.knobs = knobs
@@ -107,6 +110,7 @@ class FloatArithmetic:
         self.relaxation = relaxation
         self.num_heads = num_heads
         self.norm_epsilon = norm_epsilon
+        self.residual_range = residual_range
         self.observed: dict[str, jax.Array] = {}
 
     def norm(self, r: jax.Array, site: str) -> jax.Array:
@@ -122,20 +126,23 @@ class FloatArithmetic:
             return x
         return interpolated_quantize(
             x,
-            self.ranges[site] * jnp.exp(self.knobs[f"{site}.clip"]),
+            self.ranges[site] * jnp.exp(self.knobs[f"{site}.activation_clip"]),
             self.knobs[f"{site}.activation_bits"],
             max_bits=BITS_RANGE["linear"][1],
             straight_through=self.relaxation.straight_through,
         )
 
     def weight(self, site: str) -> jax.Array:
-        """Returns the weight, quantised by output column (by tensor for `head`: one scale for all logits)."""
+        """Returns the weight, quantised by output column (by tensor for `head`: one scale for all logits).
+
+        Its range is the largest magnitude times exp(clip).
+        """
         kernel: jax.Array = self.params[site]["kernel"]
         if self.relaxation is None:
             return kernel
         return interpolated_quantize(
             kernel,
-            gates.detach(weight_range(kernel, site)),
+            gates.detach(weight_range(kernel, site)) * jnp.exp(self.knobs[f"{site}.weight_clip"]),
             self.knobs[f"{site}.weight_bits"],
             max_bits=BITS_RANGE["linear"][1],
             straight_through=self.relaxation.straight_through,
@@ -212,7 +219,7 @@ class FloatArithmetic:
         elif name in WIDTHS:
             largest = self._limit(WIDTHS[name])
         else:
-            real = real * gates.detach(jnp.exp(self.knobs[f"{name}.clip"]))
+            real = real * gates.detach(jnp.exp(self.knobs[f"{name}.activation_clip"]))
             largest = self._limit(f"{name}.activation_bits")
         return real / largest
 
@@ -223,7 +230,8 @@ class FloatArithmetic:
     def _weight_scale(self, site: str) -> jax.Array:
         if self.relaxation is None:
             return jnp.ones((1, 1), self.valid.dtype)
-        range_ = gates.detach(weight_range(self.params[site]["kernel"], site))
+        clip = jnp.exp(self.knobs[f"{site}.weight_clip"])
+        range_ = gates.detach(weight_range(self.params[site]["kernel"], site) * clip)
         return range_ / self._limit(f"{site}.weight_bits")
 
     def codes(self, x: jax.Array, site: str) -> jax.Array:
@@ -270,8 +278,17 @@ class FloatArithmetic:
     def add(self, r: jax.Array, branch: jax.Array, site: str) -> jax.Array:
         """See `Arithmetic.add`."""
         del site
-        self.observe("residual", r + branch)
-        return r + branch
+        total = r + self.on_residual_grid(branch)
+        self.observe("residual", total)
+        return total
+
+    def on_residual_grid(self, x: jax.Array) -> jax.Array:
+        """Returns `x` in whole codes of the residual stream where the forward value is the deployed one."""
+        if self.relaxation is None or not self.relaxation.straight_through:
+            return x
+        assert self.residual_range is not None
+        scale = gates.detach(self.residual_range / code_limit(RESIDUAL_BITS))
+        return gates.straight_through(jnp.round(x / scale) * scale, x)
 
     def observe(self, name: str, x: jax.Array) -> None:
         """Records the absolute maximum of `x` (`[B, T, ...]` or `[B, H, T, d]`) over tokens that exist."""

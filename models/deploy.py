@@ -14,6 +14,7 @@ from codesign.calibration import Calibration
 from codesign.mechanisms.protocol import Mechanism
 from codesign.models.config import VisionConfig
 from codesign.models.integer import (
+    BIAS_FRACTION_BITS,
     EXP_FRACTION_BITS,
     GAIN_SHIFT,
     NORM_FRACTION_BITS,
@@ -23,9 +24,6 @@ from codesign.models.integer import (
 from codesign.policy import ATTENTION_BITS, BLOCK_SITES, Policy, deployed_bits, group
 from codesign.quantize import code_limit, multiplier, quantize_codes
 from codesign.structure import GELU_LIMIT, ModelStructure
-
-LOGIT_FRACTION = 256
-"""Logits carry eight fraction bits below the scale of the head's product, for the bias."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,7 @@ class Deployment:
 
 
 def exp_table() -> NDArray[np.int64]:
-    """Returns 2^16 * 2^-((f + 1/2) / 1024) for f = 0..1023, rounded."""
+    """Returns 2^16 * 2^-((f + 1/2) / 4096) for f = 0..4095, rounded."""
     entries = 2**EXP_FRACTION_BITS
     fractions = (np.arange(entries) + 0.5) / entries
     return np.rint(2.0**16 * 2.0**-fractions).astype(np.int64)
@@ -144,15 +142,15 @@ def _bits(knobs: dict[str, Any], name: str) -> int:
 def _activation_scale(knobs: dict[str, Any], ranges: dict[str, Any], site: str) -> float:
     """Returns the real value of one activation code entering `site`."""
     largest: int = code_limit(_bits(knobs, f"{site}.activation_bits"))
-    return float(ranges[site]) * math.exp(float(knobs[f"{site}.clip"])) / largest
+    return float(ranges[site]) * math.exp(float(knobs[f"{site}.activation_clip"])) / largest
 
 
 def _weight_codes(
-    kernel: NDArray[np.float64], bits: int, *, by_tensor: bool = False
+    kernel: NDArray[np.float64], bits: int, clip: float, *, by_tensor: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Returns weight codes and the scale of each output column `[outputs]`."""
+    """Returns weight codes and the scale of each output column `[outputs]`; exp(`clip`) is a factor on the range."""
     largest = np.max(np.abs(kernel), axis=None if by_tensor else 0, keepdims=True)
-    scale = np.maximum(largest, 1e-12) / code_limit(bits)
+    scale = np.maximum(largest, 1e-12) * math.exp(clip) / code_limit(bits)
     scale = np.broadcast_to(scale, (1, kernel.shape[1]))
     return quantize_codes(kernel, scale, bits), scale[0]
 
@@ -175,8 +173,10 @@ def _dense(
 ) -> dict[str, NDArray[np.int64]]:
     """Returns the integer arrays of one dense product."""
     weight_bits = _bits(knobs, f"{site}.weight_bits")
-    weight, weight_scale = _weight_codes(layer["kernel"], weight_bits)
-    accumulator_scale = input_scale * weight_scale
+    weight, weight_scale = _weight_codes(
+        layer["kernel"], weight_bits, float(knobs[f"{site}.weight_clip"])
+    )
+    accumulator_scale = input_scale * weight_scale / 2**BIAS_FRACTION_BITS
     mantissa, shift = multiplier(accumulator_scale / output_scale)
     return {
         f"{site}_weight": weight,
@@ -248,11 +248,12 @@ def _harden_ends(
     ends["norm_epsilon"] = np.asarray(max(1, round(epsilon)))
     ends["head_gain"], ends["head_offset"] = _norm(norm, head_scale)
     head_bits = _bits(knobs, "head.weight_bits")
-    weight, weight_scale = _weight_codes(head["kernel"], head_bits, by_tensor=True)
-    product_scale = head_scale * float(weight_scale[0])
+    head_clip = float(knobs["head.weight_clip"])
+    weight, weight_scale = _weight_codes(head["kernel"], head_bits, head_clip, by_tensor=True)
+    logit_scale = head_scale * float(weight_scale[0]) / 2**BIAS_FRACTION_BITS
     ends["head_weight"] = weight
     ends["head_weight_bits"] = np.asarray(head_bits)
     ends["head_activation_bits"] = np.asarray(_bits(knobs, "head.activation_bits"))
-    ends["head_bias"] = np.rint(LOGIT_FRACTION * head["bias"] / product_scale).astype(np.int64)
+    ends["head_bias"] = np.rint(head["bias"] / logit_scale).astype(np.int64)
     scales: dict[str, list[float] | float] = {"embed": embed_scale, "head": head_scale}
-    return ends, scales, product_scale / LOGIT_FRACTION
+    return ends, scales, logit_scale

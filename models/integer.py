@@ -16,10 +16,12 @@ RESIDUAL_LIMIT = 32767
 """Largest code of the 16-bit residual stream."""
 NORM_FRACTION_BITS = 14
 """Fraction bits of a normalised value before its gain."""
-GAIN_SHIFT = 24
+GAIN_SHIFT = 30
 """Fraction bits of gain (with those of the value) and bias in a normalisation."""
-EXP_FRACTION_BITS = 10
-"""Fraction bits of the exponent's table index: 1024 entries."""
+BIAS_FRACTION_BITS = 8
+"""Fraction bits of an accumulator below the scale of its products, for the bias."""
+EXP_FRACTION_BITS = 12
+"""Fraction bits of the exponent's table index: 4096 entries."""
 RECIPROCAL_BITS = 12
 """Bits that index the reciprocal table: 4096 entries."""
 LINEAR_LIMIT = 127 * 127
@@ -115,7 +117,7 @@ class IntegerArithmetic:
     def _requantized(self, accumulator: jax.Array, site: str) -> jax.Array:
         """Returns the accumulator with its bias in the scale of what consumes it."""
         return requantize(
-            accumulator + self.arrays[f"{site}_bias"][None, None, :],
+            (accumulator << BIAS_FRACTION_BITS) + self.arrays[f"{site}_bias"][None, None, :],
             self.arrays[f"{site}_mantissa"][None, None, :],
             self.arrays[f"{site}_shift"][None, None, :],
         )

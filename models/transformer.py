@@ -94,18 +94,19 @@ def block(
     )
     selection, added = hooks.filter(context, operands, plan, carry)
     counts += added
-    scores = entering(arithmetic.scores(operands), "scores")
+    scores = arithmetic.scores(operands) if selection.scores is None else selection.scores
+    scores = entering(scores, "scores")
     probabilities = arithmetic.probabilities(scores, operands, selection.weights)
     probabilities, value_weights, added = hooks.on_probabilities(context, probabilities, selection)
     counts += added
     counts += hooks.execution(context, operands, selection, plan, value_weights)
     attended = leaving(arithmetic.attend(probabilities, operands), "attention")
     carry = hooks.carry(context, carry, probabilities, attended)
-    branch = leaving(arithmetic.linear(entering(attended, "out"), "out"), "out")
+    branch = leaving(arithmetic.linear(entering(attended, "out"), "out"), "attention_branch")
     residual = arithmetic.add(residual, branch, "out")
     x = entering(arithmetic.norm(residual, "up"), "up")
     hidden = arithmetic.activate(entering(arithmetic.linear(x, "up"), "gelu"))
-    branch = leaving(arithmetic.linear(entering(hidden, "down"), "down"), "down")
+    branch = leaving(arithmetic.linear(entering(hidden, "down"), "down"), "ffn_branch")
     residual = arithmetic.add(residual, branch, "down")
     for key in counts.operations:
         check_key(key)

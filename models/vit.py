@@ -15,6 +15,7 @@ from codesign.mechanisms.protocol import Carry, Context, Mechanism
 from codesign.models.arithmetic import FloatArithmetic, counted_widths
 from codesign.models.config import VisionConfig
 from codesign.models.integer import (
+    BIAS_FRACTION_BITS,
     LINEAR_LIMIT,
     RESIDUAL_LIMIT,
     IntegerArithmetic,
@@ -104,9 +105,10 @@ def apply(
         relaxation,
         num_heads=structure.num_heads,
         norm_epsilon=config.norm_epsilon,
+        residual_range=ranges["ends"].get("residual"),
     )
-    embedded = ends.linear(ends.enter(tokens, "embed"), "embed")
-    residual = embedded + params["position"][None, :, :]
+    embedded = ends.on_residual_grid(ends.linear(ends.enter(tokens, "embed"), "embed"))
+    residual = embedded + ends.on_residual_grid(params["position"])[None, :, :]
     ends.observe("residual", residual)
     pairs = valid[:, None, None, :] * jnp.ones_like(valid)[:, None, :, None]
     residual_scale = (
@@ -124,6 +126,7 @@ def apply(
             relaxation,
             num_heads=structure.num_heads,
             norm_epsilon=config.norm_epsilon,
+            residual_range=ranges["ends"].get("residual"),
         )
         context = Context(
             knobs=layer["knobs"],
@@ -226,7 +229,7 @@ def apply_hard(
     product = exact_einsum(
         "bk,kn->bn", pooled, ends["head_weight"], LINEAR_LIMIT * structure.num_tokens
     )
-    logits = 256 * product.astype(jnp.int64) + number * ends["head_bias"][None, :]
+    logits = (product.astype(jnp.int64) << BIAS_FRACTION_BITS) + number * ends["head_bias"][None, :]
     return ModelOutput(
         logits=logits,
         workload=_with_ends(outputs.workload, structure, valid, _widths(ends)),

@@ -184,17 +184,17 @@ def build(
     scales: dict[str, Any] = {"residual": residual_scale, "layers": []}
 
     def norm(gain: np.ndarray, bias: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-        return to_codes(gain * 2.0**10, scale), to_codes(bias * 2.0**24, scale)
+        return to_codes(gain * 2.0**16, scale), to_codes(bias * 2.0**30, scale)
 
     def linear(
         site: str, weight: np.ndarray, bias: np.ndarray, scale_in: float, scale_out: Any
     ) -> Arrays:
         scale_weight = np.abs(weight).max(axis=0) / linear_limit
-        mantissa, shift = multiplier(scale_in * scale_weight / scale_out)
+        mantissa, shift = multiplier(scale_in * scale_weight / 256 / scale_out)
         return {
             f"{site}_weight_bits": np.asarray(linear_bits),
             f"{site}_weight": to_codes(weight, scale_weight),
-            f"{site}_bias": to_codes(bias, scale_in * scale_weight),
+            f"{site}_bias": to_codes(bias, scale_in * scale_weight / 256),
             f"{site}_mantissa": mantissa,
             f"{site}_shift": shift,
         }
@@ -230,7 +230,7 @@ def build(
             "down", layer["down_weight"], layer["down_bias"], scale["hidden"], residual_scale
         )
         octaves = scale["query"] * scale["key"] / np.sqrt(shape.head_dim) * np.log2(np.e)
-        arrays["exp_mantissa"], arrays["exp_shift"] = multiplier(octaves * 1024)
+        arrays["exp_mantissa"], arrays["exp_shift"] = multiplier(octaves * 4096)
         arrays["context_mantissa"], arrays["context_shift"] = multiplier(
             scale["value"] / attention_limit / scale["context"]
         )

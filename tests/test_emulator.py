@@ -201,7 +201,7 @@ def test_normalisation_against_rationals() -> None:
     rng = np.random.default_rng(0)
     residual = rng.integers(-32767, 32768, size=(1, 6, 48))
     residual[0, 0] = 17  # no variance: the bias alone remains
-    gain, bias = rng.integers(-9000, 9000, 48), rng.integers(-(2**28), 2**28, 48)
+    gain, bias = rng.integers(-600000, 600000, 48), rng.integers(-(2**34), 2**34, 48)
     got = emulator.normalise(residual, gain, bias, 1000, 8)
     for token in range(6):
         values = [int(v) for v in residual[0, token]]
@@ -209,7 +209,7 @@ def test_normalisation_against_rationals() -> None:
         variance = 48 * sum(v * v for v in values) - total**2 + 1000
         for c, value in enumerate(values):
             normal = round((48 * value - total) / math.sqrt(variance) * 2**14)
-            wanted = round(Fraction(normal * int(gain[c]) + int(bias[c]), 2**24))
+            wanted = round(Fraction(normal * int(gain[c]) + int(bias[c]), 2**30))
             assert got[0, token, c] == max(-127, min(127, wanted))
 
 
@@ -221,24 +221,24 @@ def test_softmax_codes_are_close_to_the_softmax(bits: int) -> None:
     kept[..., 3] = True
     mantissa, shift = 20000, 22
     codes = emulator.softmax_codes(scores, kept, mantissa, shift, bits)
-    octaves = np.where(kept, scores * (mantissa / 2**shift) / 1024, -np.inf)
+    octaves = np.where(kept, scores * (mantissa / 2**shift) / 4096, -np.inf)
     weights = 2.0 ** (octaves - octaves.max(axis=-1, keepdims=True))
     wanted = weights / weights.sum(axis=-1, keepdims=True) * (2 ** (bits - 1) - 1)
     assert not codes[~kept].any()
-    # Half a step of rounding; table steps of 2**(1/1024) and 2**-13 are within 0.1 %; the shift of
+    # Half a step of rounding; table steps of 2**(1/4096) and 2**-13 are within 0.1 %; the shift of
     # an exponential drops less than 2**-16, half a step of 16 bits.
     np.testing.assert_allclose(codes, wanted, rtol=1e-3, atol=0.51 + 2.0 ** (bits - 17))
 
 
 def test_softmax_by_hand() -> None:
-    # One key: E = 65514 (2**16 * 2**(-0.5/1024)), e = 15, Z >> 3 = 8189, R = 2**28/8189.5 = 32778;
-    # 65514 * 32778 * 127 / 2**31 = 126.99.
+    # One key: E = 65530 (2**16 * 2**(-0.5/4096)), e = 15, Z >> 3 = 8191, R = 2**28/8191.5 = 32770;
+    # 65530 * 32770 * 127 / 2**31 = 127.00.
     one = emulator.softmax_codes(np.asarray([[[[5, 9]]]]), np.asarray([[[[True, False]]]]), 1, 0, 8)
-    assert emulator.exp_table()[0] == 65514 and emulator.reciprocal_table()[8189 - 4096] == 32778
+    assert emulator.exp_table()[0] == 65530 and emulator.reciprocal_table()[8191 - 4096] == 32770
     assert one.ravel().tolist() == [127, 0]
     # Two keys one octave apart: 2/3 and 1/3 of 127 are 84.7 and 42.3.
     two = emulator.softmax_codes(
-        np.asarray([[[[2048, 1024]]]]), np.ones((1, 1, 1, 2), bool), 1, 0, 8
+        np.asarray([[[[8192, 4096]]]]), np.ones((1, 1, 1, 2), bool), 1, 0, 8
     )
     assert two.ravel().tolist() == [85, 42]
 

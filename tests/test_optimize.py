@@ -128,7 +128,7 @@ def test_only_the_trained_groups_change(groups: tuple[Any, ...]) -> None:
 def test_frozen_weights_cost_no_backward_pass() -> None:
     def num_products(groups: tuple[Any, ...]) -> int:
         def loss(params: Any, policy: Policy, *rest: Any) -> tuple[jax.Array, LossAux]:
-            clip = policy.layers["qkv.clip"]
+            clip = policy.layers["qkv.activation_clip"]
             return jnp.sum(clip[None] @ params["weight"]), LossAux(terms={}, workload=None)
 
         def cost(workload: Any, *rest: Any) -> jax.Array:

@@ -108,8 +108,8 @@ def hard_round(scores: jax.Array, alive: jax.Array, code: jax.Array) -> jax.Arra
         (ALPHA_ONE - weight) * rest, safe_number
     )
     theta = jnp.right_shift(weight * extreme + mean_part, 7)
-    is_top = alive & (scores == top[..., None])
-    is_first_top = is_top & (jnp.cumsum(is_top, axis=-1) == 1)
+    first_top = jnp.argmax(jnp.where(alive, scores, limits.min), axis=-1)
+    is_first_top = jnp.arange(scores.shape[-1])[None, None, None, :] == first_top[..., None]
     survives = (scores > theta[..., None]) | is_first_top | (a == OFF_CODE)[..., None]
     return alive & survives
 

@@ -11,8 +11,8 @@ the straight-through path. Other tensors are codes on the hard path and values o
 Order of the calls in a block, with the site of each tensor (docs/mechanisms.md):
 
     on_activation qkv -> plan -> on_activation query, key, value -> filter -> on_activation scores
-    -> on_probabilities -> execution -> on_output attention -> carry -> on_activation out -> on_output out
-    -> on_activation up, gelu, down -> on_output down
+    -> on_probabilities -> execution -> on_output attention -> carry -> on_activation out
+    -> on_output attention_branch -> on_activation up, gelu, down -> on_output ffn_branch
 """
 
 from collections.abc import Callable, Mapping
@@ -167,6 +167,7 @@ class Selection:
       fetched_bits: Key bits already on chip, scalar in bit.
       trace: `scores` and `keep` of every round, `[R, B, H, T, S]`, if the context traces.
       keys: Key and value rows generated on demand, `[B, H, S]`; None: those of the plan.
+      scores: Scores that the softmax takes, `[B, H, T, S]`; None: query times key.
     """
 
     weights: jax.Array
@@ -174,6 +175,7 @@ class Selection:
     fetched_bits: jax.Array
     trace: dict[str, jax.Array]
     keys: jax.Array | None = None
+    scores: jax.Array | None = None
 
 
 Carry: TypeAlias = Any
@@ -242,9 +244,9 @@ def reuse_rows(context: Context, y: jax.Array, plan: Plan, site: str) -> tuple[j
 
     Args:
       context: The layer's context.
-      y: What leaves `attention` (heads side by side, before the output projection, `[B, T, H*d]`),
-        `out` or `down` (`[B, T, D]`, in the scale of the residual stream).
-      plan: Its `attention_source` and `heads` apply to `attention`, its `ffn_source` to `down`.
+      y: What leaves: `attention` (heads side by side, before the output projection, `[B, T, H*d]`),
+        `attention_branch` or `ffn_branch` (`[B, T, D]`, in the scale of the residual stream).
+      plan: `attention_source` and `heads` apply to `attention`, `ffn_source` to `ffn_branch`.
       site: Which of the three.
     """
     del context
@@ -258,7 +260,7 @@ def reuse_rows(context: Context, y: jax.Array, plan: Plan, site: str) -> tuple[j
                 split = jnp.reshape(result, (*y.shape[:2], weights.shape[1], -1))
                 mixed = jnp.einsum(subscripts, weights, split.astype(weights.dtype))
                 result = jnp.reshape(mixed, y.shape).astype(y.dtype)
-    elif site == "down" and plan.ffn_source is not None:
+    elif site == "ffn_branch" and plan.ffn_source is not None:
         mixed = jnp.einsum("btu,bud->btd", plan.ffn_source, y.astype(plan.ffn_source.dtype))
         result = mixed.astype(y.dtype)
     return result, Counts()

@@ -1,0 +1,336 @@
+"""Commands that train, measure and report."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from codesign.errors import CodesignError
+from codesign.experiments.configs import Budget, Experiment, Metric, Mode, Scope
+from codesign.experiments.curve import (
+    CURVE_FILE,
+    SECONDS_DENSE_STEP,
+    SECONDS_SETUP,
+    SECONDS_STEP,
+    CurveSettings,
+    estimate_seconds,
+    run_curve,
+)
+from codesign.experiments.data import Part
+from codesign.experiments.evaluate import measure, summary
+from codesign.experiments.finished import (
+    DENSE_FOLDER,
+    RESULT_FILE,
+    checked,
+    dense_folder,
+    load_run,
+    outline,
+    train_run,
+)
+from codesign.experiments.problem import Problem
+from codesign.experiments.run import write_json
+from codesign.experiments.tables import COLUMNS, print_json, print_table, result_cells
+from codesign.experiments.train import check_reachable
+from codesign.hw.spec import load_preset
+
+Json = Annotated[bool, tyro.conf.arg(name="json")]
+
+
+def train(
+    *,
+    experiment: Experiment,
+    out: Path,
+    mode: Mode = "joint",
+    budget: Budget = Budget(),  # noqa: B008 (frozen)
+    cache: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    estimate: bool = False,
+) -> int:
+    """Trains thresholds and bits (and weights) under a budget.
+
+    Exits with 1 if the deployed model misses the budget by more than 1 %.
+    Writes config.json, versions.json, metrics.jsonl, checkpoints and result.json (hard path, validation part).
+
+    Example: `codesign train digits --out runs/half --budget.energy 0.5`
+
+    Args:
+      experiment: The named experiment; every field can be overridden.
+      out: Run directory, made here.
+      mode: Whether weights, thresholds and bits are trained (joint), or thresholds and bits alone (policy).
+      budget: At least one bound is needed; each is a fraction of the dense cost.
+      cache: Folder of the dense models; default: `dense` beside the run.
+      resume: Continue the run in `--out`.
+      overwrite: Delete the run in `--out` first.
+      estimate: Print the expected time and stop.
+    """
+    print(_expected(train_seconds(checked(experiment, budget))), flush=True)
+    if estimate:
+        return 0
+    result = train_run(
+        experiment,
+        mode,
+        budget,
+        out,
+        cache=cache or dense_folder(out),
+        resume=resume,
+        overwrite=overwrite,
+        progress=True,
+    )
+    print_result(result)
+    return 0 if result["is_met"] else 1
+
+
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    *,
+    part: Part = "validation",
+    cache: Path | None = None,
+    as_json: Json = False,
+) -> int:
+    """Measures a run's integer path and the dense reference on a part of the data; writes RUN/evaluation-PART.json.
+
+    The test part is meant for the last look: choose on the validation part.
+
+    Example: `codesign evaluate runs/half --part test`
+
+    Args:
+      run: Run directory, or a directory in `points` of a curve.
+      part: Part of the data.
+      cache: Folder of the dense models; default: `dense` beside the run.
+      as_json: Print JSON only.
+    """
+    finished = load_run(run, cache=cache, progress=not as_json)
+    dense = finished.dense_measurement(part)
+    measured = measure(finished.problem, finished.point, part)
+    record = {
+        "preset": finished.settings.experiment.preset,
+        "part": part,
+        "clock_hz": finished.problem.spec.clock_hz,
+        "dense": summary(dense, dense),
+        "trained": summary(measured, dense),
+    }
+    write_json(run / f"evaluation-{part}.json", record)
+    if as_json:
+        print_json(record)
+    else:
+        print_result(record)
+        print(run / f"evaluation-{part}.json")
+    return 0
+
+
+def curve(
+    *,
+    experiment: Experiment,
+    out: Path,
+    budgets: tuple[float, ...] = (0.7, 0.6, 0.5, 0.4, 0.35, 0.3),
+    metric: Metric = "energy",
+    scope: Scope = "end_to_end",
+    seeds: tuple[int, ...] = (0,),
+    part: Part = "validation",
+    ablations: bool = False,
+    cache: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    estimate: bool = False,
+) -> int:
+    """Draws accuracy against cost: trained under each budget, beside dense and uniform settings.
+
+    Writes curve.json, curve.png and one run directory per trained point under points/.
+
+    Example: `codesign curve digits --out runs/curve --seeds 0 1 2 --part test`
+
+    Args:
+      experiment: The named experiment; every field can be overridden; its seed is replaced by `--seeds`.
+      out: Directory of the curve, made here.
+      budgets: Fractions of the dense cost, falling; each point starts from the one before.
+      metric: The cost under the budget.
+      scope: Whether the linear layers count (end_to_end) or attention alone.
+      seeds: Seeds of the dense model and its fine-tuning.
+      part: Part of the data on which points are measured.
+      ablations: Also train bits only and thresholds only.
+      cache: Folder of the dense models; default: `dense` in `--out`.
+      resume: Continue the curve in `--out`, point by point.
+      overwrite: Delete the curve in `--out` first.
+      estimate: Print the expected time and stop.
+    """
+    if not budgets or not seeds or list(budgets) != sorted(set(budgets), reverse=True):
+        raise CodesignError(
+            f"`--budgets` must be falling fractions and `--seeds` not empty, got {budgets} and {seeds}: "
+            "give e.g. `--budgets 0.7 0.5 0.3 --seeds 0`"
+        )
+    settings = CurveSettings(budgets=budgets, metric=metric, scope=scope, ablations=ablations)
+    if estimate:
+        print(_expected(estimate_seconds(experiment, settings, num_seeds=len(seeds))))
+        return 0
+    path = draw(
+        experiment,
+        settings,
+        out,
+        seeds=seeds,
+        part=part,
+        cache=cache or out / DENSE_FOLDER,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    print_curve(json.loads(path.read_text()))
+    print(path)
+    print(path.with_suffix(".png"))
+    return 0
+
+
+def draw(
+    experiment: Experiment,
+    settings: CurveSettings,
+    out: Path,
+    *,
+    seeds: tuple[int, ...],
+    part: Part,
+    cache: Path,
+    resume: bool,
+    overwrite: bool,
+) -> Path:
+    """Checks the settings before anything is written, prints the expected time, and runs a curve.
+
+    Returns:
+      Path of curve.json.
+    """
+    check_reachable(outline(experiment), settings.budget(min(settings.budgets)))
+    print(_expected(estimate_seconds(experiment, settings, num_seeds=len(seeds))), flush=True)
+    return run_curve(
+        experiment,
+        settings,
+        out,
+        seeds=seeds,
+        part=part,
+        cache=cache,
+        resume=resume,
+        overwrite=overwrite,
+        progress=True,
+        report=lambda line: print(line, flush=True),
+    )
+
+
+def report(path: tyro.conf.Positional[Path], *, as_json: Json = False) -> int:
+    """Prints the table of a curve or a run from its JSON file; trains and measures nothing.
+
+    Example: `codesign report runs/curve`
+
+    Args:
+      path: curve.json, result.json or evaluation-PART.json, or a directory that holds one of the first two.
+      as_json: Print the file's JSON only.
+    """
+    for name in (CURVE_FILE, RESULT_FILE):
+        if (path / name).is_file():
+            path = path / name
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        is_curve = "means" in record
+        if not is_curve:
+            record["trained"], record["clock_hz"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CodesignError(
+            f"'{path}' holds no result ({type(error).__name__}): give a curve.json, a result.json, "
+            "or the directory of a finished curve or run"
+        ) from error
+    if as_json:
+        print_json(record)
+    elif is_curve:
+        print_curve(record)
+    else:
+        print_result(record)
+    return 0
+
+
+def bench(*, as_json: Json = False) -> int:
+    """Measures the speed of the cost model and of the training step on this machine.
+
+    Example: `codesign bench --json`
+
+    Args:
+      as_json: Print JSON only.
+    """
+    from codesign.experiments.bench import run_bench
+
+    records = run_bench()
+    if as_json:
+        print_json(records)
+        return 0
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    rows = [[_number(record.get(key, "-")) for key in columns] for record in records]
+    print_table("speed", columns, rows)
+    return 0
+
+
+def _number(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def train_seconds(problem: Problem) -> float:
+    """Returns the expected time of one training run on two cores, its dense model included."""
+    experiment, structure = problem.experiment, problem.config.structure
+    # Measured on digits: 64 tokens, 3 layers, 32 images; time grows with their product.
+    size = structure.num_tokens * structure.num_layers / (64 * 3)
+    dense = experiment.dense.num_steps * SECONDS_DENSE_STEP * experiment.dense.batch_size
+    steps = experiment.optimize.num_steps * SECONDS_STEP * experiment.batch_size
+    return SECONDS_SETUP + size * (dense + steps) / 32
+
+
+def _expected(seconds: float) -> str:
+    """Returns the line that announces a time."""
+    length = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+    return f"expected time: {length} on two CPU cores"
+
+
+def print_result(record: dict[str, Any]) -> None:
+    """Prints the table of a trained or measured run, and how its budget and its drift came out."""
+    rows = [
+        (
+            f"{kind}, {scope.replace('_', ' ')}",
+            *result_cells(record[kind], scope, record["clock_hz"]),
+        )
+        for scope in ("end_to_end", "attention")
+        for kind in ("dense", "trained")
+    ]
+    count = record["trained"]["num_examples"]
+    print_table(f"{record['part']} part, {count} examples, integer path", ("point", *COLUMNS), rows)
+    budget = dict(record.get("budget", {}))
+    scope = budget.pop("scope", "")
+    for metric, one in budget.items():
+        print(
+            f"budget: {metric} {one['limit']:g} of dense ({scope}), reached {one['reached']:.4f}: "
+            f"{'met' if record['is_met'] else 'MISSED'}"
+        )
+    if "drift" in record:
+        drift = record["drift"]
+        parts = [
+            f"{path} {drift[f'{path}_accuracy']:.4f} / {drift[f'{path}_kept']:.3f}"
+            for path in ("hard", "straight_through", "soft")
+        ]
+        print(f"accuracy / kept fraction by path: {', '.join(parts)}")
+
+
+def print_curve(record: dict[str, Any]) -> None:
+    """Prints the table of a curve."""
+    clock_hz = load_preset(record["preset"]).clock_hz
+    scope = record["scope"]
+    columns = [column for column in COLUMNS if column != "kept"]
+    keep = [index for index, column in enumerate(COLUMNS) if column != "kept"]
+    rows = []
+    for entry in record["means"]:
+        cells = result_cells(entry, scope, clock_hz)
+        budget = "-" if entry["budget"] is None else f"{entry['budget']:g}"
+        rows.append((entry["kind"].replace("_", " "), budget, *(cells[index] for index in keep)))
+    print_table(
+        f"{record['task']} on {record['preset']}, {record['part']} part, {record['num_examples']} examples, "
+        f"seeds {', '.join(map(str, record['seeds']))}, {scope.replace('_', ' ')}; budgets on {record['metric']}",
+        ("point", "budget", *columns),
+        rows,
+    )
+    for entry in record["equal_kl"]:
+        if entry["ratio"] is not None:
+            print(
+                f"at equal KL, {entry['baseline'].replace('_', ' ')} needs {entry['ratio']:.2f} times the trained "
+                f"{record['metric']}"
+            )

@@ -1,0 +1,195 @@
+"""`codesign cost`: what a machine takes at its operating points, before anything is trained on it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from codesign.errors import CodesignError
+from codesign.experiments.configs import experiment_by_name, vision_config
+from codesign.experiments.data import load_task
+from codesign.experiments.tables import print_json, print_table
+from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.operating_points import ModelShape, operating_points
+from codesign.hw.spec import AcceleratorSpec, load_preset
+from codesign.hw.surrogate import SCOPES, Cost, Scope, cost
+from codesign.structure import ModelStructure
+from codesign.units import PJ_PER_UJ, US_PER_S
+
+HOST_ROW = "host"
+
+
+def cost_report(
+    preset: tyro.conf.Positional[Path],
+    *,
+    tokens: int = 64,
+    layers: int = 3,
+    heads: int = 4,
+    head_dim: int = 16,
+    width: int = 64,
+    hidden: int = 128,
+    experiment: str | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> int:
+    """Prints latency, energy and area of a machine at its dense, cheapest legal and published operating points.
+
+    Costs are per example. The attention engine runs in series with the host, which takes the linear layers.
+
+    Examples: `codesign cost energon --tokens 128 --layers 12 --heads 12 --head-dim 64 --width 768 --hidden 3072`;
+    `codesign cost my_machine.toml --experiment digits`
+
+    Args:
+      preset: Name of a shipped preset, or path of a TOML file.
+      tokens: Tokens of an example, >= 2.
+      layers: Transformer blocks, >= 1.
+      heads: Attention heads of a block, >= 1.
+      head_dim: Width of a head, elements, >= 1.
+      width: Width of the residual stream, elements, >= 1.
+      hidden: Inner width of the feed-forward network, elements, >= 1.
+      experiment: Take all sizes, embedding and head included, from this named experiment.
+      as_json: Print JSON only.
+
+    Raises:
+      CodesignError: If the preset or a size is wrong.
+    """
+    spec = load_preset(preset)
+    if experiment is None:
+        sizes = {
+            "tokens": tokens,
+            "layers": layers,
+            "heads": heads,
+            "head-dim": head_dim,
+            "width": width,
+            "hidden": hidden,
+        }
+        for name, size in sizes.items():
+            least = 2 if name == "tokens" else 1
+            if size < least:
+                raise CodesignError(f"`--{name}` must be at least {least}, got {size}: raise it")
+        shape = ModelShape(
+            num_layers=layers,
+            num_tokens=tokens,
+            num_heads=heads,
+            head_dim=head_dim,
+            width=width,
+            hidden=hidden,
+        )
+    else:
+        named = experiment_by_name(experiment)
+        shape = shape_of(vision_config(load_task(named.task), named.model).structure)
+    record = cost_record(spec, shape)
+    if as_json:
+        print_json(record)
+    else:
+        _print_record(record)
+    return 0
+
+
+def shape_of(structure: ModelStructure) -> ModelShape:
+    """Returns the sizes of a vision transformer, embedding and head included."""
+    return ModelShape(
+        num_layers=structure.num_layers,
+        num_tokens=structure.num_tokens,
+        num_heads=structure.num_heads,
+        head_dim=structure.head_dim,
+        width=structure.width,
+        hidden=structure.hidden,
+        embed=(structure.num_tokens, structure.patch_values, structure.width),
+        head=(1, structure.width, structure.num_classes),
+    )
+
+
+def cost_record(spec: AcceleratorSpec, shape: ModelShape) -> dict[str, Any]:
+    """Returns cost and breakdown at every operating point; energies in pJ, times in cycles and µs, areas in mm2."""
+    with jax.enable_x64(True):
+        accelerator = accelerator_from_spec(spec)
+        prices = {
+            point.name: cost(point.workload, accelerator) for point in operating_points(spec, shape)
+        }
+        points = {
+            name: {scope: _scope_record(price, scope, spec.clock_hz) for scope in SCOPES}
+            for name, price in prices.items()
+        }
+    return {
+        "preset": spec.name,
+        "clock_hz": spec.clock_hz,
+        "model": {
+            "num_tokens": shape.num_tokens,
+            "num_layers": shape.num_layers,
+            "num_heads": shape.num_heads,
+            "head_dim": shape.head_dim,
+            "width": shape.width,
+            "hidden": shape.hidden,
+        },
+        "points": points,
+    }
+
+
+def _scope_record(price: Cost, scope: Scope, clock_hz: float) -> dict[str, Any]:
+    cycles = float(price.latency_cycles(scope)[0])
+    # Units work at the same time; the host runs after the engine.
+    busy = {name: float(np.sum(value)) for name, value in price.unit_busy_cycles.items()}
+    if scope == "end_to_end":
+        busy[HOST_ROW] = float(np.sum(price.block_host.cycles) + np.sum(price.end_host.cycles))
+    return {
+        "latency_cycles": cycles,
+        "latency_us": cycles / clock_hz * US_PER_S,
+        "energy_pj": float(price.energy_pj(scope)[0]),
+        "area_mm2": float(price.area_mm2(scope)),
+        "energy_pj_by_unit": {
+            name: float(value[0]) for name, value in price.energy_by_unit(scope).items()
+        },
+        "busy_cycles_by_unit": busy,
+        "area_mm2_by_unit": {
+            name: float(value) for name, value in price.area_by_unit(scope).items()
+        },
+    }
+
+
+def _print_record(record: dict[str, Any]) -> None:
+    model, points = record["model"], record["points"]
+    sizes = ", ".join(f"{key.removeprefix('num_')} {value}" for key, value in model.items())
+    rows = []
+    for scope in SCOPES:
+        dense = points["dense"][scope]
+        for name, scopes in points.items():
+            one = scopes[scope]
+            rows.append(
+                (
+                    f"{scope.replace('_', ' ')}, {name}",
+                    f"{one['latency_cycles']:,.0f}",
+                    f"{one['latency_us']:.3f}",
+                    f"{one['latency_cycles'] / dense['latency_cycles']:.3f}",
+                    f"{one['energy_pj'] / PJ_PER_UJ:.4f}",
+                    f"{one['energy_pj'] / dense['energy_pj']:.3f}",
+                    f"{one['area_mm2']:.3f}",
+                )
+            )
+    print_table(
+        f"{record['preset']} at {record['clock_hz'] / 1e6:g} MHz, per example: {sizes}",
+        ("point", "latency, cycles", "µs", "of dense", "energy, µJ", "of dense", "area, mm2"),
+        rows,
+    )
+    whole = {name: scopes["end_to_end"] for name, scopes in points.items()}
+    area = whole["dense"]["area_mm2_by_unit"]
+    _print_units("energy by unit, µJ", "energy_pj_by_unit", whole, PJ_PER_UJ, ".4f")
+    _print_units(
+        "busy time by unit, cycles (units overlap)", "busy_cycles_by_unit", whole, 1, ",.0f"
+    )
+    print_table(
+        "area by unit, mm2", ("unit", "area"), [(unit, f"{area[unit]:.4f}") for unit in area]
+    )
+
+
+def _print_units(
+    title: str, key: str, points: dict[str, dict[str, Any]], divisor: float, form: str
+) -> None:
+    """Prints one breakdown, operating points side by side."""
+    rows = []
+    for unit in dict.fromkeys(unit for one in points.values() for unit in one[key]):
+        values = [one[key].get(unit) for one in points.values()]
+        cells = ["-" if value is None else format(value / divisor, form) for value in values]
+        rows.append((unit, *cells))
+    print_table(title, ("unit", *points), rows)

@@ -1,0 +1,258 @@
+"""Runs of one point: trained under a budget, stored in a run directory, and loaded from it again."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from codesign.calibration import Calibration
+from codesign.errors import CheckpointError, CodesignError, RunDirectoryError, UnknownNameError
+from codesign.experiments.configs import MODES, Budget, Experiment, Mode, vision_config
+from codesign.experiments.data import Part, load_task
+from codesign.experiments.evaluate import Measurement, Point, dense_point, measure, summary
+from codesign.experiments.problem import Problem, float_path, load_problem
+from codesign.experiments.run import CONFIG, RunDirectory, write_json
+from codesign.experiments.train import (
+    BudgetedTraining,
+    check_reachable,
+    drift,
+    finished_point,
+    start_point,
+    start_policy,
+)
+from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.spec import load_preset
+from codesign.mechanisms import mechanism_by_name
+from codesign.models.parameters import init_params
+
+RESULT_FILE = "result.json"
+BUDGET_MISS = 0.01
+"""Part of the budget by which the cost on the validation part may exceed it before it counts as missed (ours)."""
+DENSE_FOLDER = "dense"
+
+
+class Settings(BaseModel):
+    """`config.json` of a run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experiment: Experiment
+    mode: Mode
+    budget: Budget
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the settings as plain types."""
+        return {
+            "experiment": dataclasses.asdict(self.experiment),
+            "mode": self.mode,
+            "budget": dataclasses.asdict(self.budget),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """A trained point with everything needed to measure and deploy it."""
+
+    path: Path
+    settings: Settings
+    problem: Problem
+    point: Point
+
+    def dense_measurement(self, part: Part) -> Measurement:
+        """Returns what the dense model of the same machine does on a part, hard path."""
+        return measure_dense(self.problem, self.point, part)
+
+
+def measure_dense(problem: Problem, point: Point, part: Part) -> Measurement:
+    """Returns what the dense model of a problem does on a part of the data, hard path."""
+    reference = dense_point(problem, point.calibration)
+    return measure(problem, reference, part, mechanism=mechanism_by_name("dense"))
+
+
+def outline(experiment: Experiment) -> Problem:
+    """Returns the problem without its dense model (`params` and `teacher` are empty): enough to check settings.
+
+    Raises:
+      CodesignError: If a name, a file, the data or a size of the model is wrong.
+    """
+    mechanism = mechanism_by_name(experiment.mechanism)
+    spec = load_preset(experiment.preset)
+    if mechanism.name not in (spec.mechanism, "dense"):
+        raise UnknownNameError(
+            f"preset `{experiment.preset}` runs `{spec.mechanism}`, not `{mechanism.name}`: "
+            "choose a preset made for the mechanism"
+        )
+    task = load_task(experiment.task)
+    try:
+        config = vision_config(task, experiment.model)
+    except ValueError as error:
+        raise CodesignError(f"`experiment.model`: {error}: correct that size") from error
+    return Problem(
+        experiment=experiment,
+        task=task,
+        config=config,
+        mechanism=mechanism,
+        spec=spec,
+        accelerator=accelerator_from_spec(spec),
+        train=task.parts["train"],
+        params={},
+        teacher=np.zeros((0, task.num_classes), np.float32),
+    )
+
+
+def checked(experiment: Experiment, budget: Budget) -> Problem:
+    """Returns the outline of an experiment whose budget can be met, before anything is written.
+
+    Raises:
+      CodesignError: If there is no budget, or a setting or the data is wrong.
+      InfeasibleBudgetError: If no legal policy reaches the budget.
+    """
+    if not budget.limits:
+        raise CodesignError(
+            "no budget is given: add `--budget.energy 0.5` or `--budget.latency 0.5`, a fraction of dense"
+        )
+    outlined = outline(experiment)
+    check_reachable(outlined, budget)
+    return outlined
+
+
+def dense_folder(run: Path) -> Path:
+    """Returns where the dense models of a run are kept: `dense` beside it, or beside its parent if only that exists."""
+    run = run.absolute()
+    beside, above = run.parent / DENSE_FOLDER, run.parent.parent / DENSE_FOLDER
+    return above if above.is_dir() and not beside.is_dir() else beside
+
+
+def train_run(
+    experiment: Experiment,
+    mode: Mode,
+    budget: Budget,
+    out: Path,
+    *,
+    cache: Path,
+    resume: bool,
+    overwrite: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """Trains one point under a budget and returns the contents of its `result.json`.
+
+    Args:
+      experiment: Settings that passed `checked`.
+      mode: Which optimiser groups are trained.
+      budget: Bounds, at least one.
+      out: Run directory.
+      cache: Folder of the dense models.
+      resume: Continue the run that is there.
+      overwrite: Delete the run that is there.
+      progress: Whether to show progress bars.
+
+    Raises:
+      RunDirectoryError: If `out` exists and neither flag is given, or it was made with other settings.
+    """
+    optimize = dataclasses.replace(experiment.optimize, train=MODES[mode])
+    settings = Settings(
+        experiment=dataclasses.replace(experiment, optimize=optimize), mode=mode, budget=budget
+    )
+    run = RunDirectory.create(out, settings.plain(), resume=resume, overwrite=overwrite)
+    problem = load_problem(settings.experiment, cache=cache, progress=progress)
+    training = BudgetedTraining(problem, optimize, tuple(budget.limits), budget.scope)
+    point = training.train(
+        start_point(problem),
+        budget,
+        run,
+        checkpoint_every=max(1, optimize.num_steps // 4),
+        progress=progress,
+    )
+    measured, dense = (
+        measure(problem, point, "validation"),
+        measure_dense(problem, point, "validation"),
+    )
+    reached: dict[str, dict[str, float]] = {
+        metric: {
+            "limit": budget.limits[metric],
+            "reached": measured.mean_cost(metric, budget.scope) / training.dense[metric],
+        }
+        for metric in training.metrics
+    }
+    result = {
+        "preset": experiment.preset,
+        "part": "validation",
+        "clock_hz": problem.spec.clock_hz,
+        "dense": summary(dense, dense),
+        "trained": summary(measured, dense),
+        "drift": drift(problem, point, measured),
+        "budget": {"scope": budget.scope, **reached},
+        "is_met": all(
+            one["reached"] <= one["limit"] * (1.0 + BUDGET_MISS) for one in reached.values()
+        ),
+    }
+    write_json(run.path / RESULT_FILE, result)
+    return result
+
+
+def load_run(path: Path, *, cache: Path | None, progress: bool) -> FinishedRun:
+    """Returns a finished run; changes nothing in it.
+
+    Args:
+      path: Run directory of `codesign train`, or a point of a curve.
+      cache: Folder of the dense models; `dense_folder(path)` by default.
+      progress: Whether to show a progress bar should the dense model have to be trained again.
+
+    Raises:
+      RunDirectoryError: If `path` holds no run of one point.
+      CheckpointError: If the run is not finished, or its checkpoint is corrupted or of another model.
+    """
+    if not (path / CONFIG).is_file():
+        raise RunDirectoryError(
+            f"'{path}' is not a run directory (it lacks {CONFIG}): give the `--out` of `codesign train`, "
+            "or a directory in `points` of a curve"
+        )
+    try:
+        settings = Settings.model_validate_json((path / CONFIG).read_bytes())
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(str(key) for key in fault["loc"])
+        raise RunDirectoryError(
+            f"'{path / CONFIG}' is not that of a run of one point: `{place}`: {fault['msg']}; "
+            "give the `--out` of `codesign train`, or a directory in `points` of a curve"
+        ) from error
+    # Nothing is written: the directory has its files. A setting this version does not know is named.
+    run = RunDirectory.create(path, settings.plain(), resume=True, overwrite=False)
+    experiment, budget = settings.experiment, settings.budget
+    step, last = run.checkpoint_step(), experiment.optimize.num_steps
+    if step is None or step <= last:
+        raise CheckpointError(
+            f"'{path}' is not finished ({step or 0} of {last} steps): continue it with `--resume`"
+        )
+    outlined = outline(experiment)
+    training = BudgetedTraining(outlined, experiment.optimize, tuple(budget.limits), budget.scope)
+    _, tree = run.load(training.initial(_blank_point(outlined), budget))
+    return FinishedRun(
+        path=path,
+        settings=settings,
+        problem=load_problem(experiment, cache=cache or dense_folder(path), progress=progress),
+        point=finished_point(tree),
+    )
+
+
+def _blank_point(problem: Problem) -> Point:
+    """Returns a point with the shapes of the problem's, for a checkpoint to be read into."""
+    experiment, config = problem.experiment, problem.config
+    params = init_params(config.structure, key=jax.random.key(0))
+    pixels = problem.calibration_pixels[:1]
+    observed = jax.eval_shape(functools.partial(float_path, config=config), params, pixels)[1]
+    ranges = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), observed)
+    return Point(
+        params=params,
+        policy=start_policy(
+            problem,
+            linear_bits=experiment.start_linear_bits,
+            attention_bits=experiment.start_attention_bits,
+        ),
+        calibration=Calibration(layers=ranges["layers"], ends=ranges["ends"]),
+    )

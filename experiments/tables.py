@@ -1,0 +1,59 @@
+"""Tables and JSON on standard output."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from codesign.units import PJ_PER_UJ, US_PER_S
+
+PLAIN_WIDTH = 120
+"""Columns of a table that is not written to a terminal."""
+COLUMNS = ("accuracy", "KL, nat", "kept", "energy, µJ", "of dense", "latency, µs", "of dense")
+"""Headings of `result_cells`."""
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1
+) -> None:
+    """Prints a table whose first `text_columns` are text and may wrap, the others numbers."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        is_text = index < text_columns
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text)
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    Console(file=sys.stdout, width=width, highlight=False).print(table)
+
+
+def print_json(value: Any) -> None:
+    """Prints a value as JSON, indented."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def result_cells(means: dict[str, Any], scope: str, clock_hz: float) -> list[str]:
+    """Returns the cells under `COLUMNS` of one point.
+
+    Args:
+      means: What `codesign.experiments.evaluate.summary` returns, or an entry of `means` of a curve.
+      scope: `end_to_end` or `attention`.
+      clock_hz: Clock of the machine.
+    """
+    cost = means[scope]
+    quality = [
+        value["mean"] if isinstance(value, dict) else value
+        for value in (means["accuracy"], means["kl_nats"])
+    ]
+    return [
+        f"{quality[0]:.4f}",
+        f"{quality[1]:.4f}",
+        f"{means['kept'][-1]:.3f}" if "kept" in means else "-",
+        f"{cost['energy_pj'] / PJ_PER_UJ:.3f}",
+        f"{cost['energy_ratio']:.3f}",
+        f"{cost['latency_cycles'] / clock_hz * US_PER_S:.2f}",
+        f"{cost['latency_ratio']:.3f}",
+    ]

@@ -1,0 +1,155 @@
+"""Counts: row statistics, fetched vectors, the layer axis, and the closed vocabulary."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codesign.errors import UnknownNameError
+from codesign.vocabulary import (
+    KINDS,
+    MECHANISM_OPERATIONS,
+    SITES,
+    STAGES,
+    check_key,
+    matches,
+)
+from codesign.workload import (
+    Trace,
+    Workload,
+    fetched_vectors,
+    gemm,
+    grid_levels,
+    layers_second,
+    operation,
+    row_statistics,
+    stream,
+)
+
+# The worked masks of Energon's counts: 3 queries, 4 keys.
+MASKS = [[1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("length", "levels"), [(1, 1), (2, 2), (3, 3), (4, 3), (5, 4), (512, 10)])
+def test_grid_reaches_the_length(length: int, levels: int) -> None:
+    assert grid_levels(length) == levels
+    assert 2 ** (levels - 1) >= length
+
+
+def test_fetched_vectors_of_the_worked_masks() -> None:
+    vectors = fetched_vectors(jnp.asarray(MASKS, jnp.float32)[None, None])
+    # One query per fetch: 5 kept pairs. Two: keys 0, 1, 2, then key 0. All three: keys 0, 1, 2.
+    np.testing.assert_array_equal(vectors, [[[5.0, 4.0, 3.0]]])
+    kept_fraction, union = np.mean(MASKS), float(vectors[0, 0, -1]) / 4
+    assert (kept_fraction, union) == (5 / 12, 0.75)
+
+
+def test_fetched_vectors_of_random_masks_are_unions_of_blocks(
+    getkey: Callable[[], jax.Array],
+) -> None:
+    masks = np.asarray(jax.random.bernoulli(getkey(), 0.3, (2, 3, 11, 7)))
+    vectors = np.asarray(fetched_vectors(jnp.asarray(masks, jnp.float32)))
+    assert vectors.shape == (2, 3, 5)
+    for level in range(5):
+        blocks = [masks[:, :, start : start + 2**level] for start in range(0, 11, 2**level)]
+        expected = sum(np.sum(np.any(block, axis=2), axis=-1) for block in blocks)
+        np.testing.assert_array_equal(vectors[..., level], expected)
+
+
+def test_fetched_vectors_of_soft_weights() -> None:
+    vectors = fetched_vectors(jnp.asarray([[0.5, 0.0], [0.5, 1.0]])[None, None])
+    # 1 - (1 - .5)(1 - .5) = .75 and 1 - (1 - 0)(1 - 1) = 1.
+    np.testing.assert_allclose(vectors[0, 0], [2.0, 1.75])
+    gradient = jax.grad(lambda weight: fetched_vectors(jnp.full((1, 1, 2, 1), weight))[0, 0, 1])
+    np.testing.assert_allclose(gradient(0.25), 2 * (1 - 0.25))
+
+
+def test_row_statistics_count_lane_steps() -> None:
+    keys = jnp.asarray([[[5.0, 1.0, 0.0]]])
+    statistics = row_statistics(keys, jnp.asarray([[[1.0, 1.0, 0.0]]]), 8)
+    # ceil(5/g) + ceil(1/g) for g = 1, 2, 4, 8.
+    np.testing.assert_array_equal(statistics.segments, [[[6.0, 4.0, 3.0, 2.0]]])
+    np.testing.assert_array_equal(statistics.queries, [[2.0]])
+    np.testing.assert_array_equal(statistics.maximum, [[5.0]])
+
+
+def test_row_statistics_of_rows_by_head() -> None:
+    rows = jnp.asarray([[[1.0, 0.0], [1.0, 1.0]]])
+    statistics = row_statistics(3.0 * rows, rows, 4)
+    np.testing.assert_array_equal(statistics.queries, [[1.0, 2.0]])
+    np.testing.assert_array_equal(statistics.segments[..., 2], [[1.0, 2.0]])
+
+
+def test_segments_have_the_slope_without_ceil() -> None:
+    def steps(keys: jax.Array) -> jax.Array:
+        return row_statistics(keys, jnp.ones((1, 1, 1)), 8).segments[0, 0, 2]
+
+    np.testing.assert_array_equal(jax.grad(steps)(jnp.full((1, 1, 1), 5.0)), [[[0.25]]])
+
+
+def test_layer_axis_comes_second() -> None:
+    def layer(index: jax.Array) -> Workload:
+        counts = index * 10.0 + jnp.arange(3.0)
+        return Workload(
+            operations={"qk.mac": operation(jnp.broadcast_to(counts[:, None], (3, 2)), 16.0, 8.0)},
+            rows={},
+            streams={"query": stream(counts[:, None, None], jnp.asarray(16.0), 4)},
+            block_gemms={
+                "up": gemm(counts, 4, 8, jnp.asarray(8.0), jnp.asarray(8.0)),
+                "down": gemm(counts, 8, 4, counts, jnp.asarray(8.0)),
+            },
+            end_gemms={},
+            head_dim=4,
+            densities={"key": counts},
+        )
+
+    _, stacked = jax.lax.scan(lambda state, index: (state, layer(index)), 0, jnp.arange(2.0))
+    workload = layers_second(stacked)
+    expected = np.arange(3.0)[:, None] + 10.0 * np.arange(2.0)[None, :]
+    np.testing.assert_array_equal(workload.operations["qk.mac"].count[..., 0], expected)
+    assert workload.operations["qk.mac"].bits_a.shape == (1, 2, 1)
+    assert workload.streams["query"].vectors.shape == (3, 2, 1, 1)
+    np.testing.assert_array_equal(workload.block_gemms["up"].rows, expected)
+    assert workload.block_gemms["up"].activation_bits.shape == (1, 2)
+    # Rows of different width: the mean by example.
+    assert workload.block_gemms["down"].activation_bits.shape == (3, 2)
+    np.testing.assert_array_equal(workload.densities["key"], expected)
+
+
+def test_trace_unpacks_its_masks() -> None:
+    masks = np.random.default_rng(0).random((2, 1, 2, 3, 4, 11)) < 0.5
+    trace = Trace(
+        packed=np.packbits(masks, axis=-1),
+        valid=np.ones((1, 11), bool),
+        num_keys=11,
+        head_dim=4,
+        bits={},
+    )
+    for layer in range(2):
+        np.testing.assert_array_equal(trace.keep(layer), masks[layer])
+
+
+@pytest.mark.parametrize("key", ["qk.mac", "filter0.statistic", "filter12.mac", "copy.bits"])
+def test_keys_of_the_vocabulary(key: str) -> None:
+    assert check_key(key) == key
+
+
+@pytest.mark.parametrize("key", ["qk", "qk.", "mac", "qk.macs", "guess.mac", "filter.0", ".mac"])
+def test_other_keys_are_refused(key: str) -> None:
+    with pytest.raises(UnknownNameError, match="vocabulary"):
+        check_key(key)
+
+
+def test_every_mechanism_stays_in_the_vocabulary() -> None:
+    for patterns in MECHANISM_OPERATIONS.values():
+        for pattern in patterns:
+            key = check_key(pattern.replace("*", "0"))
+            assert matches(key, patterns)
+    assert not matches("filter0.mac", ("filter*.compare", "qk.mac"))
+
+
+@pytest.mark.parametrize("names", [STAGES, KINDS, SITES])
+def test_names_are_unique(names: tuple[str, ...]) -> None:
+    assert len(set(names)) == len(names)
