@@ -27,8 +27,9 @@ Group = Literal["params", "thresholds", "bits", "clips"]
 TRAINABLE: tuple[Group, ...] = ("params", "thresholds", "bits", "clips")
 """Optimiser groups: the model's weights, then those of a policy."""
 
-# Weights start and end at this fraction of `weight_rate`, and rise over this part of the steps (ours).
-WEIGHT_RATE_FLOOR = 0.1
+# Every rate ends at this fraction of its peak; that of the weights also starts there, and rises over this part of the
+# steps (ours).
+RATE_FLOOR = 0.1
 WEIGHT_WARMUP_FRACTION = 0.05
 
 # A gradient this small for this many steps is dead (learning rules, section 8).
@@ -36,7 +37,7 @@ DEAD_GRADIENT_NORM = 1e-8
 DEAD_GRADIENT_STEPS = 100
 
 # Offsets of rounding tried at hardening, in bit, from the most bits to the fewest (ours).
-_ROUNDING_OFFSETS = tuple(index / 16.0 for index in range(-7, 9))
+_ROUNDING_OFFSETS = tuple(index / 32.0 for index in range(-15, 17))
 
 _GRADIENT_NORM = "gradient_norm."
 _THRESHOLD_GRADIENT = "threshold_gradient."
@@ -364,20 +365,32 @@ class ThresholdWatch:
 
 
 def _optimizer(settings: OptimizeSettings) -> optax.GradientTransformation:
-    """Returns the optimiser of the trained groups, each with its rate and its own clipping."""
-    floor = WEIGHT_RATE_FLOOR * settings.weight_rate
-    weight_rate = optax.warmup_cosine_decay_schedule(
-        init_value=floor,
-        peak_value=settings.weight_rate,
-        warmup_steps=int(WEIGHT_WARMUP_FRACTION * settings.num_steps),
-        decay_steps=settings.num_steps,
-        end_value=floor,
+    """Returns the optimiser of the trained groups, each with its own clipping and a rate that falls along a cosine.
+
+    The widths' rate falls over stage 1, that of the weights over stage 2 (where there is one), the others' over both.
+    """
+    stage1, stage2 = settings.hardened_step, settings.num_steps - settings.hardened_step
+    warmup_steps = int(WEIGHT_WARMUP_FRACTION * settings.num_steps)
+    weight_rate = optax.join_schedules(
+        [
+            optax.linear_schedule(
+                RATE_FLOOR * settings.weight_rate, settings.weight_rate, warmup_steps
+            ),
+            optax.cosine_decay_schedule(
+                settings.weight_rate, max(1, stage2 or stage1 - warmup_steps), RATE_FLOOR
+            ),
+        ],
+        [max(warmup_steps, stage1 if stage2 else 0)],
     )
+
+    def falling(rate: float, num_steps: int) -> optax.Schedule:
+        return optax.cosine_decay_schedule(rate, num_steps, RATE_FLOOR)
+
     transforms = {
         "params": optax.adamw(weight_rate, weight_decay=settings.weight_decay),
-        "thresholds": optax.adam(settings.threshold_rate),
-        "bits": optax.adam(settings.bits_rate),
-        "clips": optax.adam(settings.clip_rate),
+        "thresholds": optax.adam(falling(settings.threshold_rate, settings.num_steps)),
+        "bits": optax.adam(falling(settings.bits_rate, stage1)),
+        "clips": optax.adam(falling(settings.clip_rate, settings.num_steps)),
     }
     clipping = optax.clip_by_global_norm(settings.clip_norm)
     return optax.partition(

@@ -120,7 +120,15 @@ def digits() -> Experiment:
     `codesign quickstart` draws its curve in under six minutes on two CPU cores.
     """
     return Experiment(
-        optimize=OptimizeSettings(num_steps=120, weight_rate=5e-4, bits_rate=0.1, clip_rate=0.02),
+        optimize=OptimizeSettings(
+            num_steps=120,
+            hardened_fraction=0.5,
+            weight_rate=5e-4,
+            bits_rate=0.05,
+            price_warmup_fraction=0.02,
+            clip_rate=0.02,
+            threshold_rate=0.01,
+        ),
     )
 
 

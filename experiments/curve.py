@@ -334,7 +334,9 @@ def curve_record(
 
     def stacked(kind: str, fraction: float | None, field: str) -> NDArray[np.float64]:
         """Returns a per-example figure averaged over seeds, `[N]`."""
-        return np.mean([np.asarray(getattr(m, field), float) for m in of(kind, fraction)], axis=0)
+        values = np.asarray([getattr(m, field) for m in of(kind, fraction)], np.float64)
+        averaged: NDArray[np.float64] = values.mean(axis=0)
+        return averaged
 
     def interval(values: NDArray[np.float64]) -> dict[str, float]:
         return dataclasses.asdict(bootstrap(values, num_resamples=settings.num_resamples))

@@ -1,12 +1,10 @@
 """Runs of one point: trained under a budget, stored in a run directory, and loaded from it again."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -231,7 +229,7 @@ def load_run(path: Path, *, cache: Path | None, progress: bool) -> FinishedRun:
         )
     outlined = outline(experiment)
     training = BudgetedTraining(outlined, experiment.optimize, tuple(budget.limits), budget.scope)
-    _, tree = run.load(training.initial(_blank_point(outlined), budget))
+    _, tree = run.load(_blank_checkpoint(training, budget))
     return FinishedRun(
         path=path,
         settings=settings,
@@ -240,19 +238,21 @@ def load_run(path: Path, *, cache: Path | None, progress: bool) -> FinishedRun:
     )
 
 
-def _blank_point(problem: Problem) -> Point:
-    """Returns a point with the shapes of the problem's, for a checkpoint to be read into."""
-    experiment, config = problem.experiment, problem.config
-    params = init_params(config.structure, key=jax.random.key(0))
-    pixels = problem.calibration_pixels[:1]
-    observed = jax.eval_shape(functools.partial(float_path, config=config), params, pixels)[1]
-    ranges = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), observed)
-    return Point(
-        params=params,
-        policy=start_policy(
+def _blank_checkpoint(training: BudgetedTraining, budget: Budget) -> dict[str, Any]:
+    """Returns the shapes and dtypes of a training's checkpoints; computes nothing."""
+    problem = training.problem
+
+    def initial() -> dict[str, Any]:
+        params = init_params(problem.config.structure, key=jax.random.key(0))
+        ranges = float_path(params, problem.calibration_pixels[:1], problem.config)[1]
+        policy = start_policy(
             problem,
-            linear_bits=experiment.start_linear_bits,
-            attention_bits=experiment.start_attention_bits,
-        ),
-        calibration=Calibration(layers=ranges["layers"], ends=ranges["ends"]),
-    )
+            linear_bits=problem.experiment.start_linear_bits,
+            attention_bits=problem.experiment.start_attention_bits,
+        )
+        calibration = Calibration(layers=ranges["layers"], ends=ranges["ends"])
+        point = Point(params=params, policy=policy, calibration=calibration)
+        return training.initial(point, budget)
+
+    shapes: dict[str, Any] = jax.eval_shape(initial)
+    return shapes

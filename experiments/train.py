@@ -28,6 +28,7 @@ from codesign.hw.operating_points import (
 from codesign.hw.surrogate import Cost, cost
 from codesign.models import vit
 from codesign.optimize import (
+    Group,
     LossAux,
     OptimizeSettings,
     StepFn,
@@ -35,11 +36,14 @@ from codesign.optimize import (
     init_state,
     make_train_step,
 )
-from codesign.policy import Policy, dense_knobs, deployed_bits
+from codesign.policy import ATTENTION_BITS, Policy, bits_range, dense_knobs, deployed_bits
 
 BISECTIONS = 6
 """Halvings of the interval of alpha, 2, when start thresholds are sought: 1/32."""
-REPAIR_BISECTIONS = 6
+BUDGET_BISECTIONS = 7
+"""Halvings of the interval [0, 1] of a move that is to meet a budget: 1/128."""
+FILTER_WIDTHS = ("query_bits", "key_bits")
+"""Widths that a common move leaves alone: they are at a few bits from the start."""
 BUDGET_TOLERANCE = 0.005
 """Part of the budget by which the deployed cost may exceed it before thresholds are raised (ours)."""
 
@@ -213,7 +217,8 @@ class BudgetedTraining:
         price = cost(workload, constants["accelerator"], smoothness=smoothness)
         values = _metrics(price, self.scope)
         means = jnp.stack([jnp.mean(values[name]) for name in self.metrics])
-        return means / constants["limits"]
+        ratios: jax.Array = means / constants["limits"]
+        return ratios
 
     def batch(self, step: int) -> dict[str, NDArray[Any]]:
         """Returns the batch of a step, a pure function of it."""
@@ -256,7 +261,8 @@ class BudgetedTraining:
     ) -> Point:
         """Trains from a point to a deployable one under a budget; continues where the run stopped.
 
-        Stage 1 anneals everything that is trained. At the hardened step the ranges are measured again, on the weights as
+        Before the first step, widths and thresholds are moved together until the deployed cost meets the budget, so that
+        training redistributes instead of descending. Stage 1 anneals everything that is trained. At the hardened step the ranges are measured again, on the weights as
         they are then; widths become whole bits and stay. Stage 2 goes on with thresholds and weights on the deployed
         decisions, the budget still held. At last, should the deployed cost on the calibration images exceed the budget,
         all thresholds are raised together until it does not.
@@ -273,6 +279,8 @@ class BudgetedTraining:
         """
         check_reachable(self.problem, budget)
         settings = self.settings
+        if run.checkpoint_step() is None:
+            point = self.fitted(point, budget)
         done, tree = run.resume(self.initial(point, budget))
         if done > settings.num_steps:
             return finished_point(tree)
@@ -306,31 +314,77 @@ class BudgetedTraining:
         run.save(settings.num_steps + 1, {"state": state, "constants": tree["constants"]})
         return final
 
+    def fitted(self, point: Point, budget: Budget) -> Point:
+        """Returns the point moved, all layers and heads alike, to where its deployed cost meets the budget.
+
+        Widths move towards their lower limits in proportion to their distance from them, thresholds alike upwards: the
+        widths first under a budget on energy, the thresholds first under one on latency alone, which widths hardly change.
+        """
+        moves: dict[Group, Callable[[Policy, float], Policy]] = {
+            "bits": narrowed,
+            "thresholds": raised,
+        }
+        order: tuple[Group, ...] = ("bits", "thresholds")
+        for name in order if "energy" in self.metrics else order[::-1]:
+            if name not in self.settings.train or self.excess(point, budget) <= 1.0:
+                continue
+            point = self._moved(point, budget, moves[name])
+        return point
+
+    def _moved(
+        self, point: Point, budget: Budget, move: Callable[[Policy, float], Policy]
+    ) -> Point:
+        """Returns the point with the least move in [0, 1] that meets the budget; the whole move if none does."""
+        low, high = 0.0, 1.0
+        for _ in range(BUDGET_BISECTIONS):
+            middle = (low + high) / 2.0
+            candidate = _with_policy(point, move(point.policy, middle))
+            low, high = (middle, high) if self.excess(candidate, budget) > 1.0 else (low, middle)
+        return _with_policy(point, move(point.policy, high))
+
+    def excess(self, point: Point, budget: Budget) -> float:
+        """Returns the largest ratio of deployed cost, on the calibration images, to its bound; 0 without a bound."""
+        limits = self.limits(budget)
+        if not limits:
+            return 0.0
+        costs = calibration_run(self.problem, point)[0][self.scope]
+        return max(costs[name] / limit for name, limit in limits.items())
+
     def repaired(self, point: Point, budget: Budget) -> Point:
         """Returns the point with whole bits and, if the deployed cost breaks the budget, higher thresholds."""
         point = _with_policy(point, deployed_bits(point.policy))
-        limits = self.limits(budget)
-        if not limits or "thresholds" not in self.settings.train:
+        if "thresholds" not in self.settings.train:
             return point
-
-        def worst(candidate: Point) -> float:
-            costs = calibration_run(self.problem, candidate)[0][self.scope]
-            return max(costs[name] / limit for name, limit in limits.items())
-
-        if worst(point) <= 1.0 + BUDGET_TOLERANCE:
+        if self.excess(point, budget) <= 1.0 + BUDGET_TOLERANCE:
             return point
-        alpha = np.tanh(np.asarray(point.policy.layers["threshold"], np.float64))
+        mended = self._moved(point, budget, raised)
+        # Thresholds that cannot mend it stay as trained; the measured cost is reported as it is.
+        return mended if self.excess(mended, budget) <= 1.0 else point
 
-        def raised(shift: float) -> Point:
-            return _with_policy(point, with_alpha(point.policy, alpha + shift))
 
-        low, high = 0.0, 0.5
-        if worst(raised(high)) > 1.0:
-            return point  # thresholds cannot mend it; the measured cost is reported as it is
-        for _ in range(REPAIR_BISECTIONS):
-            middle = (low + high) / 2.0
-            low, high = (middle, high) if worst(raised(middle)) > 1.0 else (low, middle)
-        return raised(high)
+def narrowed(policy: Policy, move: float) -> Policy:
+    """Returns the policy with its widths moved towards their lower limits: `move` of the way, 0 to 1.
+
+    Exact attention goes first (up to a half), where narrowing costs least quality, then the linear layers.
+    """
+
+    def inside(name: str, value: jax.Array) -> jax.Array:
+        if not name.endswith("bits") or name in FILTER_WIDTHS:
+            return value
+        low = bits_range(name)[0]
+        part = 2.0 * move if name in ATTENTION_BITS else 2.0 * move - 1.0
+        return low + (value - low) * (1.0 - min(max(part, 0.0), 1.0))
+
+    return Policy(
+        layers={name: inside(name, value) for name, value in policy.layers.items()},
+        ends={name: inside(name, value) for name, value in policy.ends.items()},
+    )
+
+
+def raised(policy: Policy, move: float) -> Policy:
+    """Returns the policy with every alpha moved towards 1: `move` of the way, 0 to 1."""
+    alpha = np.tanh(np.asarray(policy.layers["threshold"], np.float64))
+    return with_alpha(policy, alpha + (1.0 - alpha) * move)
 
 
 def finished_point(tree: dict[str, Any]) -> Point:

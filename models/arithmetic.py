@@ -283,8 +283,8 @@ class FloatArithmetic:
         return total
 
     def on_residual_grid(self, x: jax.Array) -> jax.Array:
-        """Returns `x` in whole codes of the residual stream where the forward value is the deployed one."""
-        if self.relaxation is None or not self.relaxation.straight_through:
+        """Returns `x` in whole codes of the residual stream, whose width is not trained."""
+        if self.relaxation is None:
             return x
         assert self.residual_range is not None
         scale = gates.detach(self.residual_range / code_limit(RESIDUAL_BITS))

@@ -50,13 +50,17 @@ def exp_table() -> NDArray[np.int64]:
     """Returns 2^16 * 2^-((f + 1/2) / 4096) for f = 0..4095, rounded."""
     entries = 2**EXP_FRACTION_BITS
     fractions = (np.arange(entries) + 0.5) / entries
-    return np.rint(2.0**16 * 2.0**-fractions).astype(np.int64)
+    table: NDArray[np.int64] = np.rint(2.0**16 * 2.0**-fractions).astype(np.int64)
+    return table
 
 
 def reciprocal_table() -> NDArray[np.int64]:
     """Returns 2^28 / (4096 + i + 1/2) for i = 0..4095, rounded."""
     entries = 2**RECIPROCAL_BITS
-    return np.rint(2.0**28 / (entries + np.arange(entries) + 0.5)).astype(np.int64)
+    table: NDArray[np.int64] = np.rint(2.0**28 / (entries + np.arange(entries) + 0.5)).astype(
+        np.int64
+    )
+    return table
 
 
 def gelu_table(input_scale: float, output_scale: float, output_limit: int) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ one square root and one division, both correctly rounded.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from codesign.mechanisms.protocol import Operands
 from codesign.quantize import exact_einsum
@@ -152,7 +153,7 @@ class IntegerArithmetic:
         """See `Arithmetic.probabilities`: a table of powers of two and one reciprocal per row."""
         del operands
         kept = weights > 0.5
-        lowest = jnp.iinfo(jnp.int64).min
+        lowest = np.iinfo(np.int64).min
         top = jnp.max(jnp.where(kept, scores, lowest), axis=-1, keepdims=True)
         distance = jnp.where(kept, top - scores, 0)
         index = jnp.right_shift(distance * self.arrays["exp_mantissa"], self.arrays["exp_shift"])

@@ -25,10 +25,14 @@ HAND_QUERY = [24576, -12288]
 HAND_KEYS = [[7, -8], [4, -4], [1, 2], [-3, 1], [-6, 5], [5, 3]]
 
 
+hard_keep = jax.jit(hard_round)
+soft_gate = jax.jit(soft_round)
+
+
 def keep_one_row(scores: Sequence[int], code: int) -> set[int]:
     """Indices that one round keeps of a row whose keys are all alive."""
     row = jnp.asarray(scores, jnp.int32)[None, None, None, :]
-    keep = hard_round(row, jnp.ones_like(row, bool), jnp.asarray([code], jnp.int32))
+    keep = hard_keep(row, jnp.ones_like(row, bool), jnp.asarray([code], jnp.int32))
     return set(np.flatnonzero(keep[0, 0, 0]).tolist())
 
 
@@ -142,9 +146,7 @@ def test_hand_example_with_a_negative_sum() -> None:
 def test_integer_threshold_equals_the_rational_definition(seed: int) -> None:
     scores, alive = random_rows(seed)
     code = np.random.default_rng(seed + 50).integers(-128, 128, size=len(scores))
-    keep = hard_round(
-        by_head(scores.astype(np.int32)), by_head(alive), jnp.asarray(code, jnp.int32)
-    )
+    keep = hard_keep(by_head(scores.astype(np.int32)), by_head(alive), jnp.asarray(code, jnp.int32))
     wanted = rational_keep(scores, alive, code)
     np.testing.assert_array_equal(keep[0, :, 0], wanted)
     assert 0.1 < wanted[alive].mean() < 0.9
@@ -169,7 +171,7 @@ def test_raising_the_threshold_never_adds_a_key(seed: int) -> None:
     before = alive
     for code in range(-128, 128, 5):
         keep = np.asarray(
-            hard_round(
+            hard_keep(
                 by_head(scores.astype(np.int32)),
                 by_head(alive),
                 jnp.full(len(scores), code, jnp.int32),
@@ -194,10 +196,10 @@ def test_survivors_are_nested() -> None:
 def test_a_factor_or_offset_changes_nothing(code: int) -> None:
     scores, alive = random_rows(7, num_rows=300)
     a = jnp.full(len(scores), code, jnp.int32)
-    keep = hard_round(by_head(scores.astype(np.int32)), by_head(alive), a)
+    keep = hard_keep(by_head(scores.astype(np.int32)), by_head(alive), a)
     for changed in (7 * scores, scores - 1234):
         np.testing.assert_array_equal(
-            hard_round(by_head(changed.astype(np.int32)), by_head(alive), a), keep
+            hard_keep(by_head(changed.astype(np.int32)), by_head(alive), a), keep
         )
 
 
@@ -218,7 +220,7 @@ def test_derivative_of_the_threshold(alpha: float) -> None:
         relaxed = tiny_model.relaxation(temperature, straight_through=False)
 
         def run(value: jax.Array) -> jax.Array:
-            return soft_round(scores, weights, pairs, value[None], relaxed)
+            return soft_gate(scores, weights, pairs, value[None], relaxed)
 
         gate = run(jnp.asarray(alpha))
         slope = jax.jacfwd(run)(jnp.asarray(alpha))
@@ -244,7 +246,7 @@ def test_soft_round_tends_to_the_hard_one() -> None:
     ones = jnp.ones_like(by_head(scores), jnp.float32)
     distances = []
     for temperature in (1.0, 0.1, 1e-2, 1e-5):
-        gate = soft_round(
+        gate = soft_gate(
             by_head(scores.astype(np.float32)),
             ones,
             ones,
@@ -263,7 +265,9 @@ def has_tie(scores: np.ndarray, keep: np.ndarray, code: int) -> np.ndarray:
     """
     alive = np.concatenate([np.ones_like(keep[:, :1]), keep[:, :-1]], axis=1)
     number = alive.sum(-1, keepdims=True)
-    extreme = np.where(alive, np.sign(code) * scores, -np.inf).max(-1, keepdims=True) * np.sign(code)
+    extreme = np.where(alive, np.sign(code) * scores, -np.inf).max(-1, keepdims=True) * np.sign(
+        code
+    )
     mean = np.where(alive, scores, 0).sum(-1, keepdims=True) / number
     theta = (abs(code) * extreme + (128 - abs(code)) * mean) / 128
     is_tie = alive & (number > 1) & (np.abs(scores - theta) < 1e-6)
@@ -365,7 +369,7 @@ def test_a_row_without_keys_keeps_none_and_has_finite_gradients() -> None:
 
     def total(alpha: jax.Array, scores: jax.Array) -> jax.Array:
         relaxed = tiny_model.relaxation(straight_through=False)
-        gate = soft_round(scores, weights, jnp.asarray(pairs, jnp.float32), alpha, relaxed)
+        gate = soft_gate(scores, weights, jnp.asarray(pairs, jnp.float32), alpha, relaxed)
         return jnp.sum(gate * weights)
 
     for alpha in (-0.2, 0.2):

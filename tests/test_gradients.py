@@ -30,8 +30,6 @@ STEP = 1e-6
 """Step of the central difference, in the unit of the leaf; its error is O(STEP^2) + 1e-16 / STEP."""
 TOLERANCE = 1e-3
 TERMS = ("task", "workload", "energy", "latency")
-# The unoptimised program compiles faster than it would have to run.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,9 +60,7 @@ class Problem:
             mechanism=MECHANISMS["energon"],
             relaxation=relaxation,
         )
-        task = jnp.mean(
-            optax.softmax_cross_entropy_with_integer_labels(output.logits, self.labels)
-        )
+        task = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(output.logits, self.labels))
         leaves = jax.tree.leaves(output.workload)
         counts = sum((jnp.mean(jnp.log1p(leaf)) for leaf in leaves), start=jnp.zeros(()))
         spent = cost(output.workload, self.accelerator, smoothness=relaxation.smoothness)
@@ -162,9 +158,7 @@ def recorded(run: Callable[..., jax.Array], *arguments: Any) -> tuple[jax.Array,
         return run(*arguments), tape
 
 
-def replayed(
-    run: Callable[..., jax.Array], tape: list[jax.Array], *arguments: Any
-) -> jax.Array:
+def replayed(run: Callable[..., jax.Array], tape: list[jax.Array], *arguments: Any) -> jax.Array:
     """Runs with the noted values: the smooth function whose true derivative training uses."""
     notes = iter(tape)
 
@@ -189,7 +183,7 @@ def replayed(
 
 def compiled(run: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
     lowered = jax.jit(run).lower(*arguments)
-    executable: Callable[..., Any] = lowered.compile(compiler_options=FAST_COMPILE)
+    executable: Callable[..., Any] = lowered.compile(compiler_options=tiny_model.FAST_COMPILE)
     return executable
 
 
@@ -203,17 +197,9 @@ def direction(path: str, leaf: jax.Array, rng: np.random.Generator) -> jax.Array
     return jnp.asarray(draw)
 
 
-@pytest.mark.parametrize(
-    "straight_through", [False, pytest.param(True, marks=pytest.mark.slow)]
-)
-def test_gradient_against_finite_differences(problem: Problem, straight_through: bool) -> None:
-    relaxation = doubled(tiny_model.relaxation(straight_through=straight_through))
-    policy = base_policy(problem)
-    if straight_through:
-        # A key left alone has probability 1, the end of its quantiser's range: a kink.
-        low = -0.6 - jnp.abs(policy.layers["threshold"])
-        policy = Policy(layers=policy.layers | {"threshold": low}, ends=policy.ends)
-    base = (problem.params, policy)
+def test_gradient_against_finite_differences(problem: Problem) -> None:
+    relaxation = doubled(tiny_model.relaxation(straight_through=False))
+    base = (problem.params, base_policy(problem))
 
     def run(point: Any) -> jax.Array:
         return problem.terms(*point, relaxation)
@@ -309,9 +295,7 @@ def test_straight_through_filter_by_hand(variable: float) -> None:
     widths: dict[str, object] = {"qk_bits": 16, "v_bits": 16, "query_bits": 4, "key_bits": [4]}
 
     def weights(v: jax.Array) -> jax.Array:
-        selection = tiny_model.run_filter(
-            query, key, v[None, None], widths=widths, soft=relaxation
-        )
+        selection = tiny_model.run_filter(query, key, v[None, None], widths=widths, soft=relaxation)
         return selection.weights[0, 0]
 
     slope = jax.jacfwd(weights)(jnp.asarray(variable))

@@ -1,5 +1,7 @@
 """The deployed integer path against the emulator, against itself in another batch, and against training's path."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_model
 
+from codesign.calibration import Calibration
 from codesign.hw import emulator
 from codesign.mechanisms import MECHANISMS
 from codesign.models import vit
@@ -50,9 +53,7 @@ def num_differences(
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("num_rounds", [1, 2, 3])
-def test_integer_path_equals_the_emulator(
-    digits_model: tiny_model.Model, num_rounds: int
-) -> None:
+def test_integer_path_equals_the_emulator(digits_model: tiny_model.Model, num_rounds: int) -> None:
     for seed in range(4):
         policy = tiny_model.random_policy(
             digits_model.structure, num_rounds=num_rounds, seed=10 * num_rounds + seed
@@ -201,42 +202,49 @@ def num_equations(jaxpr: Any) -> int:
 
 
 def test_the_program_does_not_grow_with_depth() -> None:
-    counts: dict[str, list[int]] = {"training": [], "deployed": []}
+    training, deployed = [], []
     for num_layers in (6, 12):
         shape = tiny_model.structure(num_layers=num_layers)
         setup = tiny_model.config(shape)
-        params = init_params(shape, key=jax.random.key(0))
-        pixels = np.zeros((1, 8, 8), np.int32)
-        policy = tiny_model.energon_policy(shape)
-        calibration = tiny_model.calibrate(setup, params, pixels)
+        pixels = jax.ShapeDtypeStruct((1, 8, 8), np.int32)
+        params = jax.eval_shape(
+            lambda key, *, shape=shape: init_params(shape, key=key), jax.random.key(0)
+        )
+        observed = jax.eval_shape(
+            functools.partial(tiny_model.run_float, setup), params, pixels
+        ).observed
 
-        def loss(knobs: Any, weights: Any, *, static: Any = (setup, calibration)) -> jax.Array:
+        def loss(
+            policy: Any, weights: Any, ranges: Any, images: Any, *, setup: Any = setup
+        ) -> jax.Array:
             output = vit.apply(
                 weights,
-                knobs,
-                static[1],
-                jnp.zeros((1, 8, 8)),
-                config=static[0],
+                policy,
+                Calibration(layers=ranges["layers"], ends=ranges["ends"]),
+                images,
+                config=setup,
                 mechanism=MECHANISMS["energon"],
                 relaxation=tiny_model.relaxation(),
             )
             return jnp.sum(output.logits)
 
-        training = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(policy, params)
-        counts["training"].append(num_equations(training.jaxpr))
-        deployment = tiny_model.deploy.harden(
-            params, policy, calibration, setup, MECHANISMS["energon"]
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(
+            tiny_model.energon_policy(shape), params, observed, pixels
         )
+        training.append(num_equations(jaxpr.jaxpr))
+
+        filtering = dataclasses.replace(shape, mechanism="energon", num_rounds=2)
+        tables = {"exp_table": (1024,), "reciprocal_table": (4096,)}
         with jax.enable_x64(True):
-            deployed = jax.make_jaxpr(
-                lambda layers, ends, *, static=deployment.structure: vit.apply_hard(
-                    layers,
-                    ends,
-                    jnp.zeros((1, 8, 8)),
-                    structure=static,
-                    mechanism=MECHANISMS["energon"],
-                ).logits
-            )(*deployment.hard_arrays())
-        counts["deployed"].append(num_equations(deployed.jaxpr))
-    assert counts["training"][0] == counts["training"][1] > 1000
-    assert counts["deployed"][0] == counts["deployed"][1] > 100
+            layers, ends = (
+                {name: jax.ShapeDtypeStruct(size, np.int64) for name, size in shapes.items()}
+                for shapes in (filtering.layer_shapes(), filtering.end_shapes() | tables)
+            )
+            jaxpr = jax.make_jaxpr(
+                functools.partial(
+                    vit.apply_hard, structure=filtering, mechanism=MECHANISMS["energon"]
+                )
+            )(layers, ends, pixels)
+        deployed.append(num_equations(jaxpr.jaxpr))
+    assert training[0] == training[1] > 1000
+    assert deployed[0] == deployed[1] > 100

@@ -24,6 +24,8 @@ from codesign.structure import ModelStructure
 
 BATCH_SIZE = 32
 NUM_CALIBRATION = 128
+# An unoptimised program compiles faster, and these run for milliseconds.
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 WIDTHS: dict[str, object] = {"qk_bits": 16, "v_bits": 16, "query_bits": 4, "key_bits": [2, 4]}
 """Published widths of Energon's filter and attention, bit."""
 OFF = -4.0
@@ -85,7 +87,8 @@ def run_float(
 
 
 def calibrate(setup: VisionConfig, params: dict[str, Any], pixels: np.ndarray) -> Calibration:
-    observed = jax.jit(functools.partial(run_float, setup))(params, pixels).observed
+    run = jax.jit(functools.partial(run_float, setup), compiler_options=FAST_COMPILE)
+    observed = run(params, pixels).observed
     return floored(Calibration(layers=observed["layers"], ends=observed["ends"]))
 
 
@@ -127,9 +130,7 @@ def energon_policy(
     threshold: float = 0.0,
 ) -> Policy:
     """Every layer and head alike, published filter widths."""
-    policy = dense_knobs(
-        shape.num_layers, linear_bits=linear_bits, attention_bits=attention_bits
-    )
+    policy = dense_knobs(shape.num_layers, linear_bits=linear_bits, attention_bits=attention_bits)
     own = knobs(shape.num_layers, shape.num_heads, num_rounds)
     own["threshold"] = own["threshold"] + threshold
     return Policy(layers=policy.layers | own, ends=policy.ends)
@@ -171,7 +172,9 @@ def relaxation(temperature: float = 0.3, *, straight_through: bool = True) -> Re
     )
 
 
-@functools.partial(jax.jit, static_argnames=("setup", "tracing", "mechanism"))
+@functools.partial(
+    jax.jit, static_argnames=("setup", "tracing", "mechanism"), compiler_options=FAST_COMPILE
+)
 def run_soft(
     params: Any,
     policy: Policy,
@@ -195,7 +198,7 @@ def run_soft(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "mechanism"))
+@functools.partial(jax.jit, static_argnames=("shape", "mechanism"), compiler_options=FAST_COMPILE)
 def _apply_hard(
     layers: Any, ends: Any, pixels: jax.Array, *, shape: ModelStructure, mechanism: str
 ) -> ModelOutput:
@@ -227,6 +230,13 @@ def all_pairs(batch_size: int, num_queries: int, num_keys: int) -> np.ndarray:
     return np.ones((batch_size, 1, num_queries, num_keys))
 
 
+@functools.partial(jax.jit, static_argnames=("is_hard",), compiler_options=FAST_COMPILE)
+def _filter(context: Context, operands: Operands, *, is_hard: bool) -> Selection:
+    run = hard_filter if is_hard else soft_filter
+    selection, _ = run(context, operands, Plan(), ())
+    return selection
+
+
 def run_filter(
     query: np.ndarray,
     key: np.ndarray,
@@ -240,7 +250,7 @@ def run_filter(
     batch_size, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
     if pairs is None:
         pairs = all_pairs(batch_size, num_queries, num_keys)
-    dtype = jnp.int32 if soft is None else jnp.float32
+    dtype = jnp.int32 if soft is None else jnp.result_type(float)
     numbers = {name: jnp.asarray(value, dtype) for name, value in widths.items()}
     knobs = numbers | {"threshold": jnp.asarray(threshold, dtype)}
     context = Context(
@@ -249,7 +259,7 @@ def run_filter(
         ranges={},
         relaxation=soft or relaxation(),
         valid=jnp.ones((batch_size, num_queries)),
-        pairs=jnp.asarray(pairs, jnp.float32),
+        pairs=jnp.asarray(pairs, float),
         tracing=True,
     )
     one = jnp.ones(())
@@ -261,6 +271,4 @@ def run_filter(
         logit_scale=one,
         value_scale=one,
     )
-    run = hard_filter if soft is None else soft_filter
-    selection, _ = run(context, operands, Plan(), ())
-    return selection
+    return _filter(context, operands, is_hard=soft is None)

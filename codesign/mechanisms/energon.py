@@ -1,12 +1,13 @@
 """Energon: mix-precision multi-round filtering (MP-MRF) of attention keys.
 
-Each query row filters its keys in rounds of growing key precision; a key survives a round if its low-bit score exceeds a
-threshold between the row's mean and its maximum (or minimum). Exact attention runs on the survivors.
+Each query row filters its keys in rounds of growing key precision; a key survives a round if its low-bit score exceeds
+a threshold between the row's mean and its maximum (or minimum). Exact attention runs on the survivors.
 
 References:
   Zhou et al., "Energon: Towards Efficient Acceleration of Transformers Using Dynamic Sparse Attention", IEEE TCAD,
-  arXiv 2110.09310. Widths, rounds, and the row statistics in the threshold are the paper's as its published reading notes
-  give them. The threshold's exact form, nested codes, the rational alpha, and the never-empty rule are reconstructions.
+  arXiv 2110.09310. Widths, rounds, and the row statistics in the threshold are the paper's as its published reading
+  notes give them. The threshold's exact form, nested codes, the rational alpha, and the never-empty rule are
+  reconstructions.
 """
 
 from collections.abc import Mapping
@@ -78,8 +79,9 @@ def codes(
 def hard_round(scores: jax.Array, alive: jax.Array, code: jax.Array) -> jax.Array:
     """Returns which alive keys survive a round, by the integer threshold of the row.
 
-    `theta = floor((|a| m + (128-|a|) mean) / 128)` with m the maximum (a >= 0) or the minimum of the alive scores, computed
-    without a product or division per pair; strict comparison; the alive key of lowest index that has the maximum stays.
+    `theta = floor((|a| m + (128-|a|) mean) / 128)` with m the maximum (a >= 0) or the minimum of the alive scores,
+    computed without a product or division per pair; strict comparison; the alive key of lowest index that has the
+    maximum stays.
 
     Args:
       scores: Integer scores, int32 `[B, H, T, S]`; `S * max|score|` must stay below 2^31.
@@ -92,7 +94,7 @@ def hard_round(scores: jax.Array, alive: jax.Array, code: jax.Array) -> jax.Arra
     References:
       Energon's specification, section 2, "integer threshold": equal to the rational definition.
     """
-    limits = jnp.iinfo(scores.dtype)
+    limits = np.iinfo(scores.dtype)
     number = jnp.sum(alive, axis=-1, dtype=scores.dtype)
     total = jnp.sum(jnp.where(alive, scores, 0), axis=-1)
     top = jnp.max(jnp.where(alive, scores, limits.min), axis=-1)
@@ -123,8 +125,8 @@ def soft_round(
 ) -> jax.Array:
     """Returns the gate of a round, differentiable in alpha and in the scores.
 
-    `sigmoid((S - theta) / (temperature * std))` with the threshold of `hard_round` before its floor; statistics are weighted
-    by the alive weights; maximum and minimum run over keys with w >= 0.5; only the std is held constant.
+    `sigmoid((S - theta) / (temperature * std))` with the threshold of `hard_round` before its floor; statistics are
+    weighted by the alive weights; maximum and minimum run over keys with w >= 0.5; only the std is held constant.
 
     Args:
       scores: Scores, `[B, H, T, S]`.
@@ -144,11 +146,12 @@ def soft_round(
     # Finite in a row without any key too: infinity times a zero gradient would be NaN.
     top, bottom = jnp.where(has_any, top, 0.0), jnp.where(has_any, bottom, 0.0)
     a = alpha[None, :, None, None]
-    theta = jnp.where(a >= 0.0, a * top + (1.0 - a) * mean, (1.0 + a) * mean - a * bottom)
+    # Written so that it is exact in a row of equal scores, which then get half a gate each.
+    theta = mean + a * jnp.where(a >= 0.0, top - mean, mean - bottom)
     soft = gates.Relaxation(
         temperature=relaxation.temperature, smoothness=relaxation.smoothness, straight_through=False
     )
-    spread = jnp.sqrt(jnp.maximum(gates.detach(variance), 1e-12))
+    spread = jnp.sqrt(gates.detach(variance))
     return gates.gate(scores, theta, soft, spread=spread)
 
 

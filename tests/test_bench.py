@@ -1,0 +1,273 @@
+"""The benchmarks measure what they name: points that vary, steps that train what they say, records of one shape."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codesign.errors import UnknownNameError
+from codesign.experiments import bench
+from codesign.experiments.configs import MODES, Experiment, ModelSettings, digits
+from codesign.experiments.evaluate import Point
+from codesign.experiments.problem import Problem
+from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.spec import load_preset
+
+TINY = bench.BenchSizes(
+    experiment=Experiment(
+        model=ModelSettings(
+            num_layers=1,
+            num_heads=1,
+            head_dim=4,
+            width=8,
+            hidden=8,
+            patch_size=4,
+            stride=4,
+            padding=0,
+        ),
+        batch_size=4,
+        num_calibration=8,
+    ),
+    repeats=2,
+    num_chunks=2,
+    chunk=3,
+    num_settings=6,
+    num_single=2,
+    num_steps=3,
+    num_images=4,
+    layers=(1, 2),
+    compilations=3,
+)
+ACCELERATOR = accelerator_from_spec(load_preset("energon"))
+
+
+@pytest.fixture(scope="module")
+def started() -> tuple[Problem, Point]:
+    # Without a filter, which takes most of the time of compiling.
+    return bench.bench_problem(dataclasses.replace(TINY.experiment, mechanism="dense"))
+
+
+def check_records(records: list[bench.Record]) -> None:
+    for record in records:
+        assert record.keys() == {"name", "value", "unit", "baseline", "ratio"}
+        assert record["baseline"].keys() == {"name", "value"}
+        assert record["value"] > 0.0
+        assert record["ratio"] == record["value"] / record["baseline"]["value"]
+    json.dumps(records, allow_nan=False)
+
+
+class FakeStep:
+    """Stands for a step whose compilation a test does not need."""
+
+    def __init__(self, seconds: tuple[float, float] = (1.0, 1.0)):
+        self.taken = 0
+        self.seconds = seconds
+
+    def steps(self, number: int) -> Any:
+        def call() -> None:
+            self.taken += number
+
+        return call
+
+    def compile_seconds(self) -> tuple[float, float]:
+        return self.seconds
+
+
+def test_design_points_are_bert_layers_that_all_differ() -> None:
+    workload, sizes = bench.design_points(ACCELERATOR, TINY)
+    assert workload.head_dim == 64
+    assert workload.block_gemms["up"].outer == 3072
+    assert np.all(workload.rows["attention"].queries == 12 * 128)
+    assert workload.rows["filter0"].segments.shape == (2, 3, 1, 1, 1, 8)
+    assert sizes.keys() == ACCELERATOR.sizes.keys()
+    assert bench.FULL.num_chunks * bench.FULL.chunk >= 100_000
+
+    def num_values(leaf: np.ndarray) -> int:
+        assert leaf.shape[:2] == (2, 3)
+        return len(np.unique(leaf.reshape(6, -1)[:, 0]))
+
+    operations = workload.operations
+    for leaf in [
+        *sizes.values(),
+        operations["qk.mac"].count,
+        operations["qk.mac"].bits_a,
+        operations["pv.mac"].bits_b,
+        operations["filter1.mac"].count,
+        operations["filter1.mac"].bits_a,
+        operations["filter1.mac"].bits_b,
+        workload.streams["value"].vectors,
+        workload.block_gemms["qkv"].weight_bits,
+        workload.block_gemms["qkv"].activation_bits,
+    ]:
+        assert num_values(leaf) > 2
+
+
+def test_batched_cost_is_that_of_each_point() -> None:
+    points = jax.tree.map(jnp.asarray, bench.design_points(ACCELERATOR, TINY))
+    function = bench.cost_functions(ACCELERATOR)["cost"]
+    together = bench.batched(function)(points)
+    single = jax.jit(function)
+    for chunk, index in ((0, 0), (1, 2)):
+        alone = single(jax.tree.map(lambda leaf, at=(chunk, index): leaf[at], points))
+        for energy_latency_area, expected in zip(together, alone, strict=True):
+            # float32, summed in another order.
+            assert energy_latency_area[chunk, index] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_gradient_is_by_every_size_and_workload_leaf() -> None:
+    points = bench.design_points(ACCELERATOR, TINY)
+    point = jax.tree.map(lambda leaf: jnp.asarray(leaf[0, 0]), points)
+    function = bench.cost_functions(ACCELERATOR)["cost_gradient"]
+    value, gradient = jax.eval_shape(function, point)
+    assert value.shape == ()
+    assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, point)
+
+
+def changed(before: Any, after: Any) -> bool:
+    return any(
+        not np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    )
+
+
+def test_float_step_trains_weights_without_a_policy(started: tuple[Problem, Point]) -> None:
+    timed = bench.float_step(*started)
+    assert not jax.tree.leaves(timed.state.policy)
+    before = jax.tree.map(np.array, timed.state.params)
+    state, metrics = timed.step(timed.state, timed.batch, timed.constants)
+    assert changed(before, state.params)
+    assert "cross_entropy" not in metrics and not changed(metrics["ratio"], np.ones(1))
+
+
+def test_budgeted_step_trains_what_its_mode_names(started: tuple[Problem, Point]) -> None:
+    timed = bench.budgeted_step(*started, ("clips",))
+    before = jax.tree.map(np.array, (timed.state.params, timed.state.policy))
+    state, metrics = timed.step(timed.state, timed.batch, timed.constants)
+    assert not changed(before[0], state.params) and changed(before[1], state.policy)
+    assert 0.0 < float(metrics["ratio"][0]) != 1.0  # the cost is computed
+    assert timed.batch["pixels"].shape[0] == TINY.experiment.batch_size
+
+
+def test_steps_go_on_from_the_last_one() -> None:
+    step = jax.jit(lambda state, batch, constants: (state + batch * constants, state))
+    call = bench.TimedStep(step, jnp.zeros(()), jnp.ones(()), jnp.ones(())).steps(3)
+    assert [float(call()), float(call())] == [2.0, 5.0]
+
+
+def test_compilation_is_measured_apart_from_tracing() -> None:
+    step = jax.jit(lambda state, batch, constants: (state * batch, constants))
+    timed = bench.TimedStep(step, jnp.ones(()), jnp.ones(()), jnp.ones(()))
+    assert all(seconds > 0.0 for seconds in timed.compile_seconds())
+
+
+def test_training_compares_every_mode_with_the_float_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, asked = FakeStep(), []
+    monkeypatch.setattr(bench, "calibrate", lambda *model: None)
+
+    def budgeted(problem: Problem, point: Point, train: Any, *, has_cost: bool = True) -> FakeStep:
+        step = FakeStep()
+        asked.append((problem.mechanism.name, train, has_cost, step))
+        return step
+
+    monkeypatch.setattr(bench, "float_step", lambda *problem: plain)
+    monkeypatch.setattr(bench, "budgeted_step", budgeted)
+    records = bench.bench_training(TINY)
+    check_records(records)
+    assert [record["name"] for record in records] == ["train_joint", "train_policy"]
+    assert [call[:3] for call in asked] == [
+        ("energon", MODES["joint"], True),
+        ("energon", MODES["policy"], True),
+    ]
+    # One untimed call and `repeats` timed ones.
+    taken = TINY.num_steps * (TINY.repeats + 1)
+    assert plain.taken == taken and all(call[3].taken == taken for call in asked)
+
+    asked.clear()
+    records = bench.bench_parts(TINY)
+    check_records(records)
+    assert [call[:3] for call in asked] == [
+        ("dense", MODES["joint"], False),
+        ("energon", MODES["joint"], False),
+        ("energon", MODES["joint"], True),
+    ]
+
+
+def test_compile_takes_medians_of_both_depths(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([(1.0, 10.0), (2.0, 30.0), (9.0, 11.0), (3.0, 22.0), (3.0, 90.0), (7.0, 21.0)])
+    depths = []
+    monkeypatch.setattr(bench, "calibrate", lambda *model: None)
+
+    def budgeted(problem: Problem, point: Point, train: Any) -> FakeStep:
+        depths.append(problem.config.structure.num_layers)
+        return FakeStep(next(seconds))
+
+    monkeypatch.setattr(bench, "budgeted_step", budgeted)
+    compiled, traced = bench.bench_compile(TINY)
+    check_records([compiled, traced])
+    assert depths == [1, 2] * 3
+    assert (compiled["value"], compiled["baseline"]["value"]) == (22.0, 11.0)
+    assert (traced["value"], traced["baseline"]["value"]) == (3.0, 3.0)
+    assert compiled["baseline"]["name"] == "1 layers"
+
+
+@pytest.mark.parametrize("name", ["hard_path", "simulator"])
+def test_records_of_deployed_benchmarks(name: str) -> None:
+    records = bench.BENCHMARKS[name](TINY)
+    check_records(records)
+    assert [record["unit"] for record in records] == ["image/s"]
+
+
+def test_calls_take_turns_after_an_untimed_round() -> None:
+    order = []
+    medians = bench.interleaved_seconds(
+        [lambda: order.append("a"), lambda: order.append("b")], repeats=3
+    )
+    assert order == ["a", "b"] * 4
+    assert len(medians) == 2 and all(median > 0.0 for median in medians)
+
+
+def test_run_bench_picks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fake(name: str) -> Any:
+        def measure(sizes: bench.BenchSizes) -> list[bench.Record]:
+            seen.append((name, sizes))
+            return [bench._record(name, 3.0, "ms", "other", 2.0)]
+
+        return measure
+
+    monkeypatch.setattr(bench, "BENCHMARKS", {name: fake(name) for name in bench.BENCHMARKS})
+    assert [record["name"] for record in bench.run_bench()] == list(bench.DEFAULT_NAMES)
+    assert {sizes for _, sizes in seen} == {bench.FULL}
+    seen.clear()
+    assert [record["name"] for record in bench.run_bench(quick=True)] == list(bench.QUICK_NAMES)
+    assert {sizes for _, sizes in seen} == {bench.QUICK}
+    (record,) = bench.run_bench(names=["parts"])
+    assert record["ratio"] == 1.5
+    assert record["device"].keys() == {"name", "backend", "num_cores", "load"}
+    assert record["device"]["num_cores"] >= 1
+
+
+def test_unknown_benchmark_is_named() -> None:
+    with pytest.raises(UnknownNameError, match="benchmark `speed` does not exist.*hard_path"):
+        bench.run_bench(names=["speed"])
+
+
+def test_table_has_a_row_per_record() -> None:
+    record = bench._record("cost", 1_234_567.0, "evaluation/s", "loop", 1_000.0)
+    title, columns, rows = bench.bench_table([record | {"device": bench.device()}])
+    assert "cores" in title
+    assert rows == [("cost", "1,234,567", "1,000", "evaluation/s", "1,235", "loop")]
+    assert len(columns) == len(rows[0])
+
+
+def test_defaults_are_the_digits_experiment() -> None:
+    assert bench.FULL.experiment == digits()
+    assert bench.FULL.layers == (6, 12)
+    assert set(bench.DEFAULT_NAMES) | {"parts"} == set(bench.BENCHMARKS)

@@ -1,0 +1,347 @@
+"""The command line without training: overview, help, tables, and one line for every bad input."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from codesign.experiments import commands, data, finished
+from codesign.experiments.cli import COMMANDS, main
+from codesign.experiments.configs import Budget, digits
+from codesign.experiments.run import RunDirectory
+from codesign.hw.spec import PRESET_FOLDER
+
+TEXT = (PRESET_FOLDER / "energon.toml").read_text()
+LANES = next(line for line in TEXT.splitlines() if line.startswith("lanes = "))
+BUDGET = ("--budget.energy", "0.5")
+
+
+def run(*arguments: str | Path) -> int:
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Returns the message of a refusal: exit status 2, one line on standard error."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("codesign: error: ") and error.count("\n") == 1
+    return error
+
+
+def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 2
+    capsys.readouterr()
+    assert run("--help") == 0
+    overview = capsys.readouterr().out
+    assert all(f"  {name} " in overview for name in COMMANDS)
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("codesign 0.")
+    assert "did you mean `cost`?" in refused(capsys, "cots")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = ["digits"] if COMMANDS[name].takes_experiment else []
+    assert run(name, *experiment, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"usage: codesign {name}" in text
+    assert f"`codesign {name}" in text and "Example" in text
+    if experiment:
+        assert run(name, "--help") == 0
+        assert "digits" in capsys.readouterr().out
+
+
+def test_help_of_list_does_not_import_jax() -> None:
+    program = (
+        "import sys\nfrom codesign.experiments.cli import main\n"
+        "try:\n    main(['list', '--help'])\nexcept SystemExit:\n    pass\n"
+        "assert not {'jax', 'flax', 'optax'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "digits", *BUDGET) == 2
+    assert "--out" in capsys.readouterr().err
+    assert run("train", "digits", "--out", "x", "--budget.energy", "-1") == 2
+    assert "`budget.energy` must be > 0" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.smoke
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("list", "--json") == 0
+    names = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in names["mechanisms"]] == ["dense", "energon"]
+    assert names["presets"]["energon"] == "energon"
+    assert "digits" in names["tasks"] and "digits" in names["experiments"]
+    assert run("list") == 0
+    assert "arXiv 2110.09310" in capsys.readouterr().out
+
+
+@pytest.mark.smoke
+def test_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("cost", "energon", "--json", "--experiment", "digits") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["model"]["num_tokens"] == 64
+    points = record["points"]
+    assert list(points) == ["dense", "cheapest legal", "published"]
+    for scopes in points.values():
+        for one in scopes.values():
+            assert one["energy_pj"] == pytest.approx(sum(one["energy_pj_by_unit"].values()))
+            assert one["area_mm2"] == pytest.approx(sum(one["area_mm2_by_unit"].values()))
+            assert one["latency_us"] == pytest.approx(
+                one["latency_cycles"] / record["clock_hz"] * 1e6
+            )
+        busy = scopes["end_to_end"]["busy_cycles_by_unit"]["host"]
+        both = scopes["attention"]["latency_cycles"] + busy
+        assert scopes["end_to_end"]["latency_cycles"] == pytest.approx(both)
+    for scope in ("attention", "end_to_end"):
+        energies = [points[name][scope]["energy_pj"] for name in points]
+        assert energies[1] < energies[2] < energies[0]
+    assert run("cost", "energon") == 0
+    table = capsys.readouterr().out
+    assert "cheapest legal" in table and "host.mac" in table
+
+
+def test_cost_of_a_file_and_of_bad_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(TEXT.replace('name = "energon"', 'name = "mine"', 1))
+    assert run("cost", mine, "--json", "--tokens", "16", "--layers", "1") == 0
+    assert json.loads(capsys.readouterr().out)["preset"] == "mine"
+    assert "`--head-dim` must be at least 1, got 0" in refused(
+        capsys, "cost", "energon", "--head-dim", "0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (LANES, LANES.replace("lanes", "lane"), "unknown key: did you mean `lanes`?"),
+        (LANES, LANES.replace('unit = "lane", ', ""), "`unit` is missing"),
+        (LANES, LANES[: LANES.index(", source")] + " }", "`source` is missing"),
+        (LANES, "lanes = 8", "a bare number has no unit"),
+        ('serves = ["qk.mac"]', 'serves = ["qk.mac", "predict.mac"]', "feeds `predict.mac`"),
+        ("[units.qk]", "[units.spare]", "`pipeline.stages`: `qk` must be a unit"),
+    ],
+)
+def test_faulty_preset_is_one_line(
+    old: str, new: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(TEXT.replace(old, new, 1))
+    out = tmp_path / "run"
+    for arguments in (
+        ("cost", path),
+        ("train", "digits", "--out", out, *BUDGET, "--experiment.preset", path),
+    ):
+        assert message in refused(capsys, *arguments)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train",), "needs the name of an experiment"),
+        (
+            ("train", "nope", "--out", "{}"),
+            "experiment `nope` does not exist: choose one of digits",
+        ),
+        (("train", "digits", "--out", "{}"), "no budget is given"),
+        (("train", "digits", "--out", "{}", "--budget.energy", "0.01"), "give at least 0."),
+        (
+            ("train", "digits", "--out", "{}", "--budget.latency", "0.1"),
+            "`budget.latency` 0.1 cannot",
+        ),
+        (("curve", "digits", "--out", "{}", "--budgets", "0.5", "0.01"), "give at least 0."),
+        (("curve", "digits", "--out", "{}", "--budgets", "0.4", "0.5"), "falling"),
+        (
+            ("train", "digits", "--out", "{}", *BUDGET, "--experiment.task", "nope"),
+            "task `nope` does not exist",
+        ),
+        (
+            ("train", "digits", "--out", "{}", *BUDGET, "--experiment.preset", "energo"),
+            "did you mean `energon`?",
+        ),
+        (
+            ("train", "digits", "--out", "{}", *BUDGET, "--experiment.mechanism", "nope"),
+            "mechanism `nope` does not exist: choose one of dense, energon",
+        ),
+        (
+            ("train", "digits", "--out", "{}", *BUDGET, "--experiment.model.num-layers", "0"),
+            "`num_layers` must be at least 1, got 0",
+        ),
+        (("cost", "nope"), "unknown accelerator preset `nope`"),
+        (("cost", "nope.toml"), "does not exist: check the path"),
+        (("evaluate", "{}"), "is not a run directory"),
+        (("export", "{}", "--out", "{}/export"), "is not a run directory"),
+        (("simulate", "{}"), "is not a run directory"),
+        (("verify", "{}"), "name the directory of an export"),
+        (("report", "{}"), "holds no result"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [argument.format(tmp_path / "run") for argument in arguments]
+    assert message in refused(capsys, *filled)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_in_the_data_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> data.Task:
+        pixels = np.zeros((3, 8, 8))
+        pixels[1, 2, 3] = np.nan
+        data.checked(pixels, np.zeros(3, int), 10, "broken, train")
+        raise AssertionError("a NaN was let through")
+
+    monkeypatch.setitem(data.TASKS, "broken", broken)
+    out = tmp_path / "run"
+    message = refused(
+        capsys, "train", "digits", "--out", out, *BUDGET, "--experiment.task", "broken"
+    )
+    assert "broken, train: pixel (1, 2, 3) is nan" in message
+    assert not out.exists()
+
+
+def files_of(path: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_existing_directory_is_refused_and_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    settings = finished.Settings(experiment=digits(), mode="joint", budget=Budget(energy=0.7))
+    RunDirectory.create(out, settings.plain(), resume=False, overwrite=False)
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "thesis.tex").write_text("years of work")
+    before = files_of(tmp_path)
+    train = ("train", "digits", "--out")
+    assert "`--resume`" in refused(capsys, *train, out, *BUDGET)
+    assert "another `budget.energy`" in refused(capsys, *train, out, *BUDGET, "--resume")
+    assert "exclude each other" in refused(capsys, *train, out, *BUDGET, "--resume", "--overwrite")
+    assert "not a run directory" in refused(capsys, *train, stranger, *BUDGET, "--overwrite")
+    # A setting that cannot work is found before `--overwrite` deletes anything.
+    for wrong in (("--budget.energy", "0.01"), (*BUDGET, "--experiment.task", "nope")):
+        refused(capsys, *train, out, *wrong, "--overwrite")
+    refused(capsys, "curve", "digits", "--out", out, "--budgets", "0.01", "--overwrite")
+    refused(capsys, "quickstart", "--out", stranger)
+    assert "is not finished (0 of" in refused(capsys, "evaluate", out)
+    assert files_of(tmp_path) == before
+
+
+def test_config_of_another_kind_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = finished.Settings(experiment=digits(), mode="joint", budget=Budget(energy=0.7))
+    out = tmp_path / "run"
+    RunDirectory.create(out, settings.plain() | {"curve": {}}, resume=False, overwrite=False)
+    assert "`curve`: Extra inputs are not permitted" in refused(capsys, "evaluate", out)
+    plain = settings.plain()
+    plain["experiment"]["optimize"]["unheard_of"] = 1
+    (out / "config.json").write_text(json.dumps(plain))
+    assert "optimize.unheard_of`: Unexpected keyword" in refused(capsys, "evaluate", out)
+    del plain["experiment"]["optimize"]["unheard_of"]
+    del plain["experiment"]["reach"]  # as a version without that setting would have written it
+    (out / "config.json").write_text(json.dumps(plain))
+    assert "another `experiment.reach`" in refused(capsys, "evaluate", out)
+
+
+def test_interruption_exits_with_130(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "train_run", interrupt)
+    assert run("train", "digits", "--out", tmp_path / "run", *BUDGET) == 130
+    assert "`--resume`" in capsys.readouterr().err
+
+
+def test_unexpected_errors_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("a defect of ours")
+
+    monkeypatch.setattr(commands, "train_run", fail)
+    with pytest.raises(ValueError, match="a defect of ours"):
+        run("train", "digits", "--out", tmp_path / "run", *BUDGET)
+
+
+def test_estimate_grows_with_the_work_and_runs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run("train", "digits", "--out", out, *BUDGET, "--estimate") == 0
+    assert capsys.readouterr().out.startswith("expected time: ")
+    assert run("curve", "digits", "--out", out, "--estimate") == 0
+    assert capsys.readouterr().out.startswith("expected time: ")
+    problem = finished.outline(digits())
+    longer = finished.outline(
+        dataclasses.replace(problem.experiment, batch_size=2 * problem.experiment.batch_size)
+    )
+    assert commands.train_seconds(longer) > commands.train_seconds(problem)
+    assert not out.exists()
+
+
+def point(accuracy: Any, energy_pj: float) -> dict[str, Any]:
+    costs = {
+        "energy_pj": energy_pj,
+        "energy_ratio": energy_pj / 4e6,
+        "latency_cycles": 2500.0,
+        "latency_ratio": 0.5,
+    }
+    return {"accuracy": accuracy, "kl_nats": accuracy, "attention": costs, "end_to_end": costs}
+
+
+def test_report_reads_a_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    interval = {"mean": 0.875, "low": 0.8, "high": 0.9}
+    record = {
+        "task": "digits",
+        "preset": "energon",
+        "part": "test",
+        "metric": "energy",
+        "scope": "end_to_end",
+        "num_examples": 100,
+        "seeds": [0, 1],
+        "means": [
+            {"kind": "dense", "budget": None, **point(interval, 4e6)},
+            {"kind": "trained", "budget": 0.25, **point(interval, 1e6)},
+        ],
+        "equal_kl": [{"baseline": "uniform_tuned", "ratio": 1.25}],
+    }
+    (tmp_path / "curve.json").write_text(json.dumps(record))
+    assert run("report", tmp_path) == 0
+    text = capsys.readouterr().out
+    assert "seeds 0, 1" in text and "uniform tuned needs 1.25 times" in text
+    trained = next(line for line in text.splitlines() if "trained" in line)
+    # 1 uJ, a quarter of dense; 2500 cycles at the preset's 1 GHz are 2.5 us.
+    for cell in ("0.25", "0.8750", "1.000", "0.250", "2.50", "0.500"):
+        assert f" {cell} " in trained
+    assert run("report", tmp_path / "curve.json", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == record
+
+
+def test_bench_prints_what_it_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = pytest.importorskip("codesign.experiments.bench")
+    monkeypatch.setattr(bench, "run_bench", lambda: [{"name": "cost", "evaluations_per_s": 2.5e6}])
+    assert run("bench") == 0
+    assert "2.5e+06" in capsys.readouterr().out
+    assert run("bench", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["evaluations_per_s"] == 2.5e6
