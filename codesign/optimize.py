@@ -36,8 +36,10 @@ WEIGHT_WARMUP_FRACTION = 0.05
 DEAD_GRADIENT_NORM = 1e-8
 DEAD_GRADIENT_STEPS = 100
 
-# Offsets of rounding tried at hardening, in bit, from the most bits to the fewest (ours).
-_ROUNDING_OFFSETS = tuple(index / 32.0 for index in range(-15, 17))
+# Rounding moves between nearly up and down, in bit, in this many halvings (ours).
+ROUNDING_OFFSET = 0.499
+ROUNDING_BISECTIONS = 10
+
 
 _GRADIENT_NORM = "gradient_norm."
 _THRESHOLD_GRADIENT = "threshold_gradient."
@@ -420,11 +422,10 @@ def _trained(params: PyTree, policy: Policy, settings: OptimizeSettings) -> dict
 
 
 def _hardened(policy: Policy, ratios_fn: Callable[[Policy], jax.Array]) -> Policy:
-    """Returns the policy with widths in whole bits, at no higher a cost than before or than the budget.
+    """Returns the policy with widths in whole bits that meets its budgets with the most bits.
 
-    One offset shifts the rounding of all widths: the one that leaves the most bits without a cost
-    above min(its cost before, its budget); the fewest bits if there is none. Without budgets, widths
-    go to the nearest integer.
+    One offset shifts the rounding of all widths, found by bisection between rounding up and rounding down; widths are
+    rounded down if even that breaks a budget, for thresholds to mend.
 
     Args:
       policy: Fractional widths.
@@ -433,16 +434,19 @@ def _hardened(policy: Policy, ratios_fn: Callable[[Policy], jax.Array]) -> Polic
     References:
       Yang and Jin, "FracBits", arXiv 2007.02017 (offset of the rounding). Differs: both directions.
     """
-    offsets = jnp.asarray(_ROUNDING_OFFSETS)
-    rounded = jax.vmap(lambda offset: deployed_bits(policy, offset=offset))(offsets)
-    tried = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), policy, rounded)
-    ratios = jax.lax.map(ratios_fn, tried)
-    if ratios.shape[1] == 0:
-        return deployed_bits(policy)
-    is_met = jnp.all(ratios[1:] <= jnp.minimum(ratios[:1], 1.0), axis=1)
-    index = jnp.where(jnp.any(is_met), jnp.argmax(is_met), len(_ROUNDING_OFFSETS) - 1)
-    chosen: Policy = jax.tree.map(lambda leaf: leaf[index], rounded)
-    return chosen
+
+    def halve(_: int, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = interval
+        middle = (low + high) / 2.0
+        ratios = ratios_fn(deployed_bits(policy, offset=middle))
+        if ratios.shape[0] == 0:  # no budget: to the nearest integer
+            return low, jnp.zeros_like(high)
+        is_met = jnp.all(ratios <= 1.0)
+        return jnp.where(is_met, low, middle), jnp.where(is_met, middle, high)
+
+    ends = (jnp.asarray(-ROUNDING_OFFSET), jnp.asarray(ROUNDING_OFFSET))
+    _, offset = jax.lax.fori_loop(0, ROUNDING_BISECTIONS, halve, ends)
+    return deployed_bits(policy, offset=offset)
 
 
 def _merged(policy: Policy, trained: dict[str, PyTree]) -> Policy:

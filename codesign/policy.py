@@ -21,10 +21,11 @@ ATTENTION_BITS = ("qk_bits", "v_bits")
 class Policy:
     """Knobs by name.
 
-    `layers` have a leading axis L: `<site>.weight_bits`, `<site>.activation_bits`, `<site>.weight_clip` and `<site>.activation_clip` `[L]` for the sites of a
-    block, `qk_bits` (Q, K and probabilities) and `v_bits` `[L]`, and the mechanism's own, e.g. `threshold` `[L, H, R]`.
-    `ends` are the scalars of `embed` and `head`. Bits are fractional while they train. A clip is the natural logarithm of
-    the factor on a range: the calibrated one of an activation, the largest magnitude of a weight; thresholds are unconstrained variables (alpha = tanh v for Energon).
+    `layers` have a leading axis L: `<site>.weight_bits`, `<site>.activation_bits`, `<site>.weight_clip` and
+    `<site>.activation_clip` `[L]` for the sites of a block, `qk_bits` (Q, K and probabilities) and `v_bits` `[L]`, and the
+    mechanism's own, e.g. `threshold` `[L, H, R]`. `ends` are the scalars of `embed` and `head`. Bits are fractional while
+    they train. A clip is the natural logarithm of the factor on a range: the calibrated one of an activation, the largest
+    magnitude of a weight. Thresholds are unconstrained variables (alpha = tanh v for Energon).
     """
 
     layers: dict[str, jax.Array]

@@ -46,9 +46,7 @@ def power_of_two(exponent: jax.Array) -> jax.Array:
     return jnp.ldexp(jnp.ones_like(exponent), jnp.round(exponent).astype(jnp.int32))
 
 
-def exact_einsum(
-    subscripts: str, a: jax.Array, b: jax.Array, largest_product: int
-) -> jax.Array:
+def exact_einsum(subscripts: str, a: jax.Array, b: jax.Array, largest_product: int) -> jax.Array:
     """Contracts the last axes of two integer arrays exactly, in float32 where that is exact, else in float64.
 
     Args:

@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpy.typing import NDArray
 
 from codesign.errors import UnknownNameError
 from codesign.experiments.configs import MODES, Budget, Experiment, digits
 from codesign.experiments.evaluate import Point, deployment, hard_run
 from codesign.experiments.exporting import TracedBatch, gemm_shapes, trace_of
 from codesign.experiments.finished import outline
-from codesign.experiments.problem import Problem, calibrate, no_cost
+from codesign.experiments.problem import Problem, calibrate, float_path, no_cost
 from codesign.experiments.train import BudgetedTraining, start_policy
 from codesign.gates import Relaxation
 from codesign.hw import emulator
@@ -33,8 +34,9 @@ from codesign.hw.operating_points import ModelShape, Setting, workload_from_frac
 from codesign.hw.simulator import simulate
 from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import cost
-from codesign.mechanisms import MECHANISMS, Mechanism, mechanism_by_name
+from codesign.mechanisms import Mechanism, mechanism_by_name
 from codesign.models import vit
+from codesign.models.deploy import Deployment
 from codesign.models.parameters import init_params
 from codesign.optimize import Group, LossAux, StepFn, init_state, make_train_step
 from codesign.policy import Policy
@@ -176,6 +178,13 @@ def _record(name: str, value: float, unit: str, baseline: str, baseline_value: f
     }
 
 
+def _rates(
+    name: str, unit: str, baseline: str, done: tuple[int, int], seconds: list[float]
+) -> Record:
+    """Returns what was done per second by the first and, as its baseline, the second of two calls."""
+    return _record(name, done[0] / seconds[0], unit, baseline, done[1] / seconds[1])
+
+
 def design_points(accelerator: Accelerator, sizes: BenchSizes) -> DesignPoints:
     """Returns random design points of `BERT_LAYER`: every size of the machine, all kept fractions and all bits vary.
 
@@ -263,18 +272,11 @@ def bench_cost(sizes: BenchSizes) -> list[Record]:
         def one_by_one(single: Callable[[DesignPoints], Any] = single) -> Any:
             return [single(point) for point in singles]
 
-        taken, taken_singly = interleaved_seconds(
+        seconds = interleaved_seconds(
             [functools.partial(batched(function), batch), one_by_one], sizes.repeats
         )
-        records.append(
-            _record(
-                name,
-                sizes.num_chunks * sizes.chunk / taken,
-                "evaluation/s",
-                "one design point per call",
-                len(singles) / taken_singly,
-            )
-        )
+        done = (sizes.num_chunks * sizes.chunk, len(singles))
+        records.append(_rates(name, "evaluation/s", "one design point per call", done, seconds))
     return records
 
 
@@ -342,18 +344,8 @@ def float_step(problem: Problem, point: Point) -> TimedStep:
         params: Any, policy: Policy, batch: Any, constants: Any, relaxation: Relaxation
     ) -> tuple[jax.Array, LossAux]:
         del policy, constants, relaxation
-        output = vit.apply(
-            params,
-            None,
-            None,
-            batch["pixels"],
-            config=problem.config,
-            mechanism=MECHANISMS["dense"],
-            relaxation=None,
-        )
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-            output.logits, batch["labels"]
-        )
+        logits, _ = float_path(params, batch["pixels"], config=problem.config)
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
         return jnp.mean(losses), LossAux(terms={}, workload=None)
 
     settings = dataclasses.replace(
@@ -403,12 +395,17 @@ def bench_parts(sizes: BenchSizes) -> list[Record]:
     return _step_records("train", steps, sizes)
 
 
+def _deployed(sizes: BenchSizes) -> tuple[Problem, Deployment, NDArray[np.int32]]:
+    """Returns a problem, its integers, and the images to run."""
+    problem, point = bench_problem(sizes.experiment)
+    pixels = problem.task.parts["validation"].pixels[: sizes.num_images]
+    return problem, deployment(problem, point), pixels
+
+
 def bench_hard_path(sizes: BenchSizes) -> list[Record]:
     """Measures images per second of the integer path, costs included. Baseline: the NumPy emulator's logits."""
-    problem, point = bench_problem(sizes.experiment)
-    deployed = deployment(problem, point)
-    pixels = problem.task.parts["validation"].pixels[: sizes.num_images]
-    taken, emulated = interleaved_seconds(
+    problem, deployed, pixels = _deployed(sizes)
+    seconds = interleaved_seconds(
         [
             functools.partial(hard_run, deployed, pixels, problem.accelerator),
             functools.partial(
@@ -422,8 +419,8 @@ def bench_hard_path(sizes: BenchSizes) -> list[Record]:
         ],
         sizes.repeats,
     )
-    images = len(pixels)
-    return [_record("hard_path", images / taken, "image/s", "NumPy emulator", images / emulated)]
+    done = (len(pixels), len(pixels))
+    return [_rates("hard_path", "image/s", "NumPy emulator", done, seconds)]
 
 
 def bench_compile(sizes: BenchSizes) -> list[Record]:
@@ -464,9 +461,7 @@ def _traced(
 
 def bench_simulator(sizes: BenchSizes) -> list[Record]:
     """Measures images per second of the cost model on counts. Baseline: the row-by-row simulator on the same masks."""
-    problem, point = bench_problem(sizes.experiment)
-    deployed = deployment(problem, point)
-    pixels = problem.task.parts["validation"].pixels[: sizes.num_images]
+    problem, deployed, pixels = _deployed(sizes)
     structure = deployed.structure
     with jax.enable_x64(True):
         tensors, workload = jax.tree.map(
@@ -480,23 +475,15 @@ def bench_simulator(sizes: BenchSizes) -> list[Record]:
         )
     trace = trace_of(deployed, TracedBatch(tensors=tensors, counts={}, costs={}))
     narrow = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), workload)
-    taken, simulated = interleaved_seconds(
+    seconds = interleaved_seconds(
         [
             functools.partial(jax.jit(cost), narrow, problem.accelerator),
             lambda: simulate(trace, problem.spec, gemm_shapes(structure)),
         ],
         sizes.repeats,
     )
-    images = len(pixels)
-    return [
-        _record(
-            "cost_of_counts",
-            images / taken,
-            "image/s",
-            "row simulator on masks",
-            images / simulated,
-        )
-    ]
+    done = (len(pixels), len(pixels))
+    return [_rates("cost_of_counts", "image/s", "row simulator on masks", done, seconds)]
 
 
 BENCHMARKS: dict[str, Callable[[BenchSizes], list[Record]]] = {

@@ -243,28 +243,28 @@ def report(path: tyro.conf.Positional[Path], *, as_json: Json = False) -> int:
     return 0
 
 
-def bench(*, as_json: Json = False) -> int:
-    """Measures the speed of the cost model and of the training step on this machine.
+def bench(
+    *, names: tuple[str, ...] | None = None, quick: bool = False, as_json: Json = False
+) -> int:
+    """Measures speed on this machine, each figure beside a baseline timed in the same run.
 
-    Example: `codesign bench --json`
+    Cost model, training step, integer path, compilation, simulator.
+
+    Example: `codesign bench --quick --json`
 
     Args:
+      names: Benchmarks to run; default: all but the longest. An unknown name is answered with the list.
+      quick: Fewer repeats and points.
       as_json: Print JSON only.
     """
-    from codesign.experiments.bench import run_bench
+    from codesign.experiments.bench import bench_table, run_bench
 
-    records = run_bench()
+    records = run_bench(names=names, quick=quick)
     if as_json:
         print_json(records)
-        return 0
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    rows = [[_number(record.get(key, "-")) for key in columns] for record in records]
-    print_table("speed", columns, rows)
+    else:
+        print_table(*bench_table(records))
     return 0
-
-
-def _number(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def train_seconds(problem: Problem) -> float:

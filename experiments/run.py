@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
@@ -190,7 +191,8 @@ class RunDirectory:
             self.path / CHECKPOINTS, ocp.CheckpointManagerOptions(create=False)
         ) as manager:
             abstract = jax.tree.map(_abstract, target)
-            return step, manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            restored = manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        return step, jax.tree.map(_uncommitted, restored, target)
 
     def resume(self, target: PyTree) -> tuple[int, PyTree]:
         """Returns the last complete checkpoint, or step 0 and `target` itself if there is none.
@@ -302,6 +304,11 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
         leaf.shape, leaf.dtype, sharding=None if isinstance(leaf, np.ndarray) else device
     )
+
+
+def _uncommitted(restored: Any, target: Any) -> Any:
+    """Returns a restored leaf as it was before it was saved: committed to no device, so that nothing compiles twice."""
+    return restored if isinstance(target, np.ndarray) else jnp.asarray(np.asarray(restored))
 
 
 def _leaves(tree: PyTree) -> dict[str, str]:

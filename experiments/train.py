@@ -262,8 +262,8 @@ class BudgetedTraining:
         """Trains from a point to a deployable one under a budget; continues where the run stopped.
 
         Before the first step, widths and thresholds are moved together until the deployed cost meets the budget, so that
-        training redistributes instead of descending. Stage 1 anneals everything that is trained. At the hardened step the ranges are measured again, on the weights as
-        they are then; widths become whole bits and stay. Stage 2 goes on with thresholds and weights on the deployed
+        training redistributes instead of descending. Stage 1 anneals everything that is trained. At the hardened step the
+        ranges are measured again, on the weights as they are then; widths become whole bits and stay. Stage 2 goes on with thresholds and weights on the deployed
         decisions, the budget still held. At last, should the deployed cost on the calibration images exceed the budget,
         all thresholds are raised together until it does not.
 

@@ -339,9 +339,19 @@ def test_report_reads_a_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_bench_prints_what_it_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = pytest.importorskip("codesign.experiments.bench")
-    monkeypatch.setattr(bench, "run_bench", lambda: [{"name": "cost", "evaluations_per_s": 2.5e6}])
+    record = {
+        "name": "cost",
+        "value": 2.5e6,
+        "unit": "evaluations/s",
+        "baseline": {"name": "one by one", "value": 5e3},
+        "ratio": 500.0,
+        "device": {"name": "cpu", "num_cores": 2, "load": 0.0},
+    }
+    monkeypatch.setattr("codesign.experiments.bench.run_bench", lambda **_: [record])
     assert run("bench") == 0
-    assert "2.5e+06" in capsys.readouterr().out
-    assert run("bench", "--json") == 0
-    assert json.loads(capsys.readouterr().out)[0]["evaluations_per_s"] == 2.5e6
+    table = capsys.readouterr().out
+    assert "2,500,000" in table and "one by one" in table
+    assert run("bench", "--quick", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == [record]
+    monkeypatch.undo()
+    assert "benchmark `nope` does not exist" in refused(capsys, "bench", "--names", "nope")
