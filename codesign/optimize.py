@@ -57,6 +57,9 @@ class OptimizeSettings:
     hardened_fraction: float = 0.3
     # Peak rate of AdamW on the weights, per step, > 0.
     weight_rate: float = 5e-4
+    # Added to the root of the second moment of the weights' gradients, > 0: below it steps shrink with the gradient, so
+    # that a model close to its teacher is not stirred by the noise of small batches.
+    weight_epsilon: float = 1e-8
     # Decoupled weight decay of the weights, per unit of rate, >= 0.
     weight_decay: float = 0.01
     # Rate of Adam on thresholds, in units of the unconstrained variable per step, > 0.
@@ -103,7 +106,7 @@ class OptimizeSettings:
             raise ValueError(
                 f"`price_warmup_fraction` must lie in [0, 1], got {self.price_warmup_fraction}"
             )
-        for name in ("weight_rate", "threshold_rate", "bits_rate", "clip_rate", "clip_norm"):
+        for name in ("weight_rate", "weight_epsilon", "threshold_rate", "bits_rate", "clip_rate", "clip_norm"):
             if not getattr(self, name) > 0.0:
                 raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)}")
         if not self.weight_decay >= 0.0:
@@ -389,7 +392,9 @@ def _optimizer(settings: OptimizeSettings) -> optax.GradientTransformation:
         return optax.cosine_decay_schedule(rate, num_steps, RATE_FLOOR)
 
     transforms = {
-        "params": optax.adamw(weight_rate, weight_decay=settings.weight_decay),
+        "params": optax.adamw(
+            weight_rate, eps=settings.weight_epsilon, weight_decay=settings.weight_decay
+        ),
         "thresholds": optax.adam(falling(settings.threshold_rate, settings.num_steps)),
         "bits": optax.adam(falling(settings.bits_rate, stage1)),
         "clips": optax.adam(falling(settings.clip_rate, settings.num_steps)),

@@ -27,8 +27,8 @@ class ModelSettings:
     # Transformer blocks, >= 1.
     num_layers: int = 3
     # Attention heads, >= 1, and the width of one.
-    num_heads: int = 4
-    head_dim: int = 16
+    num_heads: int = 2
+    head_dim: int = 32
     # Width of the residual stream, and of the feed-forward network's inside.
     width: int = 64
     hidden: int = 128
@@ -121,7 +121,7 @@ def digits() -> Experiment:
     """
     return Experiment(
         optimize=OptimizeSettings(
-            num_steps=120,
+            num_steps=100,
             hardened_fraction=0.5,
             weight_rate=5e-4,
             bits_rate=0.05,
