@@ -16,8 +16,8 @@ from codesign.errors import UnknownNameError
 CONSTRAINT_METHODS = ("lagrangian", "squared", "pid")
 
 # Dimensionless.
-LAGRANGIAN_STIFFNESS = 10.0  # ours
-LAGRANGIAN_RATE = 0.1  # ours
+LAGRANGIAN_STIFFNESS = 30.0  # ours
+LAGRANGIAN_RATE = 0.3  # ours
 # Ours: largest violation the price reacts to, or it winds up while a far cost is on its way.
 LAGRANGIAN_MAX_VIOLATION = 0.3
 SQUARED_WEIGHT = 10.0  # LTMP, arXiv 2307.10780

@@ -106,7 +106,14 @@ class OptimizeSettings:
             raise ValueError(
                 f"`price_warmup_fraction` must lie in [0, 1], got {self.price_warmup_fraction}"
             )
-        for name in ("weight_rate", "weight_epsilon", "threshold_rate", "bits_rate", "clip_rate", "clip_norm"):
+        for name in (
+            "weight_rate",
+            "weight_epsilon",
+            "threshold_rate",
+            "bits_rate",
+            "clip_rate",
+            "clip_norm",
+        ):
             if not getattr(self, name) > 0.0:
                 raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)}")
         if not self.weight_decay >= 0.0:

@@ -123,10 +123,11 @@ def digits() -> Experiment:
         optimize=OptimizeSettings(
             num_steps=100,
             hardened_fraction=0.5,
-            weight_rate=5e-4,
+            weight_rate=1.5e-3,
+            weight_epsilon=1e-2,
             bits_rate=0.05,
             price_warmup_fraction=0.02,
-            clip_rate=0.02,
+            clip_rate=0.005,
             threshold_rate=0.01,
         ),
     )

@@ -9,7 +9,7 @@ from codesign.experiments.curve import FIGURE_FILE, CurveSettings, point_directo
 from codesign.experiments.deploy_commands import export, print_verification, verification
 
 EXPORTED_BUDGET = 0.4
-NUM_FRESH = 128
+NUM_FRESH = 256
 """Fresh images of the verification: over 1e7 keep decisions on digits."""
 
 
