@@ -11,7 +11,15 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _EXPORTS: dict[str, str] = {
+    "Calibration": "codesign.calibration",
     "CodesignError": "codesign.errors",
+    "Mechanism": "codesign.mechanisms.protocol",
+    "OptimizeSettings": "codesign.optimize",
+    "Policy": "codesign.policy",
+    "Relaxation": "codesign.gates",
+    "Workload": "codesign.workload",
+    "make_train_step": "codesign.optimize",
+    "mechanism_by_name": "codesign.mechanisms",
 }
 
 __all__ = ["__version__", *_EXPORTS]
