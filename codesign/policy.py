@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from codesign.errors import CodesignError, UnknownNameError
+from codesign.errors import UnknownNameError
 
 GROUPS = ("thresholds", "bits", "clips")
 """Optimiser groups of a policy's leaves."""
@@ -50,14 +50,6 @@ def group(name: str) -> str:
     )
 
 
-def labels(policy: Policy) -> Policy:
-    """Returns a policy of the same structure whose leaves are the group names."""
-    return Policy(
-        layers={name: group(name) for name in policy.layers},  # type: ignore[misc]
-        ends={name: group(name) for name in policy.ends},  # type: ignore[misc]
-    )
-
-
 def bits_range(name: str) -> tuple[float, float]:
     """Returns the legal range, in bit, of a knob in group `bits`."""
     if name in ATTENTION_BITS:
@@ -75,16 +67,16 @@ def dense_knobs(num_layers: int, *, linear_bits: float, attention_bits: float) -
       linear_bits: Bits of weights and activations of linear layers, [2, 8].
       attention_bits: Bits of Q, K, probabilities and V, [8, 16].
     """
-    layers = {name: jnp.full((num_layers,), attention_bits) for name in ATTENTION_BITS}
+    layers = {name: jnp.full((num_layers,), float(attention_bits)) for name in ATTENTION_BITS}
     for site in BLOCK_SITES:
-        layers[f"{site}.weight_bits"] = jnp.full((num_layers,), linear_bits)
-        layers[f"{site}.activation_bits"] = jnp.full((num_layers,), linear_bits)
+        layers[f"{site}.weight_bits"] = jnp.full((num_layers,), float(linear_bits))
+        layers[f"{site}.activation_bits"] = jnp.full((num_layers,), float(linear_bits))
         layers[f"{site}.weight_clip"] = jnp.zeros((num_layers,))
         layers[f"{site}.activation_clip"] = jnp.zeros((num_layers,))
     ends = {}
     for site in END_SITES:
-        ends[f"{site}.weight_bits"] = jnp.asarray(linear_bits)
-        ends[f"{site}.activation_bits"] = jnp.asarray(linear_bits)
+        ends[f"{site}.weight_bits"] = jnp.asarray(float(linear_bits))
+        ends[f"{site}.activation_bits"] = jnp.asarray(float(linear_bits))
         ends[f"{site}.weight_clip"] = jnp.asarray(0.0)
         ends[f"{site}.activation_clip"] = jnp.asarray(0.0)
     return Policy(layers=layers, ends=ends)
@@ -94,20 +86,22 @@ def project(policy: Policy) -> Policy:
     """Returns the policy with every width moved into its legal range.
 
     Projection after the optimiser's step instead of a clip in the forward pass: a clip has no gradient at its rails
-    (learning rules, section 3). Key widths of later rounds stay at least one bit above the round before.
+    (learning rules, section 3). Key widths rise by at least one bit from round to round, so that of R rounds round r has
+    at least r bits above the lower limit and leaves R - 1 - r below the upper one.
     """
 
     def inside(name: str, value: jax.Array) -> jax.Array:
         if group(name) != "bits":
             return value
         low, high = bits_range(name)
-        value = jnp.clip(value, low, high)
-        if name == "key_bits":
-            rounds = [value[..., 0]]
-            for index in range(1, value.shape[-1]):
-                rounds.append(jnp.maximum(value[..., index], rounds[-1] + 1.0))
-            value = jnp.clip(jnp.stack(rounds, axis=-1), low, high)
-        return value
+        if name != "key_bits":
+            return jnp.clip(value, low, high)
+        rounds: list[jax.Array] = []
+        for index in range(value.shape[-1]):
+            least = rounds[-1] + 1.0 if rounds else low
+            most = high - (value.shape[-1] - 1 - index)
+            rounds.append(jnp.clip(value[..., index], least, most))
+        return jnp.stack(rounds, axis=-1)
 
     return Policy(
         layers={name: inside(name, value) for name, value in policy.layers.items()},
@@ -132,15 +126,3 @@ def deployed_bits(policy: Policy, *, offset: float | jax.Array = 0.0) -> Policy:
             ends={name: rounded(name, value) for name, value in policy.ends.items()},
         )
     )
-
-
-def check_bits(policy: Policy) -> None:
-    """Raises `CodesignError` naming the first width outside its legal range (concrete values only)."""
-    for name, value in [*policy.layers.items(), *policy.ends.items()]:
-        if group(name) != "bits":
-            continue
-        low, high = bits_range(name)
-        if bool(jnp.any((value < low) | (value > high))):
-            raise CodesignError(
-                f"`{name}` must lie in [{low:g}, {high:g}] bit, got {value}: set it inside"
-            )

@@ -24,8 +24,7 @@ from codesign.errors import UnknownNameError
 from codesign.experiments.configs import MODES, Budget, Experiment, digits
 from codesign.experiments.evaluate import Point, deployment, hard_run
 from codesign.experiments.exporting import TracedBatch, gemm_shapes, trace_of
-from codesign.experiments.finished import outline
-from codesign.experiments.problem import Problem, calibrate, float_path, no_cost
+from codesign.experiments.problem import Problem, calibrate, float_path, no_cost, outline
 from codesign.experiments.train import BudgetedTraining, start_policy
 from codesign.gates import Relaxation
 from codesign.hw import emulator

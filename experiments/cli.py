@@ -3,9 +3,11 @@
 Exit status: 0, 1 (it ran and the answer is no), 2 (bad input, one line on standard error), 130 (interrupted).
 """
 
+import contextlib
 import difflib
 import functools
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -150,13 +152,27 @@ def _call(function: Callable[..., int], arguments: list[str], program: str, **de
     def bound(*args: Any, **kwargs: Any) -> Callable[[], int]:
         return functools.partial(function, *args, **kwargs)
 
-    # The call stands outside the parser, which would take errors of the command for its own.
-    ready: Callable[[], int] = tyro.cli(
-        functools.partial(bound, **defaults) if defaults else bound,
-        args=arguments,
-        prog=program,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    def parsed() -> Callable[[], int]:
+        ready: Callable[[], int] = tyro.cli(
+            functools.partial(bound, **defaults) if defaults else bound,
+            args=arguments,
+            prog=program,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        return ready
+
+    # The call stands outside the parser, which would take errors of the command for its own. It wraps those of settings
+    # in many lines: a first, silent try finds them, a second prints help and usage errors.
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ready = parsed()
+    except SystemExit as stop:
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, CodesignError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        ready = parsed()
     return ready()
 
 

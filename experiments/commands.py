@@ -8,16 +8,10 @@ import tyro
 
 from codesign.errors import CodesignError
 from codesign.experiments.configs import Budget, Experiment, Metric, Mode, Scope
-from codesign.experiments.curve import (
-    CURVE_FILE,
-    SECONDS_DENSE_STEP,
-    SECONDS_SETUP,
-    SECONDS_STEP,
-    CurveSettings,
-    estimate_seconds,
-    run_curve,
-)
+from codesign.experiments.curve import CURVE_FILE, checked_curve, run_curve
+from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.data import Part
+from codesign.experiments.estimate import estimate_seconds
 from codesign.experiments.evaluate import measure, summary
 from codesign.experiments.finished import (
     DENSE_FOLDER,
@@ -25,14 +19,10 @@ from codesign.experiments.finished import (
     checked,
     dense_folder,
     load_run,
-    outline,
     train_run,
 )
-from codesign.experiments.problem import Problem
 from codesign.experiments.run import write_json
 from codesign.experiments.tables import COLUMNS, print_json, print_table, result_cells
-from codesign.experiments.train import check_reachable
-from codesign.hw.spec import load_preset
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 
@@ -65,7 +55,7 @@ def train(
       overwrite: Delete the run in `--out` first.
       estimate: Print the expected time and stop.
     """
-    print(_expected(train_seconds(checked(experiment, budget))), flush=True)
+    announce(estimate_seconds(checked(experiment, budget)))
     if estimate:
         return 0
     result = train_run(
@@ -155,16 +145,11 @@ def curve(
       overwrite: Delete the curve in `--out` first.
       estimate: Print the expected time and stop.
     """
-    if not budgets or not seeds or list(budgets) != sorted(set(budgets), reverse=True):
-        raise CodesignError(
-            f"`--budgets` must be falling fractions and `--seeds` not empty, got {budgets} and {seeds}: "
-            "give e.g. `--budgets 0.7 0.5 0.3 --seeds 0`"
-        )
     settings = CurveSettings(budgets=budgets, metric=metric, scope=scope, ablations=ablations)
+    announce(curve_seconds(experiment, settings, seeds))
     if estimate:
-        print(_expected(estimate_seconds(experiment, settings, num_seeds=len(seeds))))
         return 0
-    path = draw(
+    path = run_curve(
         experiment,
         settings,
         out,
@@ -173,6 +158,8 @@ def curve(
         cache=cache or out / DENSE_FOLDER,
         resume=resume,
         overwrite=overwrite,
+        progress=True,
+        report=say,
     )
     print_curve(json.loads(path.read_text()))
     print(path)
@@ -180,35 +167,17 @@ def curve(
     return 0
 
 
-def draw(
-    experiment: Experiment,
-    settings: CurveSettings,
-    out: Path,
-    *,
-    seeds: tuple[int, ...],
-    part: Part,
-    cache: Path,
-    resume: bool,
-    overwrite: bool,
-) -> Path:
-    """Checks the settings before anything is written, prints the expected time, and runs a curve.
+def curve_seconds(experiment: Experiment, settings: CurveSettings, seeds: tuple[int, ...]) -> float:
+    """Returns the expected time of a curve whose settings hold, s.
 
-    Returns:
-      Path of curve.json.
+    Raises:
+      CodesignError: As `checked_curve` does.
     """
-    check_reachable(outline(experiment), settings.budget(min(settings.budgets)))
-    print(_expected(estimate_seconds(experiment, settings, num_seeds=len(seeds))), flush=True)
-    return run_curve(
-        experiment,
-        settings,
-        out,
-        seeds=seeds,
-        part=part,
-        cache=cache,
-        resume=resume,
-        overwrite=overwrite,
-        progress=True,
-        report=lambda line: print(line, flush=True),
+    return estimate_seconds(
+        checked_curve(experiment, settings, seeds),
+        num_points=settings.num_points,
+        num_settings=settings.num_measured,
+        num_seeds=len(seeds),
     )
 
 
@@ -227,8 +196,7 @@ def report(path: tyro.conf.Positional[Path], *, as_json: Json = False) -> int:
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         is_curve = "means" in record
-        if not is_curve:
-            record["trained"], record["clock_hz"]
+        record["clock_hz"], record["means" if is_curve else "trained"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CodesignError(
             f"'{path}' holds no result ({type(error).__name__}): give a curve.json, a result.json, "
@@ -267,20 +235,15 @@ def bench(
     return 0
 
 
-def train_seconds(problem: Problem) -> float:
-    """Returns the expected time of one training run on two cores, its dense model included."""
-    experiment, structure = problem.experiment, problem.config.structure
-    # Measured on digits: 64 tokens, 3 layers, 32 images; time grows with their product.
-    size = structure.num_tokens * structure.num_layers / (64 * 3)
-    dense = experiment.dense.num_steps * SECONDS_DENSE_STEP * experiment.dense.batch_size
-    steps = experiment.optimize.num_steps * SECONDS_STEP * experiment.batch_size
-    return SECONDS_SETUP + size * (dense + steps) / 32
-
-
-def _expected(seconds: float) -> str:
-    """Returns the line that announces a time."""
+def announce(seconds: float) -> None:
+    """Prints how long a command is expected to take."""
     length = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
-    return f"expected time: {length} on two CPU cores"
+    say(f"expected time: {length} on two CPU cores")
+
+
+def say(line: str) -> None:
+    """Prints a line at once, also into a file or pipe."""
+    print(line, flush=True)
 
 
 def print_result(record: dict[str, Any]) -> None:
@@ -313,13 +276,12 @@ def print_result(record: dict[str, Any]) -> None:
 
 def print_curve(record: dict[str, Any]) -> None:
     """Prints the table of a curve."""
-    clock_hz = load_preset(record["preset"]).clock_hz
     scope = record["scope"]
     columns = [column for column in COLUMNS if column != "kept"]
     keep = [index for index, column in enumerate(COLUMNS) if column != "kept"]
     rows = []
     for entry in record["means"]:
-        cells = result_cells(entry, scope, clock_hz)
+        cells = result_cells(entry, scope, record["clock_hz"])
         budget = "-" if entry["budget"] is None else f"{entry['budget']:g}"
         rows.append((entry["kind"].replace("_", " "), budget, *(cells[index] for index in keep)))
     print_table(

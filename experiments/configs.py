@@ -1,12 +1,16 @@
 """Named experiments and their settings."""
 
 import dataclasses
-from typing import Literal
+import itertools
+import math
+from typing import Any, Literal
 
 from codesign.errors import CodesignError, UnknownNameError
 from codesign.experiments.data import Task
+from codesign.hw.operating_points import ModelShape
 from codesign.models.config import VisionConfig
 from codesign.optimize import Group, OptimizeSettings
+from codesign.policy import BITS_RANGE
 from codesign.structure import ModelStructure
 
 Metric = Literal["energy", "latency"]
@@ -18,6 +22,27 @@ MODES: dict[Mode, tuple[Group, ...]] = {
     "policy": ("thresholds", "bits", "clips"),
 }
 """Optimiser groups that each mode trains."""
+
+
+def require(is_legal: bool, name: str, legal: str, value: Any) -> None:
+    """Raises `CodesignError` unless a setting is legal.
+
+    Args:
+      is_legal: Whether it is.
+      name: Its dotted name, as on the command line.
+      legal: What it must be.
+      value: What it is.
+    """
+    if not is_legal:
+        raise CodesignError(f"`{name}` must {legal}, got {value}: change it")
+
+
+def require_at_least(settings: Any, prefix: str, least: float, *names: str) -> None:
+    """Raises `CodesignError` naming the first of the fields that is below `least` or not finite."""
+    for name in names:
+        value = getattr(settings, name)
+        is_legal = math.isfinite(value) and value >= least
+        require(is_legal, f"{prefix}.{name}", f"be at least {least:g}", value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +62,16 @@ class ModelSettings:
     stride: int = 1
     padding: int = 1
 
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+          CodesignError: If a size is below its least value; names it.
+        """
+        names = [field.name for field in dataclasses.fields(self) if field.name != "padding"]
+        require_at_least(self, "experiment.model", 1, *names)
+        require_at_least(self, "experiment.model", 0, "padding")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseSettings:
@@ -52,6 +87,20 @@ class DenseSettings:
     weight_decay: float = 0.05
     # Probability mass moved from the label to all classes, [0, 1).
     label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+          CodesignError: If a field is outside its range; names it.
+        """
+        prefix = "experiment.dense"
+        require_at_least(self, prefix, 1, "num_steps", "batch_size")
+        require_at_least(self, prefix, 0, "weight_decay")
+        is_legal = math.isfinite(self.rate) and self.rate > 0.0
+        require(is_legal, f"{prefix}.rate", "be > 0", self.rate)
+        smoothing = self.label_smoothing
+        require(0.0 <= smoothing < 1.0, f"{prefix}.label_smoothing", "lie in [0, 1)", smoothing)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,11 +156,30 @@ class Experiment:
     distillation: float = 1.0
     # Images are moved by up to this many pixels each way in training, >= 0.
     reach: int = 1
-    # Kept fraction after each round at the start, falling, (0, 1].
+    # Kept fraction after each round of the mechanism at the start, (0, 1], none above the one before.
     start_kept: tuple[float, ...] = (0.85, 0.6)
     # Widths at the start, in bit: linear layers [2, 8], exact attention [8, 16]; off the integers and the rails.
     start_linear_bits: float = 7.5
     start_attention_bits: float = 15.5
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+          CodesignError: If a field is outside its range; names it.
+        """
+        prefix = "experiment"
+        require_at_least(self, prefix, 1, "batch_size", "num_calibration")
+        require_at_least(self, prefix, 0, "seed", "reach")
+        share = self.distillation
+        require(0.0 <= share <= 1.0, f"{prefix}.distillation", "lie in [0, 1]", share)
+        kept = self.start_kept
+        is_legal = all(0.0 < after <= before for before, after in itertools.pairwise((1.0, *kept)))
+        require(is_legal, f"{prefix}.start_kept", "lie in (0, 1] and not rise", kept)
+        for kind in ("linear", "attention"):
+            value, (low, high) = getattr(self, f"start_{kind}_bits"), BITS_RANGE[kind]
+            legal = f"lie in [{low:g}, {high:g}] bit"
+            require(low <= value <= high, f"{prefix}.start_{kind}_bits", legal, value)
 
 
 def digits() -> Experiment:
@@ -168,4 +236,18 @@ def vision_config(task: Task, model: ModelSettings) -> VisionConfig:
     )
     return VisionConfig(
         structure=structure, pixel_offset=task.pixel_offset, pixel_scale=task.pixel_scale
+    )
+
+
+def model_shape(structure: ModelStructure) -> ModelShape:
+    """Returns the sizes of a vision transformer, embedding and head included, for workloads in closed form."""
+    return ModelShape(
+        num_layers=structure.num_layers,
+        num_tokens=structure.num_tokens,
+        num_heads=structure.num_heads,
+        head_dim=structure.head_dim,
+        width=structure.width,
+        hidden=structure.hidden,
+        embed=(structure.num_tokens, structure.patch_values, structure.width),
+        head=(1, structure.width, structure.num_classes),
     )

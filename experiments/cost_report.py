@@ -8,14 +8,13 @@ import numpy as np
 import tyro
 
 from codesign.errors import CodesignError
-from codesign.experiments.configs import experiment_by_name, vision_config
+from codesign.experiments.configs import experiment_by_name, model_shape, vision_config
 from codesign.experiments.data import load_task
 from codesign.experiments.tables import print_json, print_table
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.operating_points import ModelShape, operating_points
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.surrogate import SCOPES, Cost, Scope, cost
-from codesign.structure import ModelStructure
 from codesign.units import PJ_PER_UJ, US_PER_S
 
 HOST_ROW = "host"
@@ -78,27 +77,13 @@ def cost_report(
         )
     else:
         named = experiment_by_name(experiment)
-        shape = shape_of(vision_config(load_task(named.task), named.model).structure)
+        shape = model_shape(vision_config(load_task(named.task), named.model).structure)
     record = cost_record(spec, shape)
     if as_json:
         print_json(record)
     else:
         _print_record(record)
     return 0
-
-
-def shape_of(structure: ModelStructure) -> ModelShape:
-    """Returns the sizes of a vision transformer, embedding and head included."""
-    return ModelShape(
-        num_layers=structure.num_layers,
-        num_tokens=structure.num_tokens,
-        num_heads=structure.num_heads,
-        head_dim=structure.head_dim,
-        width=structure.width,
-        hidden=structure.hidden,
-        embed=(structure.num_tokens, structure.patch_values, structure.width),
-        head=(1, structure.width, structure.num_classes),
-    )
 
 
 def cost_record(spec: AcceleratorSpec, shape: ModelShape) -> dict[str, Any]:

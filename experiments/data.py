@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from codesign.errors import DataError, UnknownNameError
 
 Part = Literal["train", "validation", "test"]
-PARTS: tuple[Part, ...] = ("train", "validation", "test")
 SPLIT_SEED = 0
 """Seed of the stratified 60 / 20 / 20 split of digits."""
 

@@ -14,7 +14,7 @@ from codesign.experiments.configs import Metric, Scope
 from codesign.experiments.data import Part
 from codesign.experiments.problem import Problem, chunks, float_logits
 from codesign.hw.accelerator import Accelerator
-from codesign.hw.surrogate import SCOPES, cost
+from codesign.hw.surrogate import SCOPES, Cost, cost
 from codesign.mechanisms import Mechanism, mechanism_by_name
 from codesign.models import vit
 from codesign.models.deploy import Deployment, harden
@@ -72,6 +72,11 @@ def kept_fractions(workload: Workload) -> jax.Array:
     return jnp.stack([jnp.mean(count / pairs, axis=0) for count in counts], axis=-1)
 
 
+def metrics_of(price: Cost, scope: Scope) -> dict[Metric, jax.Array]:
+    """Returns energy in pJ and latency in cycles of each example, `[B]`."""
+    return {"energy": price.energy_pj(scope), "latency": price.latency_cycles(scope)}
+
+
 @functools.partial(jax.jit, static_argnames=("structure", "mechanism"))
 def _hard_step(
     layers: dict[str, jax.Array],
@@ -83,10 +88,7 @@ def _hard_step(
 ) -> tuple[jax.Array, dict[Scope, dict[Metric, jax.Array]], jax.Array]:
     output = vit.apply_hard(layers, ends, pixels, structure=structure, mechanism=mechanism)
     price = cost(output.workload, accelerator)
-    costs: dict[Scope, dict[Metric, jax.Array]] = {
-        scope: {"energy": price.energy_pj(scope), "latency": price.latency_cycles(scope)}
-        for scope in SCOPES
-    }
+    costs = {scope: metrics_of(price, scope) for scope in SCOPES}
     return output.logits, costs, kept_fractions(output.workload)
 
 

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from codesign import __version__
 from codesign.errors import CodesignError
-from codesign.experiments.configs import Metric, Scope
+from codesign.experiments.configs import Metric, Scope, model_shape
 from codesign.experiments.data import Part
-from codesign.experiments.evaluate import deployment, measure
+from codesign.experiments.evaluate import deployment, measure, metrics_of
 from codesign.experiments.finished import FinishedRun
 from codesign.experiments.problem import Problem, chunks
-from codesign.experiments.train import model_shape
 from codesign.hw import emulator
 from codesign.hw.accelerator import Accelerator
 from codesign.hw.export import (
@@ -81,10 +80,7 @@ def _traced_step(
         layers, ends, pixels, structure=structure, mechanism=mechanism, tracing=True
     )
     price = cost(output.workload, accelerator)
-    costs: dict[Scope, dict[Metric, jax.Array]] = {
-        scope: {"energy": price.energy_pj(scope), "latency": price.latency_cycles(scope)}
-        for scope in SCOPES
-    }
+    costs = {scope: metrics_of(price, scope) for scope in SCOPES}
     operations = output.workload.operations
     counts = {key: jnp.sum(operation.count, axis=2) for key, operation in operations.items()}
     return output.trace | {"logits": output.logits}, counts, costs
@@ -182,7 +178,7 @@ def _expected(finished: FinishedRun) -> Expected:
     """Returns what the run reached on the validation part."""
     problem = finished.problem
     measured = measure(problem, finished.point, "validation")
-    workload = workload_from_fractions(model_shape(problem), Setting())
+    workload = workload_from_fractions(model_shape(problem.config.structure), Setting())
     area_mm2 = cost(workload, problem.accelerator).area_mm2("end_to_end")
     attention, end_to_end = (
         ExpectedCost(

@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from codesign.calibration import Calibration
-from codesign.errors import CheckpointError, CodesignError, RunDirectoryError, UnknownNameError
-from codesign.experiments.configs import MODES, Budget, Experiment, Mode, vision_config
-from codesign.experiments.data import Part, load_task
+from codesign.errors import CheckpointError, CodesignError, RunDirectoryError
+from codesign.experiments.configs import MODES, Budget, Experiment, Mode
+from codesign.experiments.data import Part
 from codesign.experiments.evaluate import Measurement, Point, dense_point, measure, summary
-from codesign.experiments.problem import Problem, float_path, load_problem
+from codesign.experiments.problem import Problem, float_path, load_problem, outline
 from codesign.experiments.run import CONFIG, RunDirectory, write_json
 from codesign.experiments.train import (
     BudgetedTraining,
@@ -23,8 +22,6 @@ from codesign.experiments.train import (
     start_point,
     start_policy,
 )
-from codesign.hw.accelerator import accelerator_from_spec
-from codesign.hw.spec import load_preset
 from codesign.mechanisms import mechanism_by_name
 from codesign.models.parameters import init_params
 
@@ -70,37 +67,6 @@ def measure_dense(problem: Problem, point: Point, part: Part) -> Measurement:
     """Returns what the dense model of a problem does on a part of the data, hard path."""
     reference = dense_point(problem, point.calibration)
     return measure(problem, reference, part, mechanism=mechanism_by_name("dense"))
-
-
-def outline(experiment: Experiment) -> Problem:
-    """Returns the problem without its dense model (`params` and `teacher` are empty): enough to check settings.
-
-    Raises:
-      CodesignError: If a name, a file, the data or a size of the model is wrong.
-    """
-    mechanism = mechanism_by_name(experiment.mechanism)
-    spec = load_preset(experiment.preset)
-    if mechanism.name not in (spec.mechanism, "dense"):
-        raise UnknownNameError(
-            f"preset `{experiment.preset}` runs `{spec.mechanism}`, not `{mechanism.name}`: "
-            "choose a preset made for the mechanism"
-        )
-    task = load_task(experiment.task)
-    try:
-        config = vision_config(task, experiment.model)
-    except ValueError as error:
-        raise CodesignError(f"`experiment.model`: {error}: correct that size") from error
-    return Problem(
-        experiment=experiment,
-        task=task,
-        config=config,
-        mechanism=mechanism,
-        spec=spec,
-        accelerator=accelerator_from_spec(spec),
-        train=task.parts["train"],
-        params={},
-        teacher=np.zeros((0, task.num_classes), np.float32),
-    )
 
 
 def checked(experiment: Experiment, budget: Budget) -> Problem:

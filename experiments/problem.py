@@ -14,7 +14,7 @@ import optax
 from numpy.typing import NDArray
 
 from codesign.calibration import Calibration, floored, merge
-from codesign.errors import UnknownNameError
+from codesign.errors import CodesignError, UnknownNameError
 from codesign.experiments.configs import Experiment, vision_config
 from codesign.experiments.data import Examples, Task, batch_indices, load_task, shifted
 from codesign.experiments.run import RunDirectory, train_loop
@@ -62,6 +62,12 @@ class Problem:
     def calibration_pixels(self) -> NDArray[np.int32]:
         """The fixed images that measure ranges and start thresholds: the first of the training part."""
         return self.task.parts["train"].pixels[: self.experiment.num_calibration]
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of the mechanism's filter; 0 if it has no thresholds."""
+        knobs = self.mechanism.knobs(1, 1)
+        return knobs["threshold"].shape[-1] if "threshold" in knobs else 0
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -114,19 +120,11 @@ def calibrate(
     return floored(functools.reduce(merge, measured))
 
 
-def load_problem(
-    experiment: Experiment, *, cache: Path, progress: bool, restart: bool = False
-) -> Problem:
-    """Returns the problem of an experiment; trains its dense model unless the cache holds it.
-
-    Args:
-      experiment: Settings; names are checked before anything runs.
-      cache: Folder that holds dense models, one run directory each.
-      progress: Whether to show a progress bar.
-      restart: Whether to train the dense model even if the cache holds it.
+def outline(experiment: Experiment) -> Problem:
+    """Returns the problem without its dense model (`params` and `teacher` are empty): enough to check settings.
 
     Raises:
-      UnknownNameError: If task, preset or mechanism do not exist, or preset and mechanism do not match.
+      CodesignError: If a name, a file, the data or a size of the model is wrong, or settings do not fit each other.
     """
     mechanism = mechanism_by_name(experiment.mechanism)
     spec = load_preset(experiment.preset)
@@ -136,19 +134,50 @@ def load_problem(
             "choose a preset made for the mechanism"
         )
     task = load_task(experiment.task)
-    config = vision_config(task, experiment.model)
-    train = shifted(task.parts["train"], reach=experiment.reach)
-    params = dense_params(experiment, task, config, train, cache, progress, restart)
-    return Problem(
+    try:
+        config = vision_config(task, experiment.model)
+    except ValueError as error:
+        raise CodesignError(f"`experiment.model`: {error}: correct that size") from error
+    outlined = Problem(
         experiment=experiment,
         task=task,
         config=config,
         mechanism=mechanism,
         spec=spec,
         accelerator=accelerator_from_spec(spec),
-        train=train,
-        params=params,
-        teacher=float_logits(params, train.pixels, config),
+        train=task.parts["train"],
+        params={},
+        teacher=np.zeros((0, task.num_classes), np.float32),
+    )
+    rounds = outlined.num_rounds
+    if rounds and len(experiment.start_kept) != rounds:
+        raise CodesignError(
+            f"`experiment.start_kept` must have one entry for each of the {rounds} rounds of `{mechanism.name}`, "
+            f"got {experiment.start_kept}: give {rounds}"
+        )
+    return outlined
+
+
+def load_problem(
+    experiment: Experiment, *, cache: Path, progress: bool, restart: bool = False
+) -> Problem:
+    """Returns the problem of an experiment; trains its dense model unless the cache holds it.
+
+    Args:
+      experiment: Settings; checked before anything runs.
+      cache: Folder that holds dense models, one run directory each.
+      progress: Whether to show a progress bar.
+      restart: Whether to train the dense model even if the cache holds it.
+
+    Raises:
+      CodesignError: As `outline` does.
+    """
+    outlined = outline(experiment)
+    task, config = outlined.task, outlined.config
+    train = shifted(task.parts["train"], reach=experiment.reach)
+    params = dense_params(experiment, task, config, train, cache, progress, restart)
+    return dataclasses.replace(
+        outlined, train=train, params=params, teacher=float_logits(params, train.pixels, config)
     )
 
 

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
-from codesign.experiments.commands import draw, print_curve
+from codesign.experiments.commands import announce, curve_seconds, print_curve, say
 from codesign.experiments.configs import Experiment, digits
-from codesign.experiments.curve import FIGURE_FILE, CurveSettings, point_directory
+from codesign.experiments.curve import FIGURE_FILE, point_directory, run_curve
+from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.deploy_commands import export, print_verification, verification
+from codesign.experiments.finished import DENSE_FOLDER
 
 EXPORTED_BUDGET = 0.4
 NUM_FRESH = 256
@@ -40,15 +42,19 @@ def run_quickstart(
     overwrite: bool,
 ) -> int:
     """Draws a curve on the test part, exports the trained point of one of its budgets, and verifies the export."""
-    path = draw(
+    seeds = (experiment.seed,)
+    announce(curve_seconds(experiment, settings, seeds))
+    path = run_curve(
         experiment,
         settings,
         out,
-        seeds=(experiment.seed,),
+        seeds=seeds,
         part="test",
-        cache=out / "dense",
+        cache=out / DENSE_FOLDER,
         resume=resume,
         overwrite=overwrite,
+        progress=True,
+        report=say,
     )
     point = point_directory(out, experiment.seed, "trained", exported_budget)
     exported = out / "export"

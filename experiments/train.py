@@ -13,19 +13,14 @@ from numpy.typing import NDArray
 
 from codesign.calibration import Calibration
 from codesign.errors import InfeasibleBudgetError
-from codesign.experiments.configs import Budget, Metric, Scope
+from codesign.experiments.configs import Budget, Metric, Scope, model_shape
 from codesign.experiments.data import batch_indices
-from codesign.experiments.evaluate import Measurement, Point, deployment, hard_run
+from codesign.experiments.evaluate import Measurement, Point, deployment, hard_run, metrics_of
 from codesign.experiments.problem import Problem, calibrate, no_cost
 from codesign.experiments.run import RunDirectory, train_loop
 from codesign.gates import Relaxation
-from codesign.hw.operating_points import (
-    ModelShape,
-    Setting,
-    cheapest_setting,
-    workload_from_fractions,
-)
-from codesign.hw.surrogate import Cost, cost
+from codesign.hw.operating_points import Setting, cheapest_setting, workload_from_fractions
+from codesign.hw.surrogate import SCOPES, cost
 from codesign.models import vit
 from codesign.optimize import (
     Group,
@@ -48,41 +43,23 @@ BUDGET_TOLERANCE = 0.005
 """Part of the budget by which the deployed cost may exceed it before thresholds are raised (ours)."""
 
 
-def model_shape(problem: Problem) -> ModelShape:
-    """Returns the sizes of the problem's model for workloads in closed form."""
-    structure = problem.config.structure
-    return ModelShape(
-        num_layers=structure.num_layers,
-        num_tokens=structure.num_tokens,
-        num_heads=structure.num_heads,
-        head_dim=structure.head_dim,
-        width=structure.width,
-        hidden=structure.hidden,
-        embed=(structure.num_tokens, structure.patch_values, structure.width),
-        head=(1, structure.width, structure.num_classes),
-    )
-
-
 def closed_form_costs(problem: Problem, setting: Setting) -> dict[Scope, dict[Metric, float]]:
     """Returns pJ and cycles per example of a setting that is alike in all layers and heads."""
-    price = cost(workload_from_fractions(model_shape(problem), setting), problem.accelerator)
+    shape = model_shape(problem.config.structure)
+    price = cost(workload_from_fractions(shape, setting), problem.accelerator)
     return {
-        scope: {name: float(value[0]) for name, value in _metrics(price, scope).items()}
-        for scope in ("end_to_end", "attention")
+        scope: {name: float(value[0]) for name, value in metrics_of(price, scope).items()}
+        for scope in SCOPES
     }
-
-
-def _metrics(price: Cost, scope: Scope) -> dict[Metric, jax.Array]:
-    return {"energy": price.energy_pj(scope), "latency": price.latency_cycles(scope)}
 
 
 def check_reachable(problem: Problem, budget: Budget) -> None:
     """Raises `InfeasibleBudgetError` if the cheapest legal policy costs more than the budget."""
-    rounds = len(problem.experiment.start_kept)
+    shape = model_shape(problem.config.structure)
     dense = closed_form_costs(problem, Setting())[budget.scope]
-    cheapest = closed_form_costs(
-        problem, cheapest_setting(model_shape(problem), num_rounds=rounds)
-    )[budget.scope]
+    cheapest = closed_form_costs(problem, cheapest_setting(shape, num_rounds=problem.num_rounds))[
+        budget.scope
+    ]
     for metric, fraction in budget.limits.items():
         least = cheapest[metric] / dense[metric]
         if fraction < least:
@@ -215,7 +192,7 @@ class BudgetedTraining:
         if not self.metrics:
             return no_cost(workload, constants, smoothness)
         price = cost(workload, constants["accelerator"], smoothness=smoothness)
-        values = _metrics(price, self.scope)
+        values = metrics_of(price, self.scope)
         means = jnp.stack([jnp.mean(values[name]) for name in self.metrics])
         ratios: jax.Array = means / constants["limits"]
         return ratios
@@ -263,9 +240,9 @@ class BudgetedTraining:
 
         Before the first step, widths and thresholds are moved together until the deployed cost meets the budget, so that
         training redistributes instead of descending. Stage 1 anneals everything that is trained. At the hardened step the
-        ranges are measured again, on the weights as they are then; widths become whole bits and stay. Stage 2 goes on with thresholds and weights on the deployed
-        decisions, the budget still held. At last, should the deployed cost on the calibration images exceed the budget,
-        all thresholds are raised together until it does not.
+        ranges are measured again, on the weights as they are then; widths become whole bits and stay. Stage 2 goes on with
+        thresholds and weights on the deployed decisions, the budget still held. At last, should the deployed cost on the
+        calibration images exceed the budget, all thresholds are raised together until it does not.
 
         Args:
           point: Where to start.
@@ -382,7 +359,9 @@ def narrowed(policy: Policy, move: float) -> Policy:
 
 
 def raised(policy: Policy, move: float) -> Policy:
-    """Returns the policy with every alpha moved towards 1: `move` of the way, 0 to 1."""
+    """Returns the policy with every alpha, if it has any, moved towards 1: `move` of the way, 0 to 1."""
+    if "threshold" not in policy.layers:
+        return policy
     alpha = np.tanh(np.asarray(policy.layers["threshold"], np.float64))
     return with_alpha(policy, alpha + (1.0 - alpha) * move)
 

@@ -1,10 +1,14 @@
 """Settings and fixtures that every test shares."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import pytest
+import tiny_experiment
 import tiny_model
+
+from codesign.experiments.problem import Problem, load_problem
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -26,3 +30,15 @@ def getkey() -> Callable[[], jax.Array]:
 def digits_model() -> tiny_model.Model:
     """A model of two layers and 16 tokens, trained for seconds on the bundled digits."""
     return tiny_model.trained(tiny_model.structure())
+
+
+@pytest.fixture(scope="session")
+def dense_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the dense models that `tiny_problem` starts from."""
+    return tmp_path_factory.mktemp("cache") / "dense"
+
+
+@pytest.fixture(scope="session")
+def tiny_problem(dense_cache: Path) -> Problem:
+    """The problem of `tiny_experiment.tiny`, its dense model trained."""
+    return load_problem(tiny_experiment.tiny(), cache=dense_cache, progress=False)

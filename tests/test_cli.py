@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from codesign.errors import CodesignError
 from codesign.experiments import commands, data, finished
 from codesign.experiments.cli import COMMANDS, main
-from codesign.experiments.configs import Budget, digits
+from codesign.experiments.configs import (
+    Budget,
+    DenseSettings,
+    Experiment,
+    ModelSettings,
+    digits,
+)
+from codesign.experiments.curve_settings import CurveSettings
+from codesign.experiments.estimate import estimate_seconds
+from codesign.experiments.problem import outline
 from codesign.experiments.run import RunDirectory
 from codesign.hw.spec import PRESET_FOLDER
 
@@ -73,8 +85,8 @@ def test_help_of_list_does_not_import_jax() -> None:
 def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "digits", *BUDGET) == 2
     assert "--out" in capsys.readouterr().err
-    assert run("train", "digits", "--out", "x", "--budget.energy", "-1") == 2
-    assert "`budget.energy` must be > 0" in " ".join(capsys.readouterr().err.split())
+    assert run("train", "digits", "--out", "x", "--budget.energy", "half") == 2
+    assert "half" in capsys.readouterr().err
 
 
 @pytest.mark.smoke
@@ -180,7 +192,28 @@ def test_faulty_preset_is_one_line(
         ),
         (
             ("train", "digits", "--out", "{}", *BUDGET, "--experiment.model.num-layers", "0"),
-            "`num_layers` must be at least 1, got 0",
+            "`experiment.model.num_layers` must be at least 1, got 0",
+        ),
+        (
+            ("train", "digits", "--out", "{}", "--budget.energy", "-1"),
+            "`budget.energy` must be > 0",
+        ),
+        (
+            ("train", "digits", "--out", "{}", *BUDGET, "--experiment.batch-size", "0"),
+            "`experiment.batch_size` must be at least 1, got 0",
+        ),
+        (
+            ("train", "digits", "--out", "{}", *BUDGET, "--experiment.start-kept", "0.5"),
+            "one entry for each of the 2 rounds of `energon`",
+        ),
+        (
+            ("train", "digits", "--out", "{}", *BUDGET, "--experiment.model.patch-size", "11"),
+            "`patch_size` must fit the padded image (10 pixels), got 11",
+        ),
+        (("curve", "digits", "--out", "{}", "--seeds", "0", "-1"), "`seeds` must be whole numbers"),
+        (
+            ("curve", "digits", "--out", "{}", "--experiment.mechanism", "dense"),
+            "`experiment.mechanism` must have thresholds",
         ),
         (("cost", "nope"), "unknown accelerator preset `nope`"),
         (("cost", "nope.toml"), "does not exist: check the path"),
@@ -197,6 +230,43 @@ def test_bad_input_is_one_line_and_writes_nothing(
     filled = [argument.format(tmp_path / "run") for argument in arguments]
     assert message in refused(capsys, *filled)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "value"),
+    [
+        (ModelSettings, "model.hidden", 0),
+        (ModelSettings, "model.padding", -1),
+        (DenseSettings, "dense.num_steps", 0),
+        (DenseSettings, "dense.batch_size", 0),
+        (DenseSettings, "dense.rate", 0.0),
+        (DenseSettings, "dense.rate", math.nan),
+        (DenseSettings, "dense.weight_decay", -0.1),
+        (DenseSettings, "dense.label_smoothing", 1.0),
+        (Experiment, "seed", -1),
+        (Experiment, "batch_size", 0),
+        (Experiment, "num_calibration", 0),
+        (Experiment, "distillation", 1.1),
+        (Experiment, "distillation", math.nan),
+        (Experiment, "reach", -1),
+        (Experiment, "start_kept", (0.5, 0.6)),
+        (Experiment, "start_kept", (0.5, 0.0)),
+        (Experiment, "start_linear_bits", 8.5),
+        (Experiment, "start_attention_bits", 7.5),
+        (CurveSettings, "budgets", ()),
+        (CurveSettings, "budgets", (0.5, 0.5)),
+        (CurveSettings, "budgets", (0.5, 0.0)),
+        (CurveSettings, "curve.uniform_alphas", ((0.0, 1.0),)),
+        (CurveSettings, "curve.uniform_alphas", ()),
+        (CurveSettings, "curve.uniform_bits", ((8, 9, 16),)),
+        (CurveSettings, "curve.uniform_bits", ((8, 8, 4),)),
+        (CurveSettings, "curve.num_selection", 0),
+        (CurveSettings, "curve.num_resamples", 0),
+    ],
+)
+def test_settings_outside_their_range_are_named(make: Any, field: str, value: Any) -> None:
+    with pytest.raises(CodesignError, match=re.escape(f"{field}` must ")):
+        make(**{field.rpartition(".")[2]: value})
 
 
 def test_nan_in_the_data_is_named(
@@ -290,12 +360,17 @@ def test_estimate_grows_with_the_work_and_runs_nothing(
     assert capsys.readouterr().out.startswith("expected time: ")
     assert run("curve", "digits", "--out", out, "--estimate") == 0
     assert capsys.readouterr().out.startswith("expected time: ")
-    problem = finished.outline(digits())
-    longer = finished.outline(
-        dataclasses.replace(problem.experiment, batch_size=2 * problem.experiment.batch_size)
-    )
-    assert commands.train_seconds(longer) > commands.train_seconds(problem)
     assert not out.exists()
+    problem = outline(digits())
+    # Set-up, 500 dense steps, 100 under a budget, one measured setting.
+    assert estimate_seconds(problem) == pytest.approx(60.0 + 500 * 0.03 + 100 * 0.14 + 0.4)
+    wide = dataclasses.replace(digits().model, num_heads=6, num_layers=6)
+    larger = outline(dataclasses.replace(digits(), model=wide))
+    growth = (estimate_seconds(larger) - 60.0) / (estimate_seconds(problem) - 60.0)
+    assert growth == pytest.approx(6.0)
+    longer = outline(dataclasses.replace(digits(), batch_size=64))
+    assert estimate_seconds(longer) == pytest.approx(estimate_seconds(problem) + 100 * 0.14)
+    assert estimate_seconds(problem, num_seeds=3) == pytest.approx(3 * estimate_seconds(problem))
 
 
 def point(accuracy: Any, energy_pj: float) -> dict[str, Any]:
@@ -312,7 +387,8 @@ def test_report_reads_a_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     interval = {"mean": 0.875, "low": 0.8, "high": 0.9}
     record = {
         "task": "digits",
-        "preset": "energon",
+        "preset": "withdrawn",
+        "clock_hz": 2e9,
         "part": "test",
         "metric": "energy",
         "scope": "end_to_end",
@@ -329,8 +405,8 @@ def test_report_reads_a_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     assert "seeds 0, 1" in text and "uniform tuned needs 1.25 times" in text
     trained = next(line for line in text.splitlines() if "trained" in line)
-    # 1 uJ, a quarter of dense; 2500 cycles at the preset's 1 GHz are 2.5 us.
-    for cell in ("0.25", "0.8750", "1.000", "0.250", "2.50", "0.500"):
+    # 1 uJ, a quarter of dense; 2500 cycles at 2 GHz are 1.25 us. The file has it all: its preset need not exist.
+    for cell in ("0.25", "0.8750", "1.000", "0.250", "1.25", "0.500"):
         assert f" {cell} " in trained
     assert run("report", tmp_path / "curve.json", "--json") == 0
     assert json.loads(capsys.readouterr().out) == record

@@ -10,31 +10,13 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from tiny_experiment import NUM_STEPS, tiny
 
-from codesign.experiments import commands, configs, curve, deploy_commands, quickstart, run as runs
+from codesign.experiments import commands, configs, deploy_commands, quickstart, run as runs
 from codesign.experiments.cli import main
-from codesign.experiments.configs import DenseSettings, Experiment, ModelSettings
+from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.finished import dense_folder, load_run
-from codesign.optimize import OptimizeSettings
-
-NUM_STEPS = 6
-
-
-def tiny() -> Experiment:
-    """Two layers of two heads on 16 tokens, trained for seconds."""
-    return Experiment(
-        model=ModelSettings(
-            num_layers=2,
-            num_heads=2,
-            head_dim=8,
-            width=16,
-            hidden=48,
-            patch_size=4,
-            stride=2,
-        ),
-        dense=DenseSettings(num_steps=40),
-        optimize=OptimizeSettings(num_steps=NUM_STEPS, bits_rate=0.3),
-    )
+from codesign.experiments.problem import Problem
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +30,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, compiled: None) -> Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    compiled: None,
+    dense_cache: Path,
+    tiny_problem: Problem,
+) -> Path:
     """A folder with a finished run and its export."""
-    del compiled
+    del compiled, tiny_problem  # its dense model is in the cache
     path = tmp_path_factory.mktemp("runs")
+    shutil.copytree(dense_cache, path / "dense")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(configs.EXPERIMENTS, "tiny", tiny)
         assert train(path / "run") == 0
@@ -269,7 +257,7 @@ def test_dense_models_lie_beside_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_quickstart_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = curve.CurveSettings(
+    settings = CurveSettings(
         budgets=(0.8, 0.7),
         uniform_alphas=((-1.0, -1.0), (0.0, 0.0)),
         uniform_bits=((8, 8, 16), (4, 4, 8)),

@@ -266,7 +266,7 @@ def test_truncated_file_is_refused(copy: Path, kept: int) -> None:
         ),
         ("weights.npz", {"layers/qk_bits": np.asarray([12, 40])}, r"`layers/qk_bits` must lie in"),
         ("weights.npz", {"layers/qk_bits": np.asarray([12, 13])}, "`policy.qk_bits` disagrees"),
-        ("weights.npz", {"tables/exp_table": np.zeros(1024, int)}, "`tables/exp_table` is not the"),
+        ("weights.npz", {"tables/exp_table": np.zeros(4096, int)}, "`tables/exp_table` is not the"),
         ("weights.npz", {"layers/gelu_table": np.zeros((2, 1023), int)}, "`tables` in the config"),
         ("golden.npz", {"keep": np.zeros((2, 2, 8, 2, 9, 9), int)}, "`keep` must hold bools"),
     ],

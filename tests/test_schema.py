@@ -18,4 +18,6 @@ def test_published_schema_is_current(name, schema_fn):
     if not SCHEMAS.is_dir():
         pytest.skip("docs/schema is not here: the tests run without the checkout")
     published = json.loads((SCHEMAS / f"{name}.json").read_text())
-    assert published == json.loads(json.dumps(schema_fn())), f"write `json_schema()` to docs/schema/{name}.json again"
+    assert published == json.loads(json.dumps(schema_fn())), (
+        f"write `json_schema()` to docs/schema/{name}.json again"
+    )

@@ -1,0 +1,117 @@
+"""What a curve holds: budgets, the uniform grid, and the kinds of its points."""
+
+import dataclasses
+import itertools
+import math
+
+from codesign.experiments.configs import Budget, Metric, Scope, require, require_at_least
+from codesign.optimize import Group
+from codesign.policy import BITS_RANGE
+
+TRAINED_KINDS: dict[str, tuple[Group, ...]] = {
+    "trained": ("params", "thresholds", "bits", "clips"),
+    "uniform_tuned": ("params", "clips"),
+    "bits_only": ("params", "bits", "clips"),
+    "thresholds_only": ("params", "thresholds", "clips"),
+}
+"""What each kind of point trains. The ablations start from the uniform setting of their budget."""
+COMPARED_KINDS = ("trained", "uniform_tuned")
+"""The kinds that are no ablation."""
+OFF = -1.0
+"""alpha of a round that keeps all."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurveSettings:
+    """What a curve holds."""
+
+    # Budgets as fractions of the dense cost, falling, > 0; each point starts from the one before.
+    budgets: tuple[float, ...] = (0.7, 0.6, 0.5, 0.4, 0.35, 0.3)
+    # The cost under the budget, and whether linear layers count.
+    metric: Metric = "energy"
+    scope: Scope = "end_to_end"
+    # Whether to add the two ablations.
+    ablations: bool = False
+    # The uniform grid: alpha of every round in [-1, 1), alike for all layers and heads; -1 switches the round off.
+    uniform_alphas: tuple[tuple[float, ...], ...] = ((OFF, OFF), (-0.5, -0.25), (0.0, 0.0))
+    # The uniform grid: bits of all weights [2, 8], all activations [2, 8], and exact attention [8, 16].
+    uniform_bits: tuple[tuple[int, int, int], ...] = (
+        (8, 8, 16),
+        (8, 8, 8),
+        (6, 6, 12),
+        (6, 6, 8),
+        (5, 6, 8),
+        (5, 5, 8),
+        (4, 6, 8),
+        (4, 5, 8),
+        (4, 4, 8),
+        (4, 3, 8),
+        (3, 6, 8),
+        (3, 5, 8),
+        (3, 4, 8),
+        (3, 3, 8),
+        (3, 2, 8),
+        (2, 6, 8),
+        (2, 5, 8),
+        (2, 4, 8),
+        (2, 3, 8),
+        (2, 2, 8),
+    )
+    # Validation images on which the uniform setting of each budget is chosen, >= 1.
+    num_selection: int = 128
+    # Resamples of the bootstrap, >= 1.
+    num_resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+          CodesignError: If a field is outside its range; names it.
+        """
+        falling = (math.inf, *self.budgets, 0.0)
+        require(
+            bool(self.budgets) and all(a > b for a, b in itertools.pairwise(falling)),
+            "budgets",
+            "be falling fractions of dense, > 0, e.g. 0.7 0.5 0.3",
+            self.budgets,
+        )
+        for alphas in self.uniform_alphas:
+            require(
+                all(OFF <= alpha < 1.0 for alpha in alphas),
+                "curve.uniform_alphas",
+                "lie in [-1, 1)",
+                alphas,
+            )
+        for bits in self.uniform_bits:
+            ranges = [BITS_RANGE[kind] for kind in ("linear", "linear", "attention")]
+            require(
+                all(low <= b <= high for b, (low, high) in zip(bits, ranges, strict=True)),
+                "curve.uniform_bits",
+                "lie in [2, 8], [2, 8] and [8, 16] bit",
+                bits,
+            )
+        for name in ("uniform_alphas", "uniform_bits"):
+            require(bool(getattr(self, name)), f"curve.{name}", "hold at least one entry", ())
+        require_at_least(self, "curve", 1, "num_selection", "num_resamples")
+
+    @property
+    def trained_kinds(self) -> tuple[str, ...]:
+        """Kinds of points that are trained, in order."""
+        return tuple(TRAINED_KINDS) if self.ablations else COMPARED_KINDS
+
+    @property
+    def num_points(self) -> int:
+        """Points trained with one seed."""
+        return len(self.trained_kinds) * len(self.budgets)
+
+    @property
+    def num_measured(self) -> int:
+        """Settings measured with one seed: the grid, dense, and all points."""
+        grid = len(self.uniform_alphas) * len(self.uniform_bits)
+        return grid + 1 + len(self.budgets) + self.num_points
+
+    def budget(self, fraction: float) -> Budget:
+        """Returns the budget of one point."""
+        if self.metric == "energy":
+            return Budget(energy=fraction, scope=self.scope)
+        return Budget(latency=fraction, scope=self.scope)

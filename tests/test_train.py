@@ -1,0 +1,204 @@
+"""From a problem to a start point and to one that meets its budget, before any step is taken."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tiny_experiment import tiny
+
+from codesign.errors import CodesignError, InfeasibleBudgetError
+from codesign.experiments.configs import Budget, model_shape
+from codesign.experiments.evaluate import Point
+from codesign.experiments.problem import Problem, calibrate, float_path, outline
+from codesign.experiments.train import (
+    FILTER_WIDTHS,
+    BudgetedTraining,
+    calibration_run,
+    check_reachable,
+    closed_form_costs,
+    narrowed,
+    raised,
+    start_point,
+    start_policy,
+    with_alpha,
+)
+from codesign.hw.operating_points import Setting, cheapest_setting
+from codesign.policy import ATTENTION_BITS, Policy, bits_range, group
+
+
+@pytest.fixture(scope="module")
+def start(tiny_problem: Problem) -> Point:
+    return start_point(tiny_problem)
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return start_policy(outline(tiny()), linear_bits=7.5, attention_bits=15.5)
+
+
+def widths(policy: Policy) -> dict[str, np.ndarray]:
+    knobs = policy.layers | policy.ends
+    return {name: np.asarray(value) for name, value in knobs.items() if group(name) == "bits"}
+
+
+def alpha(policy: Policy) -> np.ndarray:
+    return np.tanh(np.asarray(policy.layers["threshold"], np.float64))
+
+
+def test_alpha_is_stored_and_limited(policy: Policy) -> None:
+    shape = policy.layers["threshold"].shape
+    wanted = np.linspace(-1.0, 1.0, np.prod(shape)).reshape(shape)
+    changed = with_alpha(policy, wanted)
+    # f32 variables: a few units in the last place near atanh(0.99) = 2.65.
+    np.testing.assert_allclose(alpha(changed), np.clip(wanted, -0.99, 0.99), atol=1e-6)
+    assert all(
+        changed.layers[name] is value
+        for name, value in policy.layers.items()
+        if name != "threshold"
+    )
+
+
+def test_narrowing_goes_to_the_lower_limits_attention_first(policy: Policy) -> None:
+    before = widths(policy)
+    moves = [widths(narrowed(policy, move)) for move in np.linspace(0.0, 1.0, 9)]
+    for name, value in before.items():
+        path = np.stack([value] + [one[name] for one in moves])
+        if name in FILTER_WIDTHS:
+            assert np.all(path == value), name
+            continue
+        assert np.all(np.diff(path, axis=0) <= 0.0), name
+        np.testing.assert_array_equal(path[1], value)
+        np.testing.assert_allclose(path[-1], bits_range(name)[0], rtol=1e-6)
+        # Half-way attention is as narrow as it gets, and the linear layers have not moved.
+        half = bits_range(name)[0] if name in ATTENTION_BITS else value
+        np.testing.assert_allclose(path[5], half, rtol=1e-6)
+    clips = [name for name in policy.layers if group(name) != "bits"]
+    moved = narrowed(policy, 0.7)
+    assert clips and all(moved.layers[name] is policy.layers[name] for name in clips)
+
+
+def test_raising_goes_to_the_largest_alpha(policy: Policy) -> None:
+    shape = policy.layers["threshold"].shape
+    policy = with_alpha(policy, np.linspace(-0.9, 0.9, np.prod(shape)).reshape(shape))
+    before = alpha(policy)
+    # A quarter of the way from a to 1 is a + (1 - a) / 4.
+    np.testing.assert_allclose(alpha(raised(policy, 0.25)), before + (1 - before) / 4, atol=1e-6)
+    np.testing.assert_allclose(alpha(raised(policy, 1.0)), 0.99, atol=1e-6)
+    np.testing.assert_allclose(alpha(raised(policy, 0.0)), before, atol=1e-6)
+    for name, value in widths(policy).items():
+        np.testing.assert_array_equal(widths(raised(policy, 0.5))[name], value)
+
+
+def test_unreachable_budget_is_refused_with_the_least_that_is_not() -> None:
+    problem = outline(tiny())
+    with pytest.raises(InfeasibleBudgetError, match=r"`budget.energy` 0\.01 cannot") as refusal:
+        check_reachable(problem, Budget(energy=0.01, latency=0.9))
+    least = float(str(refusal.value).rpartition("at least ")[2])
+    check_reachable(problem, Budget(energy=least))
+    with pytest.raises(InfeasibleBudgetError):
+        check_reachable(problem, Budget(energy=least - 0.002))
+
+
+def test_without_a_filter_the_cheapest_policy_keeps_all_pairs() -> None:
+    problem = outline(dataclasses.replace(tiny(), mechanism="dense"))
+    assert problem.num_rounds == 0
+    all_pairs = cheapest_setting_cost(problem, 0)
+    assert all_pairs > cheapest_setting_cost(problem, 2)
+    with pytest.raises(InfeasibleBudgetError):
+        check_reachable(problem, Budget(latency=all_pairs - 0.002, scope="attention"))
+
+
+def cheapest_setting_cost(problem: Problem, num_rounds: int) -> float:
+    """Returns attention's latency of the cheapest setting over that of dense."""
+    shape = model_shape(problem.config.structure)
+    cheapest = closed_form_costs(problem, cheapest_setting(shape, num_rounds=num_rounds))
+    dense = closed_form_costs(problem, Setting())
+    return cheapest["attention"]["latency"] / dense["attention"]["latency"]
+
+
+def test_start_kept_needs_one_entry_per_round() -> None:
+    with pytest.raises(CodesignError, match="one entry for each of the 2 rounds of `energon`"):
+        outline(dataclasses.replace(tiny(), start_kept=(0.8, 0.7, 0.6)))
+
+
+def test_start_point_keeps_what_is_asked_for(tiny_problem: Problem, start: Point) -> None:
+    kept = calibration_run(tiny_problem, start)[1]
+    assert kept.shape == (2, 2, 2)
+    # alpha is found to 1/32; where it passes 0 the threshold passes the mean, around which scores lie close.
+    np.testing.assert_allclose(
+        kept, np.broadcast_to(tiny_problem.experiment.start_kept, kept.shape), atol=0.05
+    )
+    assert start.params is tiny_problem.params
+    found = widths(start.policy)
+    np.testing.assert_array_equal(found["qk_bits"], 15.5)
+    np.testing.assert_array_equal(found["up.weight_bits"], 7.5)
+
+
+def test_calibration_covers_every_image(tiny_problem: Problem) -> None:
+    """Ranges are those of all images, however they are divided into calls; a filled-up last call adds nothing."""
+    images = tiny_problem.train.pixels[:300]
+    params, config = tiny_problem.params, tiny_problem.config
+    whole = calibrate(params, images, config)
+    parts = [calibrate(params, part, config) for part in (images[:100], images[100:])]
+    for group_name in ("layers", "ends"):
+        ranges = getattr(whole, group_name)
+        for name, value in ranges.items():
+            largest = np.maximum(*(np.asarray(getattr(part, group_name)[name]) for part in parts))
+            np.testing.assert_allclose(value, largest, rtol=1e-6)
+    observed = float_path(params, images[:256], config)[1]
+    for name, value in observed["layers"].items():
+        assert np.all(np.asarray(whole.layers[name]) >= np.asarray(value)), name
+
+
+@pytest.mark.parametrize(
+    ("budget", "groups"),
+    [
+        (Budget(energy=0.5), ("params", "thresholds", "bits")),
+        (Budget(energy=0.5), ("bits",)),
+        (Budget(latency=0.74, scope="attention"), ("thresholds", "bits")),
+        (Budget(energy=0.6, latency=0.88), ("thresholds", "bits")),
+    ],
+)
+def test_fitted_point_just_meets_its_budget(
+    tiny_problem: Problem, start: Point, budget: Budget, groups: tuple[str, ...]
+) -> None:
+    optimize = dataclasses.replace(tiny_problem.experiment.optimize, train=groups)
+    training = BudgetedTraining(tiny_problem, optimize, tuple(budget.limits), budget.scope)
+    assert training.excess(start, budget) > 1.0
+    fitted = training.fitted(start, budget)
+    # Widths are whole bits, the same in all layers, as deployed: their steps are coarse.
+    assert 0.85 < training.excess(fitted, budget) <= 1.0
+    if "thresholds" not in groups:
+        np.testing.assert_array_equal(alpha(fitted.policy), alpha(start.policy))
+    assert np.all(alpha(fitted.policy) >= alpha(start.policy) - 1e-6)
+    for name, value in widths(fitted.policy).items():
+        assert np.all(value <= widths(start.policy)[name]), name
+
+
+def test_budget_that_is_met_moves_nothing(tiny_problem: Problem, start: Point) -> None:
+    budget = Budget(energy=2.0)
+    training = BudgetedTraining(
+        tiny_problem, tiny_problem.experiment.optimize, ("energy",), "end_to_end"
+    )
+    assert training.fitted(start, budget) is start
+    repaired = training.repaired(start, budget)
+    np.testing.assert_array_equal(repaired.policy.layers["qk_bits"], 16.0)
+    np.testing.assert_array_equal(alpha(repaired.policy), alpha(start.policy))
+
+
+def test_broken_budget_is_repaired_by_thresholds(tiny_problem: Problem, start: Point) -> None:
+    """Widths are held at the end: thresholds alone make up for what rounding cost, if they can."""
+    optimize = tiny_problem.experiment.optimize
+    training = BudgetedTraining(tiny_problem, optimize, ("latency",), "attention")
+    deployed = training.repaired(start, Budget(latency=2.0, scope="attention"))
+    reached = training.excess(deployed, Budget(latency=1.0, scope="attention"))
+    budget = Budget(latency=0.95 * reached, scope="attention")
+    repaired = training.repaired(start, budget)
+    assert 0.95 < training.excess(repaired, budget) <= 1.0
+    assert np.all(alpha(repaired.policy) > alpha(start.policy))
+    for name, value in widths(repaired.policy).items():
+        np.testing.assert_array_equal(value, widths(deployed.policy)[name])
+    # Energy at a tenth is out of the thresholds' reach: they stay as trained.
+    energy = BudgetedTraining(tiny_problem, optimize, ("energy",), "end_to_end")
+    kept = energy.repaired(start, Budget(energy=0.1))
+    np.testing.assert_array_equal(alpha(kept.policy), alpha(start.policy))
