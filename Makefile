@@ -13,7 +13,7 @@ quickstart: .venv/.installed
 	$(BIN)/codesign quickstart --out $(QUICKSTART_DIR) $(if $(filter 1,$(OVERWRITE)),--overwrite,$(if $(wildcard $(QUICKSTART_DIR)),--resume))
 
 test: .venv/.installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
