@@ -89,21 +89,21 @@ class OptimizeSettings:
         """Checks the ranges.
 
         Raises:
-          ValueError: If a field is outside its range; names it.
+          CodesignError: If a field is outside its range; names it.
         """
         unknown = [name for name in self.train if name not in TRAINABLE]
         if not self.train or unknown or len(set(self.train)) != len(self.train):
-            raise ValueError(
+            raise CodesignError(
                 f"`train` must name one or more of {', '.join(TRAINABLE)}, each once, got {self.train}"
             )
         if self.num_steps < 1:
-            raise ValueError(f"`num_steps` must be at least 1, got {self.num_steps}")
+            raise CodesignError(f"`num_steps` must be at least 1, got {self.num_steps}")
         if not 0.0 <= self.hardened_fraction < 1.0:
-            raise ValueError(
+            raise CodesignError(
                 f"`hardened_fraction` must lie in [0, 1), got {self.hardened_fraction}"
             )
         if not 0.0 <= self.price_warmup_fraction <= 1.0:
-            raise ValueError(
+            raise CodesignError(
                 f"`price_warmup_fraction` must lie in [0, 1], got {self.price_warmup_fraction}"
             )
         for name in (
@@ -115,16 +115,16 @@ class OptimizeSettings:
             "clip_norm",
         ):
             if not getattr(self, name) > 0.0:
-                raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)}")
+                raise CodesignError(f"`{name}` must be > 0, got {getattr(self, name)}")
         if not self.weight_decay >= 0.0:
-            raise ValueError(f"`weight_decay` must be >= 0, got {self.weight_decay}")
+            raise CodesignError(f"`weight_decay` must be >= 0, got {self.weight_decay}")
         if not 0.0 < self.temperature_end <= self.temperature_start:
-            raise ValueError(
+            raise CodesignError(
                 "`temperature_end` must lie in (0, `temperature_start`], got "
                 f"{self.temperature_end} with a start of {self.temperature_start}"
             )
         if not 1.0 < self.smoothness_start <= self.smoothness_end:
-            raise ValueError(
+            raise CodesignError(
                 "`smoothness_start` must lie in (1, `smoothness_end`], got "
                 f"{self.smoothness_start} with an end of {self.smoothness_end}"
             )

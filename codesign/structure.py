@@ -5,7 +5,7 @@
 
 import dataclasses
 
-from codesign.errors import UnknownNameError
+from codesign.errors import CodesignError, UnknownNameError
 
 DEPLOYED_MECHANISMS = ("dense", "energon")
 """Mechanisms that the integer path defines."""
@@ -20,7 +20,7 @@ class ModelStructure:
 
     Raises:
       UnknownNameError: If `mechanism` has no integer path.
-      ValueError: If a size is not positive, a patch does not fit, or `num_rounds` contradicts
+      CodesignError: If a size is not positive, a patch does not fit, or `num_rounds` contradicts
         `mechanism`.
     """
 
@@ -49,20 +49,20 @@ class ModelStructure:
             value = getattr(self, field.name)
             minimum = 0 if field.name in ("padding", "num_rounds") else 1
             if field.name != "mechanism" and value < minimum:
-                raise ValueError(f"`{field.name}` must be at least {minimum}, got {value}")
+                raise CodesignError(f"`{field.name}` must be at least {minimum}, got {value}")
         if self.mechanism not in DEPLOYED_MECHANISMS:
             raise UnknownNameError(
                 f"`mechanism` must be one of {', '.join(DEPLOYED_MECHANISMS)}, "
                 f"got {self.mechanism!r}"
             )
         if (self.num_rounds > 0) != (self.mechanism == "energon"):
-            raise ValueError(
+            raise CodesignError(
                 "`num_rounds` must be 0 for `dense` and at least 1 for `energon`, "
                 f"got {self.num_rounds} for `{self.mechanism}`"
             )
         padded_size = self.image_size + 2 * self.padding
         if self.patch_size > padded_size:
-            raise ValueError(
+            raise CodesignError(
                 f"`patch_size` must fit the padded image ({padded_size} pixels), "
                 f"got {self.patch_size}"
             )

@@ -177,14 +177,16 @@ def test_each_method_drives_a_trained_plant_to_its_budgets(
 
 
 def test_lagrangian_penalty_and_price_by_hand() -> None:
-    state = objective.init_constraint("lagrangian", 2)._replace(price=jnp.asarray([2.0, 0.05]))
-    ratios = jnp.asarray([math.e, 1 / math.e])  # g = 1 and -1
+    state = objective.init_constraint("lagrangian", 2)._replace(price=jnp.asarray([2.0, 0.2]))
+    ratios = jnp.asarray([math.e, 1 / math.e])  # g = 1 and -1; stiffness 30, rate 0.3
     got = objective.constraint_penalty(state, ratios, "lagrangian")
-    np.testing.assert_allclose(got, (2.0 - 0.05) + 0.5 * 10.0 * 2)
+    np.testing.assert_allclose(got, (2.0 - 0.2) + 0.5 * 30.0 * 2)
     updated = objective.update_constraint(state, jnp.asarray([1.2, 0.5]), "lagrangian")
-    np.testing.assert_allclose(updated.price, [2.0 + 0.1 * math.log(1.2), 0.02])
+    np.testing.assert_allclose(updated.price, [2.0 + 0.3 * math.log(1.2), 0.2 - 0.3 * 0.3])
     far = objective.update_constraint(state, jnp.asarray([100.0, 1e-3]), "lagrangian")
-    np.testing.assert_allclose(far.price, [2.03, 0.02])  # violations count as 0.3 at most
+    np.testing.assert_allclose(
+        far.price, [2.0 + 0.3 * 0.3, 0.2 - 0.3 * 0.3]
+    )  # violations count as 0.3 at most
     paid = far._replace(price=jnp.zeros(2))
     met = objective.update_constraint(paid, jnp.asarray([0.9, 0.9]), "lagrangian")
     np.testing.assert_array_equal(met.price, [0.0, 0.0])  # never below 0
