@@ -1,7 +1,6 @@
 """Runs a deployment in NumPy integers, without JAX, as `docs/integer_path.md` says.
 
-Everything is int64. Matrix products go through float64, after a check that every partial sum stays
-below 2**53, where float64 is exact whatever the order of summation.
+Everything is computed in int64; arrays may be stored in narrower types.
 """
 
 import functools
@@ -12,189 +11,71 @@ import numpy as np
 import numpy.typing as npt
 
 from codesign.errors import DataError, ExportError, UnknownNameError
-from codesign.structure import GELU_LIMIT, ModelStructure
-
-Integers = npt.NDArray[np.int64]
-IntegerLike = Integers | np.int64 | int
-Booleans = npt.NDArray[np.bool_]
-
-LAYER_TENSORS = (
-    "query",
-    "key",
-    "value",
-    "scores",
-    "keep",
-    "probabilities",
-    "context",
-    "attended",
-    "hidden",
-    "residual",
+from codesign.references import LAYER_TENSORS, layer_shapes, reference_by_name, tensor_names
+from codesign.references.integers import (
+    EXACT_LIMIT,
+    Booleans,
+    IntegerLike,
+    Integers,
+    exact_matmul,
+    exact_product,
+    limit,
+    requantise,
+    round_shift,
+    saturate,
 )
-"""Tensors of one layer in order of computation; emulated with the layer axis first."""
+from codesign.structure import ACTIVATION_LIMIT, ModelStructure, PatchInput, TokenInput
 
-TENSORS = ("embedded", *LAYER_TENSORS, "logits")
-"""Every tensor on which two implementations must agree, in order of computation."""
+Array = npt.NDArray[Any]
 
 RESIDUAL_LIMIT = 32767  # 16-bit residual stream
-THRESHOLD_OFF = -128  # code of a round that keeps all keys
-THRESHOLD_SHIFT = 7  # thresholds have 7 fraction bits
-_EXACT_LIMIT = 2**53  # float64 holds every integer below it
 _NORM_SHIFT = 14  # fraction bits of a normalised value
 _BIAS_SHIFT = 8  # fraction bits of a sum of products below their scale, for the bias
 _GAIN_SHIFT = 30  # fraction bits of a normalised value times its gain
+_MIN_TOTAL = 4096  # least sum of exponentials, that of a row without kept keys
 
 _BITS_LINEAR = (2, 8)
 _BITS_ATTENTION = (8, 16)
 _RANGES: dict[str, tuple[int, int]] = {
-    "query_bits": _BITS_LINEAR,
-    "key_bits": _BITS_LINEAR,
     "qk_bits": _BITS_ATTENTION,
     "v_bits": _BITS_ATTENTION,
-    "threshold": (THRESHOLD_OFF, 127),
+    "token": (-RESIDUAL_LIMIT, RESIDUAL_LIMIT),
     "position": (-RESIDUAL_LIMIT, RESIDUAL_LIMIT),
-    "norm_epsilon": (1, _EXACT_LIMIT),
-    "exp_mantissa": (0, _EXACT_LIMIT),
+    "norm_epsilon": (1, EXACT_LIMIT),
+    "embed_epsilon": (1, EXACT_LIMIT),
+    "exp_mantissa": (0, EXACT_LIMIT),
 }
 _RANGE_BY_SUFFIX: dict[str, tuple[int, int]] = {
     "_activation_bits": _BITS_LINEAR,
     "_weight_bits": _BITS_LINEAR,
     "_shift": (0, 62),
 }
-
-
-def limit(bits: IntegerLike) -> Integers:
-    """Returns the largest code of `bits` bits; codes are symmetric."""
-    return (np.asarray(1, np.int64) << (np.asarray(bits, np.int64) - 1)) - 1
-
-
-def saturate(values: Integers, largest: IntegerLike) -> Integers:
-    """Returns `values` clipped to [-largest, largest]."""
-    return np.minimum(np.maximum(values, -largest), largest)
-
-
-def round_shift(values: Integers, shift: IntegerLike) -> Integers:
-    """Returns rint(values / 2**shift), ties to even; `shift` in [0, 62] broadcasts."""
-    places = np.asarray(shift, np.int64)
-    floor = values >> places
-    twice_rest = (values - (floor << places)) << 1
-    unit = np.asarray(1, np.int64) << places
-    is_up = (twice_rest > unit) | ((twice_rest == unit) & (floor & 1 == 1))
-    rounded: Integers = floor + is_up
-    return rounded
-
-
-def _peak(values: Integers) -> int:
-    """Returns the largest magnitude in `values`, 0 if there are none."""
-    return max(int(values.max(initial=0)), -int(values.min(initial=0)))
-
-
-def _exact_product(values: Integers, factor: IntegerLike) -> Integers:
-    """Returns `values * factor`, refusing products of 2**53 or more."""
-    factor = np.asarray(factor, np.int64)
-    bound = _peak(values) * _peak(factor)
-    if bound < _EXACT_LIMIT:
-        return values * factor
-    if bound < 2**63:  # too coarse to decide: the largest factors may not meet
-        product: Integers = values * factor
-        if _peak(product) < _EXACT_LIMIT:
-            return product
-    raise ExportError(
-        "a product reaches 2**53, beyond what the integer path allows: "
-        "lower the multipliers of the deployment"
-    )
-
-
-def _exact_matmul(a: Integers, b: Integers) -> Integers:
-    """Returns `a @ b` through float64, refusing sums that could reach 2**53."""
-    if _peak(a) * _peak(b) * a.shape[-1] >= _EXACT_LIMIT:
-        raise ExportError(
-            "a matrix product may reach 2**53, beyond what the integer path allows: "
-            "lower the bits of the deployment"
-        )
-    return (a.astype(np.float64) @ b.astype(np.float64)).astype(np.int64)
-
-
-def requantise(values: Integers, mantissa: IntegerLike, shift: IntegerLike) -> Integers:
-    """Returns rint(values * mantissa / 2**shift), ties to even; both factors broadcast."""
-    return round_shift(_exact_product(values, mantissa), shift)
+_TABLE_WIDTHS = {"activation_table": "down_activation_bits", "pool_table": "head_activation_bits"}
 
 
 def normalise(
-    residual: Integers, gain: Integers, bias: Integers, epsilon: IntegerLike, bits: IntegerLike
+    residual: Integers, gain: Integers, bias: Integers, epsilon: IntegerLike, largest: IntegerLike
 ) -> Integers:
-    """Returns the layer normalisation of the residual stream as codes.
+    """Returns the layer normalisation of a tensor as codes.
 
     Args:
-      residual: Residual stream, `[B, T, D]`.
+      residual: Integers of one scale, `[..., D]`.
       gain: Gain with 16 fraction bits per output step, `[D]`.
       bias: Bias with 30 fraction bits per output step, `[D]`.
       epsilon: Added to D**2 times the variance, in squared codes; at least 1.
-      bits: Bits of the output codes.
+      largest: Largest output code.
 
     Returns:
-      Codes `[B, T, D]`.
+      Codes in [-largest, largest], `[..., D]`.
     """
     width = residual.shape[-1]
     total = residual.sum(axis=-1, keepdims=True)
     squares = (residual * residual).sum(axis=-1, keepdims=True)
-    variance = _exact_product(squares, width) - total * total + epsilon
+    variance = exact_product(squares, width) - total * total + epsilon
     centred = (width * residual - total).astype(np.float64)
     ratio = centred / np.sqrt(variance.astype(np.float64))
     normal = np.rint(ratio * 2.0**_NORM_SHIFT).astype(np.int64)
-    return saturate(round_shift(_exact_product(normal, gain) + bias, _GAIN_SHIFT), limit(bits))
-
-
-def reference_filter(
-    query: Integers,
-    key: Integers,
-    valid: Booleans,
-    threshold: Integers,
-    query_bits: int,
-    key_bits: Collection[int],
-    qk_bits: int,
-) -> tuple[Integers, Booleans]:
-    """Returns the scores and keep decisions of every round of Energon's filter.
-
-    Args:
-      query: Codes of `qk_bits` bits, `[B, H, T, d]`.
-      key: Codes of `qk_bits` bits, `[B, H, S, d]`.
-      valid: Keys that exist, at least one per example, `[B, S]`.
-      threshold: Codes of alpha with 7 fraction bits, -128 for a round that keeps all, `[H, R]`.
-      query_bits: Top bits of the query that enter the filter.
-      key_bits: Top bits of the key, one entry per round, R of them.
-      qk_bits: Bits of the codes.
-
-    Returns:
-      Scores of all pairs `[R, B, H, T, S]`, and which are alive after each round `[R, B, H, T, S]`.
-
-    References:
-      Zhou et al., "Energon", IEEE TCAD 2022. The integer threshold is ours.
-    """
-    coarse_query = query >> (qk_bits - query_bits)
-    positions = np.arange(key.shape[-2])
-    lowest, highest = np.iinfo(np.int64).min, np.iinfo(np.int64).max
-    alive = np.broadcast_to(valid[:, None, None, :], (*query.shape[:-1], key.shape[-2]))
-    all_scores, all_keep = [], []
-    for number, bits in enumerate(key_bits):
-        scores = _exact_matmul(coarse_query, np.swapaxes(key >> (qk_bits - bits), -1, -2))
-        alive_scores = np.where(alive, scores, lowest)
-        maximum = alive_scores.max(axis=-1)
-        minimum = np.where(alive, scores, highest).min(axis=-1)
-        count = alive.sum(axis=-1)
-        quotient, rest = np.divmod(np.where(alive, scores, 0).sum(axis=-1), count)
-        alpha = threshold[:, number][None, :, None]
-        weight = np.abs(alpha)
-        mean_weight = (1 << THRESHOLD_SHIFT) - weight
-        extreme = np.where(alpha >= 0, maximum, minimum)
-        theta = (
-            weight * extreme + mean_weight * quotient + (mean_weight * rest) // count
-        ) >> THRESHOLD_SHIFT
-        is_first_maximum = positions == alive_scores.argmax(axis=-1)[..., None]
-        is_off = (alpha == THRESHOLD_OFF)[..., None]
-        alive = alive & ((scores > theta[..., None]) | is_first_maximum | is_off)
-        all_scores.append(scores)
-        all_keep.append(alive)
-    return np.stack(all_scores), np.stack(all_keep)
+    return saturate(round_shift(exact_product(normal, gain) + bias, _GAIN_SHIFT), largest)
 
 
 @functools.cache
@@ -217,7 +98,7 @@ def softmax_codes(
 
     Args:
       scores: Exact products of query and key codes, `[B, H, T, S]`.
-      kept: Pairs that take part, at least one per row, `[B, H, T, S]`.
+      kept: Pairs that take part, `[B, H, T, S]`; a row without any gets probabilities 0.
       mantissa: Multiplier from a difference of scores to 4096ths of an octave.
       shift: Right shift that follows the multiplier.
       bits: Bits of the codes.
@@ -227,13 +108,13 @@ def softmax_codes(
     """
     maximum = np.where(kept, scores, np.iinfo(np.int64).min).max(axis=-1, keepdims=True)
     distance = np.where(kept, maximum - scores, 0)
-    octaves = _exact_product(distance, mantissa) >> np.asarray(shift, np.int64)
+    octaves = exact_product(distance, mantissa) >> np.asarray(shift, np.int64)
     exponential = exp_table()[octaves & 4095] >> np.minimum(octaves >> 12, 31)
     exponential = np.where(kept, exponential, 0)
-    total = exponential.sum(axis=-1, keepdims=True)
+    total = np.maximum(exponential.sum(axis=-1, keepdims=True), _MIN_TOTAL)
     floor_log2 = np.frexp(total.astype(np.float64))[1].astype(np.int64) - 1
     reciprocal = reciprocal_table()[(total >> (floor_log2 - 12)) - 4096]
-    product = _exact_product(exponential * reciprocal, limit(bits))
+    product = exact_product(exponential * reciprocal, limit(bits))
     codes: Integers = np.minimum(round_shift(product, 16 + floor_log2), limit(bits))
     return codes
 
@@ -245,9 +126,11 @@ def check_deployment(
 
     Raises:
       ExportError: If an array is missing, unknown, mis-shaped, not of integers, or out of range.
+      UnknownNameError: If the mechanism has no integer path.
     """
+    reference = reference_by_name(structure.mechanism)
     groups = (
-        ("layers", layers, structure.layer_shapes()),
+        ("layers", layers, layer_shapes(structure)),
         ("ends", ends, structure.end_shapes()),
     )
     for group, arrays, shapes in groups:
@@ -255,33 +138,33 @@ def check_deployment(
             if name not in arrays or name not in shapes:
                 state = "is missing from" if name not in arrays else "does not belong to"
                 raise ExportError(f"array `{group}/{name}` {state} this deployment")
-            _check_array(f"{group}/{name}", name, np.asarray(arrays[name]), shapes[name])
+            bounds = _RANGES.get(name, (-EXACT_LIMIT, EXACT_LIMIT))
+            for suffix, limits in _RANGE_BY_SUFFIX.items():
+                bounds = limits if name.endswith(suffix) else bounds
+            bounds = reference.ranges.get(name, bounds) if group == "layers" else bounds
+            _check_array(f"{group}/{name}", np.asarray(arrays[name]), shapes[name], bounds)
         for name in sorted(shapes):
-            width_name = "down_activation_bits" if name == "gelu_table" else f"{name}_bits"
+            width_name = _TABLE_WIDTHS.get(name, f"{name}_bits")
             if width_name in shapes:
-                codes = np.asarray(arrays[name], np.int64)
-                largest = limit(np.asarray(arrays[width_name], np.int64))
-                largest = largest.reshape(largest.shape + (1,) * (codes.ndim - largest.ndim))
-                if np.any(np.abs(codes) > largest):
+                codes = np.asarray(arrays[name])
+                largest = limit(np.asarray(arrays[width_name]))
+                codes = codes.reshape(*largest.shape, -1)
+                if np.any(codes.max(axis=-1) > largest) or np.any(codes.min(axis=-1) < -largest):
                     raise ExportError(
                         f"array `{group}/{name}` holds codes wider than `{width_name}`"
                     )
-    if structure.mechanism == "energon":
-        if np.any(np.diff(np.asarray(layers["key_bits"], np.int64), axis=-1) < 1):
-            raise ExportError("array `layers/key_bits` must rise from round to round")
+    reference.check(structure, layers)
 
 
-def _check_array(label: str, name: str, values: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+def _check_array(
+    label: str, values: Array, shape: tuple[int, ...], bounds: tuple[int, int]
+) -> None:
     """Checks one array of a deployment; raises `ExportError`."""
     if values.shape != shape:
         raise ExportError(f"array `{label}` must have shape {shape}, got {values.shape}")
     if values.dtype.kind not in "iu":
         raise ExportError(f"array `{label}` must hold integers, got {values.dtype}")
-    lowest, highest = -_EXACT_LIMIT, _EXACT_LIMIT
-    for suffix, bounds in _RANGE_BY_SUFFIX.items():
-        if name.endswith(suffix):
-            lowest, highest = bounds
-    lowest, highest = _RANGES.get(name, (lowest, highest))
+    lowest, highest = bounds
     if values.size and (int(values.min()) < lowest or int(values.max()) > highest):
         raise ExportError(
             f"array `{label}` must lie in [{lowest}, {highest}], "
@@ -289,28 +172,143 @@ def _check_array(label: str, name: str, values: npt.NDArray[Any], shape: tuple[i
         )
 
 
-def _embed(structure: ModelStructure, ends: Mapping[str, Integers], pixels: Integers) -> Integers:
-    """Returns the residual stream `[B, T, D]` of images `[B, image, image, channels]`."""
-    bits = ends["embed_activation_bits"]
-    codes = requantise(pixels - ends["input_offset"], ends["input_mantissa"], ends["input_shift"])
-    codes = saturate(codes, limit(bits))
-    margin = (structure.padding, structure.padding)
-    codes = np.pad(codes, ((0, 0), margin, margin, (0, 0)))
-    patch = (structure.patch_size, structure.patch_size)
-    windows = np.lib.stride_tricks.sliding_window_view(codes, patch, axis=(1, 2))
-    windows = windows[:, :: structure.stride, :: structure.stride]  # [B, rows, columns, C, p, p]
-    patches = np.moveaxis(windows, 3, -1).reshape(
-        len(pixels), structure.num_tokens, structure.patch_values
-    )
-    sums = (_exact_matmul(patches, ends["embed_weight"]) << _BIAS_SHIFT) + ends["embed_bias"]
-    embedded = requantise(sums, ends["embed_mantissa"], ends["embed_shift"]) + ends["position"]
-    return saturate(embedded, RESIDUAL_LIMIT)
+def checked_inputs(
+    structure: ModelStructure, inputs: Mapping[str, npt.ArrayLike]
+) -> dict[str, Array]:
+    """Returns the inputs of a model in full, or says what is wrong with them.
+
+    Args:
+      structure: Sizes of the model.
+      inputs: As for `emulate`.
+
+    Returns:
+      `pixels` int64 `[B, image, image, channels]`, or `tokens` int64 `[B, T]` and `valid` bool `[B, T]`.
+
+    Raises:
+      DataError: If an input is missing, unknown, mis-shaped or out of range.
+    """
+    names = ("pixels",) if isinstance(structure.input, PatchInput) else ("tokens", "valid")
+    for name in sorted({*inputs, names[0]}):
+        if name not in inputs or name not in names:
+            state = "is missing" if name in names else "is unknown"
+            raise DataError(f"input `{name}` {state}: the model takes {', '.join(names)}")
+    values = np.asarray(inputs[names[0]])
+    if isinstance(structure.input, PatchInput):
+        size, channels = structure.input.image_size, structure.input.channels
+        if values.ndim == 3 and channels == 1:
+            values = values[..., None]
+        if values.shape[1:] != (size, size, channels) or values.dtype.kind not in "iu":
+            raise DataError(
+                f"`pixels` must be integers of shape [B, {size}, {size}, {channels}], "
+                f"got {values.dtype} of shape {list(values.shape)}"
+            )
+        return {"pixels": values.astype(np.int64)}
+    return _checked_tokens(structure.input, values, inputs.get("valid"))
 
 
-def _linear(inputs: Integers, layer: Mapping[str, Integers], site: str) -> Integers:
+def _checked_tokens(
+    sizes: TokenInput, tokens: Array, valid: npt.ArrayLike | None
+) -> dict[str, Array]:
+    """Returns token numbers and which exist, `[B, T]` both; raises `DataError`."""
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+        raise DataError(
+            f"`tokens` must be integers of shape [B, T], got {tokens.dtype} of shape "
+            f"{list(tokens.shape)}"
+        )
+    if not 1 <= tokens.shape[1] <= sizes.max_tokens:
+        raise DataError(
+            f"`tokens` must have 1 to {sizes.max_tokens} tokens per example, got {tokens.shape[1]}: "
+            "cut the sequences"
+        )
+    is_foreign = (tokens < 0) | (tokens >= sizes.vocabulary_size)
+    if is_foreign.any():
+        place = np.unravel_index(int(is_foreign.argmax()), tokens.shape)
+        raise DataError(
+            f"`tokens` must lie in [0, {sizes.vocabulary_size - 1}], got {tokens[place]} "
+            f"at {[int(i) for i in place]}: use the tokenizer of this model"
+        )
+    exists = np.ones(tokens.shape, np.bool_) if valid is None else np.asarray(valid) != 0
+    if exists.shape != tokens.shape:
+        raise DataError(
+            f"`valid` must have the shape {list(tokens.shape)} of `tokens`, got {list(exists.shape)}"
+        )
+    is_wrong = ~exists[:, 0] | (exists[:, 1:] & ~exists[:, :-1]).any(axis=1)
+    if is_wrong.any():
+        raise DataError(
+            "`valid` must mark at least one token, and padding only at the end, "
+            f"not so in example {int(is_wrong.argmax())}"
+        )
+    return {"tokens": tokens.astype(np.int64), "valid": exists}
+
+
+def _linear(inputs: Integers, arrays: Mapping[str, Integers], site: str) -> Integers:
     """Returns the requantised output of the linear layer `site`, last axis transformed."""
-    sums = (_exact_matmul(inputs, layer[f"{site}_weight"]) << _BIAS_SHIFT) + layer[f"{site}_bias"]
-    return requantise(sums, layer[f"{site}_mantissa"], layer[f"{site}_shift"])
+    sums = (exact_matmul(inputs, arrays[f"{site}_weight"]) << _BIAS_SHIFT) + arrays[f"{site}_bias"]
+    return requantise(sums, arrays[f"{site}_mantissa"], arrays[f"{site}_shift"])
+
+
+def _embed_patches(sizes: PatchInput, ends: Mapping[str, Integers], pixels: Integers) -> Integers:
+    """Returns the embedded patches `[B, T, D]` behind their prefix, without positions."""
+    codes = requantise(pixels - ends["input_offset"], ends["input_mantissa"], ends["input_shift"])
+    codes = saturate(codes, limit(ends["embed_activation_bits"]))
+    margin = (sizes.padding, sizes.padding)
+    codes = np.pad(codes, ((0, 0), margin, margin, (0, 0)))
+    patch = (sizes.patch_size, sizes.patch_size)
+    windows = np.lib.stride_tricks.sliding_window_view(codes, patch, axis=(1, 2))
+    windows = windows[:, :: sizes.stride, :: sizes.stride]  # [B, rows, columns, C, p, p]
+    patches = np.moveaxis(windows, 3, -1).reshape(
+        len(pixels), sizes.num_patches, sizes.patch_values
+    )
+    return np.pad(_linear(patches, ends, "embed"), ((0, 0), (sizes.num_prefix, 0), (0, 0)))
+
+
+def _embed(
+    structure: ModelStructure, ends: Mapping[str, Integers], inputs: Mapping[str, Array]
+) -> Integers:
+    """Returns the residual stream `[B, T, D]` that enters the first layer."""
+    if isinstance(structure.input, PatchInput):
+        embedded = _embed_patches(structure.input, ends, inputs["pixels"])
+    else:
+        embedded = ends["token"][inputs["tokens"]].astype(np.int64)
+    embedded = embedded + ends["position"][: embedded.shape[1]]
+    if structure.norm == "pre":
+        return saturate(embedded, RESIDUAL_LIMIT)
+    return normalise(
+        embedded, ends["embed_gain"], ends["embed_offset"], ends["embed_epsilon"], RESIDUAL_LIMIT
+    )
+
+
+def _enter(
+    structure: ModelStructure,
+    arrays: Mapping[str, Integers],
+    epsilon: Integers,
+    residual: Integers,
+    site: str,
+    gain_and_bias: tuple[str, str],
+) -> Integers:
+    """Returns the residual stream as it enters the linear layer `site`."""
+    largest = limit(arrays[f"{site}_activation_bits"])
+    if structure.norm == "pre":
+        gain, bias = (arrays[name] for name in gain_and_bias)
+        return normalise(residual, gain, bias, epsilon, largest)
+    mantissa, shift = arrays[f"{site}_enter_mantissa"], arrays[f"{site}_enter_shift"]
+    return saturate(requantise(residual, mantissa, shift), largest)
+
+
+def _leave(
+    structure: ModelStructure,
+    layer: Mapping[str, Integers],
+    epsilon: Integers,
+    residual: Integers,
+    branch: Integers,
+    gain_and_bias: tuple[str, str],
+) -> Integers:
+    """Returns the residual stream after a branch joins it."""
+    total = saturate(residual + branch, RESIDUAL_LIMIT)
+    if structure.norm == "pre":
+        return total
+    gain, bias = (layer[name] for name in gain_and_bias)
+    return normalise(total, gain, bias, epsilon, RESIDUAL_LIMIT)
 
 
 def _layer(
@@ -318,152 +316,139 @@ def _layer(
     layer: Mapping[str, Integers],
     epsilon: Integers,
     residual: Integers,
-    valid: Booleans,
-) -> dict[str, npt.NDArray[Any]]:
-    """Returns the tensors `LAYER_TENSORS` of one layer for a residual stream `[B, T, D]`."""
-    batch_size, num_tokens = valid.shape
-    qk_bits, v_bits = int(layer["qk_bits"]), int(layer["v_bits"])
-    inputs = normalise(
-        residual,
-        layer["attention_gain"],
-        layer["attention_bias"],
-        epsilon,
-        layer["qkv_activation_bits"],
-    )
+    exists: Booleans,
+) -> dict[str, Array]:
+    """Returns the tensors of one layer, of any mechanism, for a residual stream `[B, T, D]`.
+
+    `exists` are the pairs of query and key that exist, `[B, 1, T, S]`.
+    """
+    reference = reference_by_name(structure.mechanism)
+    prune = functools.partial(reference.on_activation, layer)
+    batch_size, num_tokens = residual.shape[:2]
+    qk_limit, v_limit = limit(layer["qk_bits"]), limit(layer["v_bits"])
+
+    norm = ("attention_gain", "attention_bias")
+    inputs = _enter(structure, layer, epsilon, residual, "qkv", norm)
     qkv = _linear(inputs, layer, "qkv").reshape(
         batch_size, num_tokens, 3, structure.num_heads, structure.head_dim
     )
     query, key, value = (
-        saturate(part, limit(bits))
-        for part, bits in zip(
-            np.moveaxis(qkv, (2, 3), (0, 2)), (qk_bits, qk_bits, v_bits), strict=True
+        prune(saturate(part, largest), site)
+        for part, largest, site in zip(
+            np.moveaxis(qkv, (2, 3), (0, 2)),
+            (qk_limit, qk_limit, v_limit),
+            ("query", "key", "value"),
+            strict=True,
         )
     )
-    pairs = (batch_size, structure.num_heads, num_tokens, num_tokens)
-    if structure.mechanism == "energon":
-        key_bits = [int(bits) for bits in layer["key_bits"]]
-        scores, keep = reference_filter(
-            query, key, valid, layer["threshold"], int(layer["query_bits"]), key_bits, qk_bits
-        )
-        kept = keep[-1]
-    else:
-        scores, keep = np.zeros((0, *pairs), np.int64), np.zeros((0, *pairs), np.bool_)
-        kept = np.broadcast_to(valid[:, None, None, :], pairs)
-    exact_scores = _exact_matmul(query, np.swapaxes(key, -1, -2))
+    kept, filter_tensors = reference.filter(layer, query, key, exists)
+    raw_scores = prune(exact_matmul(query, np.swapaxes(key, -1, -2)), "scores")
     probabilities = softmax_codes(
-        exact_scores, kept, layer["exp_mantissa"], layer["exp_shift"], qk_bits
+        raw_scores, kept, layer["exp_mantissa"], layer["exp_shift"], layer["qk_bits"]
     )
-    outputs = np.swapaxes(_exact_matmul(probabilities, value), 1, 2)
+    probabilities = prune(probabilities, "probabilities")
+    outputs = np.swapaxes(exact_matmul(probabilities, value), 1, 2)
     outputs = outputs.reshape(batch_size, num_tokens, structure.attention_width)
-    context = saturate(
-        requantise(outputs, layer["context_mantissa"], layer["context_shift"]),
-        limit(layer["out_activation_bits"]),
+    context = requantise(outputs, layer["context_mantissa"], layer["context_shift"])
+    context = prune(saturate(context, limit(layer["out_activation_bits"])), "out")
+    attention_branch = reference.on_output(
+        layer, _linear(context, layer, "out"), "attention_branch"
     )
-    attended = saturate(residual + _linear(context, layer, "out"), RESIDUAL_LIMIT)
-    inputs = normalise(
-        attended, layer["ffn_gain"], layer["ffn_bias"], epsilon, layer["up_activation_bits"]
-    )
-    gelu_codes = saturate(_linear(inputs, layer, "up"), GELU_LIMIT)
-    hidden = layer["gelu_table"][gelu_codes + GELU_LIMIT]
-    return {
+    attended = _leave(structure, layer, epsilon, residual, attention_branch, norm)
+
+    norm = ("ffn_gain", "ffn_bias")
+    inputs = _enter(structure, layer, epsilon, attended, "up", norm)
+    gelu = prune(saturate(_linear(inputs, layer, "up"), ACTIVATION_LIMIT), "gelu")
+    hidden = prune(layer["activation_table"][gelu + ACTIVATION_LIMIT], "down")
+    ffn_branch = reference.on_output(layer, _linear(hidden, layer, "down"), "ffn_branch")
+    return filter_tensors | {
         "query": query,
         "key": key,
         "value": value,
-        "scores": scores,
-        "keep": keep,
+        "raw_scores": raw_scores,
         "probabilities": probabilities,
         "context": context,
+        "attention_branch": attention_branch,
         "attended": attended,
+        "gelu": gelu,
         "hidden": hidden,
-        "residual": saturate(attended + _linear(hidden, layer, "down"), RESIDUAL_LIMIT),
+        "ffn_branch": ffn_branch,
+        "residual": _leave(structure, layer, epsilon, attended, ffn_branch, norm),
     }
 
 
-def _head(ends: Mapping[str, Integers], residual: Integers, valid: Booleans) -> Integers:
-    """Returns the logits `[B, classes]`, times the number of valid tokens."""
-    inputs = normalise(
-        residual,
-        ends["head_gain"],
-        ends["head_offset"],
-        ends["norm_epsilon"],
-        ends["head_activation_bits"],
-    )
-    pooled = np.where(valid[..., None], inputs, 0).sum(axis=1)
-    num_valid = valid.sum(axis=1)[:, None]
-    logits: Integers = 256 * _exact_matmul(pooled, ends["head_weight"])
-    logits += num_valid * ends["head_bias"]
+def _head(
+    structure: ModelStructure, ends: Mapping[str, Integers], residual: Integers, valid: Booleans
+) -> Integers:
+    """Returns the logits, `[B, C]` or of every token `[B, T, C]`; mean pooling: times the valid tokens."""
+    reader = "head" if structure.pooler == "none" else "pool"
+    read = residual[:, 0] if structure.pooling == "first" else residual
+    norm = (f"{reader}_gain", f"{reader}_offset")
+    inputs = _enter(structure, ends, ends["norm_epsilon"], read, reader, norm)
+    if reader == "pool":
+        codes = saturate(_linear(inputs, ends, "pool"), ACTIVATION_LIMIT)
+        inputs = ends["pool_table"][codes + ACTIVATION_LIMIT]
+    bias = ends["head_bias"]
+    if structure.pooling == "mean":
+        inputs = np.where(valid[..., None], inputs, 0).sum(axis=1)
+        bias = exact_product(valid.sum(axis=1)[:, None], bias)
+    logits: Integers = (exact_matmul(inputs, ends["head_weight"]) << _BIAS_SHIFT) + bias
     return logits
-
-
-def _checked_inputs(
-    structure: ModelStructure, pixels: npt.ArrayLike, valid: npt.ArrayLike | None
-) -> tuple[Integers, Booleans]:
-    """Returns pixels `[B, image, image, channels]` and valid tokens `[B, T]`, checked."""
-    images = np.asarray(pixels)
-    if images.ndim == 3 and structure.channels == 1:
-        images = images[..., None]
-    expected = (structure.image_size, structure.image_size, structure.channels)
-    if images.shape[1:] != expected or images.dtype.kind not in "iu":
-        raise DataError(
-            f"`pixels` must be integers of shape [B, {', '.join(map(str, expected))}], "
-            f"got {images.dtype} of shape {list(images.shape)}"
-        )
-    tokens = (len(images), structure.num_tokens)
-    exists = np.ones(tokens, np.bool_) if valid is None else np.asarray(valid).astype(np.bool_)
-    if exists.shape != tokens or not exists.any(axis=1).all():
-        raise DataError(
-            f"`valid` must have shape {list(tokens)} with at least one token per example"
-        )
-    return images.astype(np.int64), exists
 
 
 def emulate(
     structure: ModelStructure,
-    layers: Mapping[str, npt.NDArray[Any]],
-    ends: Mapping[str, npt.NDArray[Any]],
-    pixels: npt.ArrayLike,
-    valid: npt.ArrayLike | None = None,
+    layers: Mapping[str, Array],
+    ends: Mapping[str, Array],
+    inputs: Mapping[str, npt.ArrayLike],
     *,
     tensors: Collection[str] | None = None,
-) -> dict[str, npt.NDArray[Any]]:
+) -> dict[str, Array]:
     """Returns every named tensor of the integer path.
 
     Args:
-      structure: Sizes of the model.
-      layers: Integer arrays of the blocks, layer axis first (`ModelStructure.layer_shapes`).
-      ends: Integer arrays of input, embedding and head (`ModelStructure.end_shapes`).
-      pixels: Raw integer images, `[B, image, image]` or `[B, image, image, channels]`.
-      valid: Tokens that exist, `[B, T]`; all of them by default.
-      tensors: Names to return, to save memory; all of `TENSORS` by default.
+      structure: Sizes and wiring of the model.
+      layers: Integer arrays of the blocks, layer axis first (`codesign.references.layer_shapes`).
+      ends: Integer arrays of input, embedding, pooler and head (`ModelStructure.end_shapes`).
+      inputs: `pixels`, raw integer images `[B, image, image]` or `[B, image, image, channels]`; or
+        `tokens`, numbers `[B, T]`, and `valid`, those that are not padding, `[B, T]` (default: all).
+      tensors: Names to return, to save memory; all of `codesign.references.tensor_names` by default.
 
     Returns:
-      Tensors by name, int64 (`keep` bool), shaped as `ModelStructure.tensor_shapes` says.
+      Tensors by name, int64 (`keep` bool), shaped as `codesign.references.tensor_shapes` says.
 
     Raises:
       ExportError: If the deployment is malformed, or a product reaches 2**53.
-      DataError: If `pixels` or `valid` do not fit the structure.
-      UnknownNameError: If `tensors` holds another name.
+      DataError: If `inputs` do not fit the structure.
+      UnknownNameError: If `tensors` holds another name, or the mechanism has no integer path.
     """
-    wanted = TENSORS if tensors is None else tuple(tensors)
+    names = tensor_names(structure)
+    wanted = names if tensors is None else tuple(tensors)
     for name in wanted:
-        if name not in TENSORS:
-            raise UnknownNameError(f"tensor {name!r} is not one of {', '.join(TENSORS)}")
+        if name not in names:
+            raise UnknownNameError(f"tensor {name!r} is not one of {', '.join(names)}")
     check_deployment(structure, layers, ends)
-    images, exists = _checked_inputs(structure, pixels, valid)
-    end_arrays = {name: np.asarray(values, np.int64) for name, values in ends.items()}
-    layer_arrays = {name: np.asarray(values, np.int64) for name, values in layers.items()}
-
-    residual = _embed(structure, end_arrays, images)
-    results: dict[str, npt.NDArray[Any]] = {"embedded": residual}
-    stacks: dict[str, list[npt.NDArray[Any]]] = {
-        name: [] for name in LAYER_TENSORS if name in wanted
+    given = checked_inputs(structure, inputs)
+    # The table of tokens stays as it is stored: only the rows that are looked up get wider.
+    end_arrays = {
+        name: np.asarray(values, None if name == "token" else np.int64)
+        for name, values in ends.items()
     }
+    residual = _embed(structure, end_arrays, given)
+    valid = given.get("valid", np.ones(residual.shape[:2], np.bool_))
+    exists = valid[:, None, None, :]
+    if structure.is_causal:
+        exists = exists & np.tri(residual.shape[1], dtype=np.bool_)
+    exists = np.broadcast_to(exists, (len(valid), 1, residual.shape[1], residual.shape[1]))
+
+    results: dict[str, Array] = {"embedded": residual}
+    stacks: dict[str, list[Array]] = {name: [] for name in wanted if name in LAYER_TENSORS}
     for number in range(structure.num_layers):
-        layer = {name: values[number] for name, values in layer_arrays.items()}
+        layer = {name: np.asarray(values[number], np.int64) for name, values in layers.items()}
         computed = _layer(structure, layer, end_arrays["norm_epsilon"], residual, exists)
         residual = computed["residual"]
         for name, stack in stacks.items():
             stack.append(computed[name])
     results |= {name: np.stack(stack) for name, stack in stacks.items()}
-    results["logits"] = _head(end_arrays, residual, exists)
-    return {name: results[name] for name in TENSORS if name in wanted}
+    results["logits"] = _head(structure, end_arrays, residual, valid)
+    return {name: results[name] for name in names if name in wanted}

@@ -11,17 +11,24 @@ import math
 import shutil
 import uuid
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
 
-from codesign.errors import ExportError, RunDirectoryError
+from codesign.errors import CodesignError, ExportError, RunDirectoryError
 from codesign.hw import emulator
 from codesign.hw.hardware_config import SCHEMA_VERSION, Array, HardwareConfig, check_policy
-from codesign.structure import ModelStructure
+from codesign.references import (
+    LAYER_TENSORS,
+    TENSORS,
+    layer_shapes,
+    reference_by_name,
+    tensor_shapes,
+)
+from codesign.structure import ModelStructure, PatchInput
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "weights.npz"
@@ -31,17 +38,22 @@ _DTYPES = ("int8", "int16", "int32", "int64")
 # Sizes to which a file may be read before anything in it is known to be right.
 _MAX_CONFIG_BYTES = 64 * 1024 * 1024
 _MAX_HEADER_BYTES = 512
+# Sizes that stand for any number, in shapes.
+_ANY_BATCH, _ANY_LENGTH = -1, -2
+
+_Value = TypeVar("_Value")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """A checked export in memory: arrays are int64, `keep` and `valid` bool."""
+    """A checked export in memory; integers have the types they are stored in, `keep` and `valid` are bool."""
 
     config: HardwareConfig
     layers: dict[str, Array]
     ends: dict[str, Array]
-    # `pixels`, `valid` if padded, and every tensor of the integer path.
-    golden: dict[str, Array]
+    # Golden vectors: `pixels`, or `tokens` and `valid`; and every tensor computed from them.
+    inputs: dict[str, Array]
+    tensors: dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +84,7 @@ class ReplayReport:
     num_examples: int
     # Integers compared, over all tensors.
     num_values: int
-    # Keep decisions among them.
+    # Elements of the mechanism's decision tensors among them.
     num_decisions: int
     difference: Difference | None
 
@@ -82,29 +94,40 @@ class ReplayReport:
         return self.difference is None
 
 
-def _tables(layers: Mapping[str, Array]) -> dict[str, Array]:
-    """Returns every look-up table of a deployment, fixed ones included."""
-    return {
-        "exp_table": emulator.exp_table(),
-        "reciprocal_table": emulator.reciprocal_table(),
-        "gelu_table": np.asarray(layers["gelu_table"]),
-    }
+_FIXED_TABLES: dict[str, Callable[[], Array]] = {
+    "exp_table": emulator.exp_table,
+    "reciprocal_table": emulator.reciprocal_table,
+}
 
 
-def _table_digests(layers: Mapping[str, Array]) -> dict[str, str]:
-    """Returns the SHA-256 of every look-up table."""
+def _table_digests(layers: Mapping[str, Array], ends: Mapping[str, Array]) -> dict[str, str]:
+    """Returns the SHA-256 of every look-up table, fixed ones included."""
+    tables = {name: table_fn() for name, table_fn in _FIXED_TABLES.items()}
+    tables |= {name: layers[name] for name in layers if name.endswith("_table")}
+    tables |= {name: ends[name] for name in ends if name.endswith("_table")}
     return {
         name: hashlib.sha256(np.ascontiguousarray(table, "<i8").tobytes()).hexdigest()
-        for name, table in _tables(layers).items()
+        for name, table in tables.items()
     }
 
 
-def _stored_weights(layers: Mapping[str, Array], ends: Mapping[str, Array]) -> dict[str, Array]:
-    """Returns the arrays of `weights.npz` by their names there."""
-    stored = {f"layers/{name}": values for name, values in layers.items()}
-    stored |= {f"ends/{name}": values for name, values in ends.items()}
-    fixed = {name: table for name, table in _tables(layers).items() if name not in layers}
-    return stored | {f"tables/{name}": table for name, table in fixed.items()}
+def _grouped(groups: Mapping[str, Mapping[str, _Value]]) -> dict[str, _Value]:
+    """Returns one mapping of `<group>/<name>`; the group `""` has no prefix."""
+    return {
+        f"{group}/{name}" if group else name: value
+        for group, members in groups.items()
+        for name, value in members.items()
+    }
+
+
+def _ungrouped(arrays: Mapping[str, Array], group: str) -> dict[str, Array]:
+    """Returns the members of one group of `_grouped`."""
+    prefix = f"{group}/" if group else ""
+    return {
+        name.removeprefix(prefix): values
+        for name, values in arrays.items()
+        if name.startswith(prefix) and (group or "/" not in name)
+    }
 
 
 def _narrowest(values: Array) -> Array:
@@ -127,33 +150,37 @@ def _write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
                 np.lib.format.write_array(file, narrow, version=(1, 0), allow_pickle=False)
 
 
-def _golden_shapes(
-    structure: ModelStructure, batch_size: int, has_valid: bool
-) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every array of `golden.npz`; tensors without elements are left out."""
-    size, tokens = structure.image_size, structure.num_tokens
-    shapes: dict[str, tuple[int, ...]] = {"pixels": (batch_size, size, size, structure.channels)}
-    if has_valid:
-        shapes["valid"] = (batch_size, tokens)
-    tensors = structure.tensor_shapes(batch_size)
-    return shapes | {name: shape for name, shape in tensors.items() if math.prod(shape)}
+def _input_shapes(structure: ModelStructure) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of golden inputs for any number of examples and tokens."""
+    if isinstance(structure.input, PatchInput):
+        size, channels = structure.input.image_size, structure.input.channels
+        return {"pixels": (_ANY_BATCH, size, size, channels)}
+    return {name: (_ANY_BATCH, _ANY_LENGTH) for name in ("tokens", "valid")}
 
 
-def _checked_golden(structure: ModelStructure, golden: Mapping[str, Any]) -> dict[str, Array]:
-    """Returns the arrays of `golden.npz`, checked against the structure."""
-    arrays = {name: np.asarray(values) for name, values in golden.items()}
-    if "pixels" not in arrays or not len(arrays["pixels"]):
-        raise ExportError("golden array `pixels` is missing or empty")
-    if arrays["pixels"].ndim == 3:
-        arrays["pixels"] = arrays["pixels"][..., None]
-    arrays = {name: values for name, values in arrays.items() if values.size}
-    shapes = _golden_shapes(structure, len(arrays["pixels"]), "valid" in arrays)
+def _checked_golden(
+    structure: ModelStructure, inputs: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Returns golden inputs in full and golden tensors, checked against the structure."""
+    given = emulator.checked_inputs(structure, inputs)
+    batch_size, num_tokens = (
+        given["tokens"].shape
+        if "tokens" in given
+        else (
+            len(given["pixels"]),
+            structure.max_tokens,
+        )
+    )
+    if not batch_size:
+        raise ExportError("golden inputs are empty: at least one example is needed")
+    arrays = {name: np.asarray(values) for name, values in tensors.items()}
+    shapes = tensor_shapes(structure, batch_size, num_tokens)
     for name in sorted({*arrays, *shapes}):
         if name not in arrays or name not in shapes:
             raise ExportError(
                 f"golden array `{name}` {'is missing' if name in shapes else 'is unknown'}"
             )
-        is_bool = name in ("keep", "valid")
+        is_bool = name == "keep"
         if arrays[name].shape != shapes[name] or arrays[name].dtype.kind not in (
             "b" if is_bool else "iu"
         ):
@@ -161,7 +188,7 @@ def _checked_golden(structure: ModelStructure, golden: Mapping[str, Any]) -> dic
                 f"golden array `{name}` must hold {'bools' if is_bool else 'integers'} of shape "
                 f"{shapes[name]}, got {arrays[name].dtype} of shape {arrays[name].shape}"
             )
-    return {name: arrays[name] for name in shapes}
+    return given, {name: arrays[name] for name in shapes}
 
 
 def write_export(
@@ -169,7 +196,8 @@ def write_export(
     config: HardwareConfig,
     layers: Mapping[str, Array],
     ends: Mapping[str, Array],
-    golden: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    tensors: Mapping[str, Any],
 ) -> HardwareConfig:
     """Writes `config.json`, `weights.npz` and `golden.npz`, all or nothing.
 
@@ -180,7 +208,8 @@ def write_export(
       config: Configuration; `tables` and `files` are filled in here.
       layers: Integer arrays of the blocks, layer axis first.
       ends: Integer arrays of input, embedding and head.
-      golden: `pixels`, `valid` if some tokens are padding, and every tensor of the integer path.
+      inputs: Golden inputs as `emulator.emulate` takes them, at least one example.
+      tensors: Every tensor of the integer path computed from them.
 
     Returns:
       The configuration as written.
@@ -188,6 +217,7 @@ def write_export(
     Raises:
       RunDirectoryError: If `directory` exists or cannot be written.
       ExportError: If arrays and configuration do not fit each other.
+      DataError: If the inputs do not fit the structure.
     """
     target = Path(directory)
     if target.exists() or target.is_symlink():
@@ -196,9 +226,11 @@ def write_export(
         raise RunDirectoryError(f"`{target.parent}` is not a directory: create it first")
     emulator.check_deployment(config.structure, layers, ends)
     check_policy(config, layers, ends)
+    given, computed = _checked_golden(config.structure, inputs, tensors)
+    tables = {name: table_fn() for name, table_fn in _FIXED_TABLES.items()}
     contents = {
-        WEIGHTS_FILE: _stored_weights(layers, ends),
-        GOLDEN_FILE: _checked_golden(config.structure, golden),
+        WEIGHTS_FILE: _grouped({"layers": layers, "ends": ends, "tables": tables}),
+        GOLDEN_FILE: _grouped({"inputs": given, "": computed}),
     }
     draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     try:
@@ -206,7 +238,9 @@ def write_export(
         for file, arrays in contents.items():
             _write_arrays(draft / file, arrays)
         digests = {file: _file_digest(draft / file) for file in contents}
-        written = config.model_copy(update={"tables": _table_digests(layers), "files": digests})
+        written = config.model_copy(
+            update={"tables": _table_digests(layers, ends), "files": digests}
+        )
         text = written.model_dump_json(indent=2) + "\n"
         (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
         draft.rename(target)
@@ -244,12 +278,18 @@ def _read_config(directory: Path) -> HardwareConfig:
     try:
         config = HardwareConfig.model_validate_json(text)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise ExportError(f"`{path}`: `{place}`: {fault['msg']}") from error
+        raise ExportError(f"`{path}`: {_first_fault(error)}") from error
     if config.files.keys() != {WEIGHTS_FILE, GOLDEN_FILE}:
         raise ExportError(f"`{path}`: `files` must name {WEIGHTS_FILE} and {GOLDEN_FILE}")
     return config
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Returns place and message of the first fault, but not of trying another `kind` than the one stated."""
+    faults = error.errors(include_url=False)
+    others = {fault["loc"][:-1] for fault in faults if fault["loc"][-1:] == ("kind",)}
+    fault = next((fault for fault in faults if fault["loc"][:-1] not in others), faults[0])
+    return f"`{'.'.join(map(str, fault['loc']))}`: {fault['msg']}"
 
 
 def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], int]:
@@ -265,15 +305,12 @@ def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int
         return shape, file.tell() + math.prod(shape) * dtype.itemsize
 
 
-def _read_arrays(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], optional: Collection[str] = ()
-) -> dict[str, Array]:
+def _read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
     """Returns the arrays of an npz file, whose headers are checked before anything is loaded.
 
     Args:
       path: The file.
-      shapes: Expected shapes by name; -1 stands for any number, the same one throughout.
-      optional: Names that may be absent.
+      shapes: Expected shapes by name; a negative size stands for any number, the same one throughout.
 
     Raises:
       ExportError: If the file is damaged, or an array is missing, unknown or mis-shaped.
@@ -286,31 +323,29 @@ def _read_arrays(
             entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
             if len(entries) != len(archive.infolist()):
                 raise ExportError(f"`{path}` holds two arrays of one name")
-            for name in sorted({*entries, *shapes} - set(optional) | entries.keys()):
+            for name in sorted({*entries, *shapes}):
                 if name not in entries or name not in shapes:
                     state = "is missing" if name in shapes else "is unknown"
                     raise ExportError(f"`{path}`: array `{name}` {state}")
-            free: set[int] = set()
+            sizes: dict[int, int] = {}  # the number that each negative size stands for
             for name, entry in entries.items():
                 shape, num_bytes = _header(archive, entry)
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != num_bytes:
                     raise ExportError(
                         f"`{path}`: array `{name}` is not stored in {num_bytes} bytes"
                     )
-                fits = len(shape) == len(shapes[name])
-                if fits:
-                    pairs = list(zip(shape, shapes[name], strict=True))
-                    free |= {size for size, wanted in pairs if wanted < 0}
-                    fits = all(wanted in (size, -1) for size, wanted in pairs) and len(free) < 2
-                if not fits:
+                if len(shape) == len(shapes[name]):
+                    pairs = zip(shapes[name], shape, strict=True)
+                    sizes = {wanted: size for wanted, size in pairs if wanted < 0} | sizes
+                expected = tuple(sizes.get(size, size) for size in shapes[name])
+                if shape != expected:
                     raise ExportError(
-                        f"`{path}`: array `{name}` must have shape {shapes[name]}, got {shape}"
+                        f"`{path}`: array `{name}` must have shape {expected}, got {shape}"
                     )
             arrays = {}
             for name, entry in entries.items():
                 with archive.open(entry) as file:
-                    values = np.lib.format.read_array(file, allow_pickle=False)
-                arrays[name] = values if values.dtype == np.bool_ else values.astype(np.int64)
+                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
             return arrays
     except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
         if isinstance(error, ExportError):
@@ -332,36 +367,44 @@ def read_export(directory: str | Path) -> Export:
     root = Path(directory)
     config = _read_config(root)
     structure = config.structure
-    shapes = {f"layers/{name}": shape for name, shape in structure.layer_shapes().items()}
-    shapes |= {f"ends/{name}": shape for name, shape in structure.end_shapes().items()}
-    tables = {"exp_table": emulator.exp_table(), "reciprocal_table": emulator.reciprocal_table()}
-    shapes |= {f"tables/{name}": table.shape for name, table in tables.items()}
-    stored = _read_arrays(root / WEIGHTS_FILE, shapes)
-    golden_shapes = _golden_shapes(structure, -1, True)
-    golden = _read_arrays(root / GOLDEN_FILE, golden_shapes, optional=("valid",))
+    fixed = {name: table_fn() for name, table_fn in _FIXED_TABLES.items()}
+    try:
+        weight_shapes = {
+            "layers": layer_shapes(structure),
+            "ends": structure.end_shapes(),
+            "tables": {name: table.shape for name, table in fixed.items()},
+        }
+        num_tokens = (
+            structure.max_tokens if isinstance(structure.input, PatchInput) else _ANY_LENGTH
+        )
+        golden_shapes = {
+            "inputs": _input_shapes(structure),
+            "": tensor_shapes(structure, _ANY_BATCH, num_tokens),
+        }
+    except CodesignError as error:
+        raise ExportError(f"`{root / CONFIG_FILE}`: {error}") from error
+    stored = _read_arrays(root / WEIGHTS_FILE, _grouped(weight_shapes))
+    golden = _read_arrays(root / GOLDEN_FILE, _grouped(golden_shapes))
     for file, digest in config.files.items():
         if _file_digest(root / file) != digest:
             raise ExportError(
                 f"`{root / file}` has changed since it was exported: its SHA-256 is not the one in "
                 f"{CONFIG_FILE}; export again"
             )
-    groups: dict[str, dict[str, Array]] = {"layers": {}, "ends": {}, "tables": {}}
-    for name, values in stored.items():
-        group, _, member = name.partition("/")
-        groups[group][member] = values
-    layers, ends = groups["layers"], groups["ends"]
+    layers, ends, tables = (_ungrouped(stored, group) for group in weight_shapes)
+    inputs, tensors = (_ungrouped(golden, group) for group in golden_shapes)
     try:
         emulator.check_deployment(structure, layers, ends)
         check_policy(config, layers, ends)
-        golden = _checked_golden(structure, golden)
-        for name, table in tables.items():
-            if not np.array_equal(groups["tables"][name], table):
+        inputs, tensors = _checked_golden(structure, inputs, tensors)
+        for name, table in fixed.items():
+            if not np.array_equal(tables[name], table):
                 raise ExportError(f"array `tables/{name}` is not the table of the integer path")
-        if config.tables != _table_digests(layers):
+        if config.tables != _table_digests(layers, ends):
             raise ExportError("`tables` in the configuration disagree with the arrays")
-    except ExportError as error:
+    except CodesignError as error:
         raise ExportError(f"`{root}`: {error}") from error
-    return Export(config=config, layers=layers, ends=ends, golden=golden)
+    return Export(config=config, layers=layers, ends=ends, inputs=inputs, tensors=tensors)
 
 
 def _slices(
@@ -369,7 +412,7 @@ def _slices(
 ) -> Iterator[tuple[str, int | None, Array, Array]]:
     """Yields pairs of arrays to compare in order of computation: layer by layer, then tensors."""
     present = [name for name in order if name in expected]
-    for is_layered, group in itertools.groupby(present, emulator.LAYER_TENSORS.__contains__):
+    for is_layered, group in itertools.groupby(present, LAYER_TENSORS.__contains__):
         pairs = []
         for name in group:
             wanted = np.asarray(expected[name])
@@ -391,7 +434,7 @@ def _slices(
 def first_difference(
     expected: Mapping[str, Any],
     got: Mapping[str, Any],
-    order: Collection[str] = emulator.TENSORS,
+    order: Collection[str] = TENSORS,
 ) -> Difference | None:
     """Returns where two runs of the integer path first disagree, in order of computation.
 
@@ -430,17 +473,12 @@ def replay(directory: str | Path) -> ReplayReport:
       ExportError: If the export cannot be read.
     """
     export = read_export(directory)
-    golden = {name: values for name, values in export.golden.items() if name in emulator.TENSORS}
-    computed = emulator.emulate(
-        export.config.structure,
-        export.layers,
-        export.ends,
-        export.golden["pixels"],
-        export.golden.get("valid"),
-    )
+    structure = export.config.structure
+    computed = emulator.emulate(structure, export.layers, export.ends, export.inputs)
+    decisions = reference_by_name(structure.mechanism).decision_tensors
     return ReplayReport(
-        num_examples=len(export.golden["pixels"]),
-        num_values=sum(values.size for values in golden.values()),
-        num_decisions=golden["keep"].size if "keep" in golden else 0,
-        difference=first_difference(golden, computed),
+        num_examples=len(next(iter(export.inputs.values()))),
+        num_values=sum(values.size for values in export.tensors.values()),
+        num_decisions=sum(export.tensors[name].size for name in decisions),
+        difference=first_difference(export.tensors, computed),
     )

@@ -4,23 +4,22 @@ The format is described in `docs/export.md`. Imports no JAX.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from codesign.errors import ExportError
 from codesign.hw.spec import AcceleratorSpec
+from codesign.references import reference_by_name
 from codesign.structure import ModelStructure
-from codesign.vocabulary import LINEAR_SITES
 
 Array = npt.NDArray[Any]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-_END_SITES = ("embed", "head")
-
+NestedIntegers: TypeAlias = list[int] | list[list[int]] | list[list[list[int]]]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -34,32 +33,29 @@ class _Strict(BaseModel):
 class IntegerPolicy(_Strict):
     """The trained knobs as the hardware holds them; lists go by layer."""
 
-    thresholds: list[list[list[int]]]
-    """Codes of alpha with 7 fraction bits, -128 for off, `[L][H][R]`."""
-    query_bits: list[int]
-    """Top bits of the query that enter the filter, `[L]`; empty without a filter."""
-    key_bits: list[list[int]]
-    """Top bits of the key in every round, `[L][R]`; empty without a filter."""
+    mechanism: dict[str, NestedIntegers]
+    """The mechanism's own arrays by name, nested as they are; empty for `dense`."""
     qk_bits: list[int]
     """Bits of query, key and probabilities in exact attention, `[L]`."""
     v_bits: list[int]
     """Bits of the values, `[L]`."""
     weight_bits: dict[str, list[int]]
-    """Bits of the weights by linear site, `[L]`; one entry for `embed` and `head`."""
+    """Bits of the weights by linear site, `[L]`; one entry for a site outside the blocks."""
     activation_bits: dict[str, list[int]]
     """Bits of the activations that enter a linear site; as `weight_bits`."""
 
     @classmethod
-    def from_arrays(cls, layers: Mapping[str, Array], ends: Mapping[str, Array]) -> Self:
+    def from_arrays(
+        cls, structure: ModelStructure, layers: Mapping[str, Array], ends: Mapping[str, Array]
+    ) -> Self:
         """Returns the policy that a deployment's arrays hold."""
+        own = reference_by_name(structure.mechanism).layer_shapes(structure)
         return cls(
-            thresholds=layers["threshold"].tolist() if "threshold" in layers else [],
-            query_bits=layers["query_bits"].tolist() if "query_bits" in layers else [],
-            key_bits=layers["key_bits"].tolist() if "key_bits" in layers else [],
+            mechanism={name: layers[name].tolist() for name in own},
             qk_bits=layers["qk_bits"].tolist(),
             v_bits=layers["v_bits"].tolist(),
-            weight_bits=_bits_by_site(layers, ends, "weight_bits"),
-            activation_bits=_bits_by_site(layers, ends, "activation_bits"),
+            weight_bits=_bits_by_site(structure, layers, ends, "_weight_bits"),
+            activation_bits=_bits_by_site(structure, layers, ends, "_activation_bits"),
         )
 
 
@@ -71,7 +67,7 @@ class Scales(_Strict):
     residual_scale: PositiveFloat
     """Real value of one code of the residual stream."""
     logit_scale: PositiveFloat
-    """Real logit times the number of tokens, per integer logit."""
+    """Real logit per integer logit; times the number of tokens with mean pooling."""
 
 
 class ExpectedCost(_Strict):
@@ -87,8 +83,9 @@ class Expected(_Strict):
     part: Literal["train", "validation", "test"]
     """Part of the data on which it was measured."""
     num_examples: Annotated[int, Field(gt=0)]
-    accuracy: Annotated[float, Field(ge=0, le=1)]
-    """Fraction of examples classified correctly."""
+    quality_name: Literal["accuracy", "bits_per_token"]
+    """Fraction of examples classified correctly, or a decoder's cross-entropy per token."""
+    quality: Annotated[float, Field(ge=0)]
     kl_nats: float
     """Mean divergence from the dense model's outputs, in nats."""
     attention: ExpectedCost
@@ -97,11 +94,18 @@ class Expected(_Strict):
     """Cost of the whole model, linear layers included."""
     area_mm2: PositiveFloat
 
+    @model_validator(mode="after")
+    def _check_quality(self) -> Self:
+        """Checks that an accuracy is a fraction."""
+        if self.quality_name == "accuracy" and self.quality > 1:
+            raise ValueError(f"`quality` is an accuracy: it must lie in [0, 1], got {self.quality}")
+        return self
+
 
 class HardwareConfig(_Strict):
     """Everything about an exported model but its arrays."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     generator: str
     """Program and version that wrote the export."""
     structure: ModelStructure
@@ -116,12 +120,18 @@ class HardwareConfig(_Strict):
 
 
 def _bits_by_site(
-    layers: Mapping[str, Array], ends: Mapping[str, Array], suffix: str
+    structure: ModelStructure,
+    layers: Mapping[str, Array],
+    ends: Mapping[str, Array],
+    suffix: str,
 ) -> dict[str, list[int]]:
-    """Returns the widths `<site>_<suffix>` of all linear sites."""
+    """Returns the widths `<site><suffix>` of all linear sites."""
+    groups = ((layers, structure.layer_shapes()), (ends, structure.end_shapes()))
     return {
-        site: np.atleast_1d((ends if site in _END_SITES else layers)[f"{site}_{suffix}"]).tolist()
-        for site in LINEAR_SITES
+        name.removesuffix(suffix): np.atleast_1d(arrays[name]).tolist()
+        for arrays, shapes in groups
+        for name in shapes
+        if name.endswith(suffix)
     }
 
 
@@ -134,7 +144,7 @@ def check_policy(
       ExportError: If the policy differs from what the arrays hold, or the accelerator runs another
         mechanism than the model.
     """
-    held = IntegerPolicy.from_arrays(layers, ends)
+    held = IntegerPolicy.from_arrays(config.structure, layers, ends)
     for field in IntegerPolicy.model_fields:
         if getattr(held, field) != getattr(config.policy, field):
             raise ExportError(f"`policy.{field}` disagrees with the arrays of the deployment")

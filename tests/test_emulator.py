@@ -1,200 +1,30 @@
-"""The NumPy emulator: hand examples of the filter, each operation against exact rationals, the whole
-against a model in real numbers."""
+"""The NumPy emulator: each operation against exact rationals, the whole against a model in real numbers,
+and what padding, causality and a single token must mean."""
 
-import functools
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import random_deployment
+from random_deployment import Arrays, Deployment
 
-from codesign.errors import DataError, ExportError, UnknownNameError
+from codesign.errors import CodesignError, DataError, ExportError, UnknownNameError
 from codesign.hw import emulator
-from codesign.hw.export import first_difference
-from codesign.mechanisms import mechanism_by_name
-from codesign.models import vit
-from codesign.structure import ModelStructure
+from codesign.references import tensor_names, tensor_shapes
+from codesign.references.acceltran import acceltran
+from codesign.references.integers import limit
 
-# Hand example of two rounds: codes of 4 bits, filter codes of 4 (query), 2 and 4 (key) bits.
-HAND_QUERY = [6, -3]
-HAND_KEYS = [[7, -8], [4, -4], [1, 2], [-3, 1], [-6, 5], [5, 3]]
-
-
-def filter_row(
-    query: Sequence[int],
-    keys: Sequence[Sequence[int]],
-    threshold: Sequence[int],
-    *,
-    query_bits: int = 4,
-    key_bits: Sequence[int] = (2, 4),
-    qk_bits: int = 4,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and decisions `[R, S]` of one row with all keys valid."""
-    scores, keep = emulator.reference_filter(
-        np.asarray([[[query]]]),
-        np.asarray([[keys]]),
-        np.ones((1, len(keys)), bool),
-        np.asarray([threshold]),
-        query_bits,
-        key_bits,
-        qk_bits,
-    )
-    return scores[:, 0, 0, 0], keep[:, 0, 0, 0]
+EVERY_MODEL = pytest.mark.parametrize("variant", random_deployment.VARIANTS)
+EVERY_MECHANISM = pytest.mark.parametrize("mechanism", random_deployment.MECHANISMS)
+EVERY_TEXT_MODEL = pytest.mark.parametrize("variant", ["bert", "pooler", "decoder"])
 
 
-def filter_scores(scores: Sequence[int], threshold: int) -> set[int]:
-    """Indices of the keys that one round keeps of given scores (query 1, keys the scores)."""
-    _, keep = filter_row(
-        [1], [[score] for score in scores], [threshold], query_bits=16, key_bits=[16], qk_bits=16
-    )
-    return set(np.flatnonzero(keep[0]).tolist())
-
-
-def random_codes(seed: int, bits: int = 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Query and key codes `[2, 3, 20, 16]`, `[2, 3, 33, 16]`, and valid keys `[2, 33]`."""
-    rng = np.random.default_rng(seed)
-    limit = 2 ** (bits - 1) - 1
-    query = np.clip(np.rint(rng.normal(size=(2, 3, 20, 16)) * limit / 3), -limit, limit)
-    key = np.clip(np.rint(rng.normal(size=(2, 3, 33, 16)) * limit / 3), -limit, limit)
-    valid = rng.random((2, 33)) < 0.8
-    valid[:, 5] = True
-    return query.astype(np.int64), key.astype(np.int64), valid
-
-
-def test_slices_are_nested() -> None:
-    codes = np.arange(-32767, 32768)
-    four, two = codes >> 12, codes >> 14
-    low = four - 4 * two
-    assert low.min() == 0 and low.max() == 3
-    assert four.min() == -8 and four.max() == 7 and two.min() == -2 and two.max() == 1
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize(
-    ("threshold", "kept"),
-    # Round 1 over scores 66, 36, 21 (sum 123, mean 41): 128 * 3 * S = 25344, 13824, 8064 against
-    # 32 * 3 * 66 + 96 * 123 = 18144; 32 * 3 * 21 + 96 * 123 = 13824 (strict); 40: 13344.
-    [(32, {0}), (-32, {0}), (-40, {0, 1})],
-)
-def test_hand_example(threshold: int, kept: set[int]) -> None:
-    scores, keep = filter_row(HAND_QUERY, HAND_KEYS, [0, threshold])
-    assert scores[0].tolist() == [12, 9, 0, -6, -15, 6]
-    assert scores[1, [0, 1, 5]].tolist() == [66, 36, 21]
-    assert np.flatnonzero(keep[0]).tolist() == [0, 1, 5]
-    assert set(np.flatnonzero(keep[1]).tolist()) == kept
-
-
-def test_second_round_reuses_the_first() -> None:
-    query, keys = np.asarray(HAND_QUERY), np.asarray(HAND_KEYS)
-    scores, _ = filter_row(HAND_QUERY, HAND_KEYS, [-128, -128])
-    low = keys - 4 * (keys >> 2)
-    np.testing.assert_array_equal(scores[1], 4 * scores[0] + low @ query)
-
-
-def test_negative_sum() -> None:
-    # S = -15, -6, 0, -1 and a = -40: q = -6, rest 2, (-600 - 528 + 44) >> 7 = -9.
-    assert filter_scores([-15, -6, 0, -1], -40) == {1, 2, 3}
-
-
-def test_limits() -> None:
-    query, key, valid = random_codes(0)
-    _, keep = emulator.reference_filter(query, key, valid, np.full((3, 2), -128), 4, [2, 4], 16)
-    np.testing.assert_array_equal(keep, np.broadcast_to(valid[:, None, None, :], keep.shape))
-    assert filter_scores([3, 3, 3, 3], 0) == {0}
-    assert filter_scores([1, 5, 5, 2], -1) == {1, 2}
-    assert filter_scores([0, -40, 100, 7], 127) == {2}
-    # (127 * 100 + 1 * 58) >> 7 = 99: a score of 99 is not above it, a theta of 98 lets it stay.
-    assert filter_scores([-41, 99, 100, -100], 127) == {2}
-    assert filter_scores([-400, 99, 100, -100], 127) == {1, 2}
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_keep_equals_the_exact_rational_form(seed: int) -> None:
-    query, key, valid = random_codes(seed, bits=12)
-    rng = np.random.default_rng(100 + seed)
-    threshold = rng.integers(-127, 128, size=(3, 2))
-    scores, keep = emulator.reference_filter(query, key, valid, threshold, 5, [3, 6], 12)
-    alive = np.broadcast_to(valid[:, None, None, :], keep.shape[1:])
-    for number in range(2):
-        for row in np.ndindex(keep.shape[1:-1]):
-            alpha = int(threshold[row[1], number])
-            indices = np.flatnonzero(alive[row]).tolist()
-            row_scores = {j: int(scores[number][row][j]) for j in indices}
-            values = list(row_scores.values())
-            extreme = alpha * max(values) if alpha >= 0 else -alpha * min(values)
-            right = len(values) * extreme + (128 - abs(alpha)) * sum(values)
-            kept = {j for j, value in row_scores.items() if 128 * len(values) * value > right}
-            kept.add(next(j for j, value in row_scores.items() if value == max(values)))
-            assert set(np.flatnonzero(keep[number][row]).tolist()) == kept
-        alive = keep[number]
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_filter_is_monotone(seed: int) -> None:
-    query, key, valid = random_codes(seed)
-    before = None
-    for alpha in range(-128, 128, 15):
-        _, keep = emulator.reference_filter(query, key, valid, np.full((3, 1), alpha), 4, [4], 16)
-        assert keep.any(axis=-1).all()
-        if before is not None:
-            assert not np.any(keep & ~before)
-        before = keep
-    _, keep = emulator.reference_filter(query, key, valid, np.zeros((3, 2), int), 4, [2, 4], 16)
-    assert not np.any(keep[1] & ~keep[0])
-    assert not np.any(keep[0] & ~valid[:, None, None, :])
-
-
-@pytest.mark.parametrize("alpha", [-100, -3, 0, 60])
-def test_filter_ignores_factor_and_offset(alpha: int) -> None:
-    scores = np.random.default_rng(alpha + 200).integers(-300, 300, size=40)
-    kept = filter_scores(scores.tolist(), alpha)
-    assert filter_scores((scores * 7).tolist(), alpha) == kept
-    assert filter_scores((scores - 1234).tolist(), alpha) == kept
-
-
-def test_kept_fraction_and_recall_of_two_rounds_at_zero() -> None:
-    fractions, recalls = [], []
-    for seed in range(4):
-        rng = np.random.default_rng(seed)
-        query, key = rng.normal(size=(256, 64)), rng.normal(size=(512, 64))
-        codes = [np.rint(x / np.abs(x).max() * 32767).astype(int)[None, None] for x in (query, key)]
-        _, keep = emulator.reference_filter(
-            codes[0], codes[1], np.ones((1, 512), bool), np.zeros((1, 2), int), 4, [2, 4], 16
-        )
-        kept = keep[:, 0, 0]
-        fractions.append(kept.mean(axis=(1, 2)))
-        order = np.argsort(np.argsort(-(query @ key.T), axis=-1), axis=-1)
-        top = order < kept[1].sum(axis=-1, keepdims=True)
-        recalls.append((top & kept[1]).sum() / kept[1].sum())
-    np.testing.assert_allclose(np.mean(fractions, axis=0), [0.500, 0.238], atol=0.01)
-    assert np.mean(recalls) == pytest.approx(0.82, abs=0.01)
-
-
-def test_round_shift_is_exact() -> None:
-    rng = np.random.default_rng(0)
-    values = rng.integers(-(2**53), 2**53, size=2000)
-    shifts = rng.integers(0, 63, size=2000)
-    ties = np.asarray([(2 * k + 1) << 9 for k in range(-6, 6)])
-    values = np.concatenate([values, ties, [-1, 0, 1, 2**52, -(2**52)]])
-    shifts = np.concatenate([shifts, np.full(12, 10), [62, 62, 62, 53, 53]])
-    got = emulator.round_shift(values, shifts)
-    wanted = [round(Fraction(int(v), 2 ** int(s))) for v, s in zip(values, shifts, strict=True)]
-    assert got.tolist() == wanted
-
-
-def test_products_beyond_float64_are_refused() -> None:
-    with pytest.raises(ExportError, match=r"2\*\*53"):
-        emulator.requantise(np.asarray([2**40]), np.asarray([2**14]), 3)
-    # The largest value and the largest multiplier do not meet: no product reaches the limit.
-    assert emulator.requantise(np.asarray([2**40, 1]), np.asarray([1, 2**14]), 0).tolist() == [
-        2**40,
-        2**14,
-    ]
+def run(deployment: Deployment, inputs: Arrays, **ends: np.ndarray) -> Arrays:
+    return emulator.emulate(deployment.structure, deployment.layers, deployment.ends | ends, inputs)
 
 
 def test_normalisation_against_rationals() -> None:
@@ -202,7 +32,7 @@ def test_normalisation_against_rationals() -> None:
     residual = rng.integers(-32767, 32768, size=(1, 6, 48))
     residual[0, 0] = 17  # no variance: the bias alone remains
     gain, bias = rng.integers(-600000, 600000, 48), rng.integers(-(2**34), 2**34, 48)
-    got = emulator.normalise(residual, gain, bias, 1000, 8)
+    got = emulator.normalise(residual, gain, bias, 1000, 127)
     for token in range(6):
         values = [int(v) for v in residual[0, token]]
         total = sum(values)
@@ -243,143 +73,289 @@ def test_softmax_by_hand() -> None:
     assert two.ravel().tolist() == [85, 42]
 
 
+def test_a_row_without_keys_has_no_probabilities() -> None:
+    scores = np.asarray([[[[3, -9], [5, 5]]]])
+    kept = np.asarray([[[[False, False], [True, True]]]])
+    codes = emulator.softmax_codes(scores, kept, 1, 0, 8)
+    # Two equal keys: Z = 131060, e = 16, Z >> 4 = 8191, R = 32770; 65530 * 32770 * 127 / 2**32 = 63.498.
+    assert codes[0, 0, 0].tolist() == [0, 0] and codes[0, 0, 1].tolist() == [63, 63]
+
+
 def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
 
 
 @pytest.mark.smoke
+@EVERY_MODEL
+@EVERY_MECHANISM
+def test_emulator_follows_the_real_model(variant: str, mechanism: str) -> None:
+    shape = random_deployment.structure(variant, mechanism)
+    check_against_the_real_model(shape)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"mechanism": "dense", "num_rounds": 0},
-        {"channels": 3, "stride": 1, "padding": 0},
+        {"input": random_deployment.patches(channels=3, stride=1, padding=0)},
         {"num_rounds": 1, "num_heads": 3, "num_layers": 1},
+        {"activation": "relu", "norm": "post", "pooling": "first", "pooler": "relu"},
+        {"is_causal": True, "pooling": "all"},
     ],
 )
-def test_emulator_follows_the_real_model(changes: dict[str, object]) -> None:
-    shape = random_deployment.structure(**changes)
-    deployment, pixels = random_deployment.build(shape, attention_bits=14, threshold=-20)
-    result = emulator.emulate(shape, deployment.layers, deployment.ends, pixels)
-    assert {name: values.shape for name, values in result.items()} == shape.tensor_shapes(8)
-    keep = result["keep"][:, -1] if shape.num_rounds else None
-    seen = random_deployment.run_float(shape, deployment.parameters, pixels, keep)
+def test_other_sizes_and_wirings(changes: dict[str, Any]) -> None:
+    check_against_the_real_model(random_deployment.structure(**changes))
 
-    scale = deployment.scales["residual"]
-    assert relative_error(result["embedded"] * scale, seen["residual"][0]) < 0.01
+
+def check_against_the_real_model(shape: random_deployment.ModelStructure) -> None:
+    deployment, inputs = random_deployment.build(shape, attention_bits=14, threshold=-20)
+    result = run(deployment, inputs)
+    shapes = tensor_shapes(shape, 8, shape.max_tokens)
+    assert {name: values.shape for name, values in result.items()} == shapes
+    seen = random_deployment.run_float(shape, deployment.parameters, inputs, result)
+    assert (
+        relative_error(result["embedded"] * deployment.scales["residual"], seen["embedded"]) < 0.01
+    )
     # Quantisation noise of 8 bits, about 1 % per linear layer, and clipping: ranges are those
     # of the dense model.
-    for layer in range(shape.num_layers):
-        attended, residual = seen["residual"][2 * layer + 1 : 2 * layer + 3]
-        assert relative_error(result["attended"][layer] * scale, attended) < 0.06
-        assert relative_error(result["residual"][layer] * scale, residual) < 0.06
-        scales = deployment.scales["layers"][layer]
-        for name in ("query", "key", "value", "context", "hidden"):
+    compared = 0
+    for layer, scales in enumerate(deployment.scales["layers"]):
+        for name in scales.keys() & result.keys():
             got = result[name][layer] * scales[name]
             assert relative_error(got, seen["layers"][layer][name]) < 0.06, name
-    logits = result["logits"] * deployment.scales["logits"] / shape.num_tokens
+            compared += 1
+    own = 4 if shape.mechanism == "acceltran" else 0
+    assert compared == shape.num_layers * (8 + own)
+    logits = random_deployment.real_logits(deployment, result["logits"], inputs)
     assert relative_error(logits, seen["logits"]) < 0.06
     assert np.corrcoef(logits.ravel(), seen["logits"].ravel())[0, 1] > 0.998
-    if shape.num_rounds:
-        assert 0.2 < result["keep"][:, -1].mean() < 0.9
+    if "keep" in result:
+        assert 0.1 < result["keep"][:, -1].mean() < 0.9
+    if shape.mechanism == "acceltran":
+        assert 0.25 < (result["raw_scores"] == 0).mean() < 0.45
 
 
 def test_the_distance_from_the_real_model_is_quantisation_noise() -> None:
     errors = {}
-    shape = random_deployment.structure(mechanism="dense", num_rounds=0)
+    shape = random_deployment.structure(mechanism="dense")
     for bits in (5, 8):
-        deployment, pixels = random_deployment.build(shape, linear_bits=bits, attention_bits=16)
-        result = emulator.emulate(shape, deployment.layers, deployment.ends, pixels)
-        seen = random_deployment.run_float(shape, deployment.parameters, pixels)
-        logits = result["logits"] * deployment.scales["logits"] / shape.num_tokens
-        errors[bits] = relative_error(logits, seen["logits"])
+        deployment, inputs = random_deployment.build(shape, linear_bits=bits, attention_bits=16)
+        seen = random_deployment.run_float(shape, deployment.parameters, inputs)
+        logits = run(deployment, inputs)["logits"]
+        real = random_deployment.real_logits(deployment, logits, inputs)
+        errors[bits] = relative_error(real, seen["logits"])
     # Three bits more divide the step by 8.
     assert errors[8] < errors[5] / 4
 
 
-@pytest.mark.parametrize(
-    ("changes", "bits"),
-    [
-        ({"num_heads": 3}, 16),
-        ({"channels": 3, "num_rounds": 1, "stride": 1}, 8),
-        ({"mechanism": "dense", "num_rounds": 0}, 12),
-    ],
-)
-def test_jax_path_agrees_in_every_bit(changes: dict[str, object], bits: int) -> None:
-    shape = random_deployment.structure(**changes)
-    threshold = np.random.default_rng(bits).integers(-100, 60, (shape.num_heads, shape.num_rounds))
-    deployment, pixels = random_deployment.build(
-        shape, seed=bits, attention_bits=bits, threshold=threshold
-    )
-    tables = {
-        "exp_table": emulator.exp_table(),
-        "reciprocal_table": emulator.reciprocal_table(),
-    }
-    hard_fn = functools.partial(
-        vit.apply_hard,
-        structure=shape,
-        mechanism=mechanism_by_name(shape.mechanism),
-        tracing=True,
-    )
-    with jax.enable_x64(True):
-        output = jax.jit(hard_fn)(deployment.layers, deployment.ends | tables, pixels)
-    expected = emulator.emulate(shape, deployment.layers, deployment.ends, pixels)
-    assert first_difference(expected, output.trace | {"logits": output.logits}) is None
+def same_but_own(got: Arrays, wanted: Arrays) -> None:
+    assert wanted.keys() <= got.keys()
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(got[name], values, err_msg=name)
 
 
-def test_round_off_everywhere_is_dense() -> None:
-    sparse = random_deployment.structure()
-    dense = random_deployment.structure(mechanism="dense", num_rounds=0)
-    filtered, pixels = random_deployment.build(sparse, threshold=-128)
-    plain, _ = random_deployment.build(dense)
-    got = emulator.emulate(sparse, filtered.layers, filtered.ends, pixels)
-    wanted = emulator.emulate(dense, plain.layers, plain.ends, pixels)
-    for name in set(emulator.TENSORS) - {"scores", "keep"}:
-        np.testing.assert_array_equal(got[name], wanted[name])
+@EVERY_MODEL
+def test_round_off_everywhere_is_dense(variant: str) -> None:
+    shape = random_deployment.structure(variant)
+    filtered, inputs = random_deployment.build(shape, threshold=-128)
+    plain, _ = random_deployment.build(random_deployment.structure(variant, "dense"))
+    same_but_own(run(filtered, inputs), run(plain, inputs))
+
+
+@EVERY_MODEL
+def test_threshold_0_prunes_nothing(variant: str) -> None:
+    shape = random_deployment.structure(variant, "acceltran")
+    pruned, inputs = random_deployment.build(shape)
+    pruned.layers["threshold"][:] = 0
+    plain, _ = random_deployment.build(random_deployment.structure(variant, "dense"))
+    same_but_own(run(pruned, inputs), run(plain, inputs))
+
+
+@pytest.mark.parametrize("variant", ["patches", "pooler"])
+@pytest.mark.parametrize(("place", "name"), list(enumerate(acceltran.decision_tensors)))
+def test_each_threshold_prunes_its_tensor(variant: str, place: int, name: str) -> None:
+    deployment, inputs = random_deployment.build(random_deployment.structure(variant, "acceltran"))
+    threshold = deployment.layers["threshold"]
+    threshold[:] = 0
+    before = run(deployment, inputs)
+    code = int(np.median(np.abs(before[name][0])))
+    threshold[0, place] = code
+    after = run(deployment, inputs)
+    # All that the first layer computes before is as it was.
+    for earlier in list(before)[1 : list(before).index(name)]:
+        np.testing.assert_array_equal(after[earlier][0], before[earlier][0])
+    wanted = np.where(np.abs(before[name][0]) > code, before[name][0], 0)
+    assert np.any(wanted != before[name][0])
+    np.testing.assert_array_equal(after[name][0], wanted)
+
+
+@pytest.mark.parametrize("variant", ["patches", "decoder"])
+def test_a_large_threshold_leaves_the_residual_stream_alone(variant: str) -> None:
+    deployment, inputs = random_deployment.build(random_deployment.structure(variant, "acceltran"))
+    deployment.layers["threshold"][:] = 2**40
+    result = run(deployment, inputs)
+    for name in ("query", "context", "attention_branch", "gelu", "ffn_branch"):
+        assert not result[name].any()
+    for name in ("attended", "residual"):
+        for layer in range(2):
+            np.testing.assert_array_equal(result[name][layer], result["embedded"])
+
+
+def test_a_pruned_score_is_logit_0_not_a_dropped_key() -> None:
+    deployment, inputs = random_deployment.build(random_deployment.structure("bert", "acceltran"))
+    deployment.layers["threshold"][:] = 0
+    deployment.layers["threshold"][:, 3] = 2**40
+    result = run(deployment, inputs)
+    assert not result["raw_scores"].any() and result["query"].any()
+    # Equal logits: every existing key gets 1/n, within the tables' steps.
+    share = int(limit(deployment.layers["qk_bits"][0])) / inputs["valid"].sum(axis=1)
+    wanted = inputs["valid"] * share[:, None]
+    got = result["probabilities"]
+    np.testing.assert_allclose(got, np.broadcast_to(wanted[:, None, None], got.shape), atol=0.7)
 
 
 def test_an_example_does_not_depend_on_its_batch() -> None:
-    shape = random_deployment.structure()
-    deployment, pixels = random_deployment.build(shape)
-    batch = emulator.emulate(shape, deployment.layers, deployment.ends, pixels)
-    alone = emulator.emulate(shape, deployment.layers, deployment.ends, pixels[3:4])
-    for name, shape_alone in shape.tensor_shapes(1).items():
-        axis = next(i for i, n in enumerate(shape.tensor_shapes(8)[name]) if n != shape_alone[i])
-        np.testing.assert_array_equal(np.take(batch[name], [3], axis=axis), alone[name])
+    deployment, inputs = random_deployment.build(random_deployment.structure())
+    batch = run(deployment, inputs)
+    alone = run(deployment, {"pixels": inputs["pixels"][3:4]})
+    check_part(batch, 3, alone)
 
 
-def test_padded_tokens_change_nothing() -> None:
-    shape = random_deployment.structure()
-    deployment, pixels = random_deployment.build(shape)
-    valid = np.ones((len(pixels), shape.num_tokens), bool)
-    valid[:, -2:] = False
-    # With stride 2 and patches of 4 the last pixels lie in the last two tokens among others; so the
-    # positions of padded tokens are changed instead of pixels.
-    other = dict(deployment.ends)
-    other["position"] = deployment.ends["position"].copy()
-    other["position"][-2:] += 500
-    first = emulator.emulate(shape, deployment.layers, deployment.ends, pixels, valid)
-    second = emulator.emulate(shape, deployment.layers, other, pixels, valid)
-    np.testing.assert_array_equal(first["logits"], second["logits"])
-    assert not first["keep"][..., -2:].any() and not first["probabilities"][..., -2:].any()
-    np.testing.assert_array_equal(first["residual"][:, :, :-2], second["residual"][:, :, :-2])
-    assert np.any(first["residual"] != second["residual"])
+def check_part(batch: Arrays, example: int, alone: Arrays) -> None:
+    """The tensors of a batch of 8 hold those of one example, which may be shorter."""
+    for name, values in alone.items():
+        axis = next(i for i, n in enumerate(batch[name].shape) if n == 8 and values.shape[i] == 1)
+        own = np.take(batch[name], [example], axis=axis)
+        cut = own[tuple(slice(length) for length in values.shape)]
+        np.testing.assert_array_equal(cut, values, err_msg=name)
+
+
+@EVERY_TEXT_MODEL
+@EVERY_MECHANISM
+@pytest.mark.parametrize("example", [0, 3, 7])
+def test_alone_and_in_a_padded_batch(variant: str, mechanism: str, example: int) -> None:
+    deployment, inputs = random_deployment.build(random_deployment.structure(variant, mechanism))
+    length = int(inputs["valid"][example].sum())
+    assert {0: length == 10, 3: 1 < length < 10, 7: length == 1}[example]
+    alone = run(deployment, {"tokens": inputs["tokens"][example : example + 1, :length]})
+    check_part(run(deployment, inputs), example, alone)
+    # Of one token there is one key: all attention goes there.
+    if length == 1 and mechanism != "acceltran":
+        assert (alone["probabilities"] == limit(12)).all()
+
+
+@EVERY_TEXT_MODEL
+@EVERY_MECHANISM
+def test_what_stands_in_the_padding_changes_nothing(variant: str, mechanism: str) -> None:
+    deployment, inputs = random_deployment.build(random_deployment.structure(variant, mechanism))
+    valid = inputs["valid"]
+    other = np.where(valid, inputs["tokens"], (inputs["tokens"] + 7) % 23)
+    first = run(deployment, inputs)
+    second = run(deployment, {"tokens": other, "valid": valid})
+    for name in ("embedded", "residual"):
+        np.testing.assert_array_equal(first[name][..., valid, :], second[name][..., valid, :])
+        assert np.any(first[name] != second[name])
+    is_per_token = variant == "decoder"
+    np.testing.assert_array_equal(
+        first["logits"][valid] if is_per_token else first["logits"],
+        second["logits"][valid] if is_per_token else second["logits"],
+    )
+    to_padding = np.broadcast_to(~valid[:, None, None, :], first["probabilities"].shape[1:])
+    assert not first["probabilities"][:, to_padding].any()
+
+
+@EVERY_MECHANISM
+def test_the_future_changes_nothing_before_it(mechanism: str) -> None:
+    deployment, inputs = random_deployment.build(random_deployment.structure("decoder", mechanism))
+    tokens, changed = inputs["tokens"], 6
+    other = tokens.copy()
+    other[:, changed:] = (other[:, changed:] + 5) % 23
+    first, second = (run(deployment, {"tokens": numbers}) for numbers in (tokens, other))
+    for name, values in first.items():
+        # The second axis from the end is that of the token; scores are there of all pairs.
+        rows = (..., slice(changed), slice(changed if "scores" in name else None))
+        np.testing.assert_array_equal(values[rows], second[name][rows], err_msg=name)
+        assert np.any(values != second[name]), name
+    is_future = np.triu(np.ones((10, 10), bool), k=1)
+    assert not first["probabilities"][..., is_future].any()
+    # The first token sees itself alone.
+    if mechanism != "acceltran":
+        assert (first["probabilities"][..., 0, 0] == limit(12)).all()
+
+
+def test_a_bidirectional_model_sees_the_future() -> None:
+    deployment, inputs = random_deployment.build(random_deployment.structure("bert", "dense"))
+    tokens = inputs["tokens"]
+    other = tokens.copy()
+    other[:, -1] = (other[:, -1] + 5) % 23
+    first, second = (run(deployment, {"tokens": numbers}) for numbers in (tokens, other))
+    assert np.any(first["residual"][0, :, 0] != second["residual"][0, :, 0])
+
+
+def test_embeddings_by_hand() -> None:
+    shape = random_deployment.structure("decoder", "dense")
+    deployment, inputs = random_deployment.build(shape)
+    ends = deployment.ends
+    ends["token"][4, 2], ends["position"][1, 2] = 30000, 4000  # beyond 16 bits: saturated
+    result = run(deployment, {"tokens": np.asarray([[3, 4]])})
+    wanted = ends["token"][[3, 4]] + ends["position"][:2]
+    assert wanted[1, 2] == 34000
+    wanted[1, 2] = 32767
+    np.testing.assert_array_equal(result["embedded"], wanted[None])
+
+    shape = random_deployment.structure("prefix", "dense")
+    deployment, inputs = random_deployment.build(shape)
+    embedded = run(deployment, inputs)["embedded"]
+    assert shape.max_tokens == embedded.shape[1] == 11
+    # The two learned tokens are rows of `position` alone.
+    np.testing.assert_array_equal(embedded[5, :2], deployment.ends["position"][:2])
+    plain = run(deployment, inputs, position=0 * deployment.ends["position"])["embedded"]
+    assert not plain[:, :2].any() and plain[:, 2:].any(axis=(0, 2)).all()
+
+
+def test_the_pooler_reads_the_first_token_only() -> None:
+    deployment, inputs = random_deployment.build(random_deployment.structure("pooler", "dense"))
+    result = run(deployment, inputs)
+    ends = deployment.ends
+    code = np.rint(
+        result["residual"][-1, :, 0]
+        * (ends["pool_enter_mantissa"] / 2.0 ** ends["pool_enter_shift"])
+    )
+    products = np.clip(code, -127, 127) @ ends["pool_weight"]
+    codes = np.rint(
+        (256 * products + ends["pool_bias"]) * ends["pool_mantissa"] / 2.0 ** ends["pool_shift"]
+    )
+    hidden = ends["pool_table"][np.clip(codes, -511, 511).astype(int) + 511]
+    wanted = 256 * (hidden @ ends["head_weight"]) + ends["head_bias"]
+    np.testing.assert_array_equal(result["logits"], wanted)
 
 
 def test_selected_tensors_only() -> None:
     shape = random_deployment.structure()
-    deployment, pixels = random_deployment.build(shape)
-    result = emulator.emulate(
-        shape, deployment.layers, deployment.ends, pixels, tensors=("logits", "keep")
-    )
+    deployment, inputs = random_deployment.build(shape)
+    layers, ends = deployment.layers, deployment.ends
+    result = emulator.emulate(shape, layers, ends, inputs, tensors=("logits", "keep"))
     assert list(result) == ["keep", "logits"]
-    with pytest.raises(UnknownNameError, match="'kept' is not one of"):
-        emulator.emulate(shape, deployment.layers, deployment.ends, pixels, tensors=["kept"])
+    for name in ("kept", "raw_scores"):
+        with pytest.raises(UnknownNameError, match=f"'{name}' is not one of"):
+            emulator.emulate(shape, layers, ends, inputs, tensors=[name])
+    assert "raw_scores" in tensor_names(random_deployment.structure(mechanism="acceltran"))
 
 
-def test_malformed_input_is_named() -> None:
+def test_arrays_may_be_narrow() -> None:
+    deployment, inputs = random_deployment.build(random_deployment.structure("bert"))
+
+    def narrowed(arrays: Arrays) -> Arrays:
+        return {name: a.astype(np.min_scalar_type(-abs(a).max() - 1)) for name, a in arrays.items()}
+
+    layers, ends = narrowed(deployment.layers), narrowed(deployment.ends)
+    assert layers["qkv_weight"].dtype == np.int8 and ends["token"].dtype == np.int16
+    result = emulator.emulate(deployment.structure, layers, ends, inputs)
+    same_but_own(result, run(deployment, inputs))
+
+
+def test_malformed_deployment_is_named() -> None:
     shape = random_deployment.structure()
-    deployment, pixels = random_deployment.build(shape)
+    deployment, inputs = random_deployment.build(shape)
     layers, ends = deployment.layers, deployment.ends
     broken = {
         "`layers/qkv_bias` is missing": {k: v for k, v in layers.items() if k != "qkv_bias"},
@@ -390,44 +366,111 @@ def test_malformed_input_is_named() -> None:
         r"`layers/threshold` must lie in \[-128, 127\]": layers
         | {"threshold": layers["threshold"] + 200},
         "`layers/key_bits` must rise": layers | {"key_bits": layers["key_bits"] * 0 + 4},
-        "`layers/gelu_table` holds codes wider": layers
+        "`layers/activation_table` holds codes wider": layers
         | {"down_activation_bits": layers["down_activation_bits"] - 1},
         "`layers/up_weight` holds codes wider than `up_weight_bits`": layers
         | {"up_weight_bits": layers["up_weight_bits"] - 1},
     }
     for message, arrays in broken.items():
         with pytest.raises(ExportError, match=message):
-            emulator.emulate(shape, arrays, ends, pixels)
-    with pytest.raises(DataError, match="`pixels` must be integers"):
-        emulator.emulate(shape, layers, ends, pixels * 1.0)
-    with pytest.raises(DataError, match="at least one token"):
-        emulator.emulate(shape, layers, ends, pixels, np.zeros((8, 9), bool))
+            emulator.emulate(shape, arrays, ends, inputs)
+    pruned = random_deployment.structure("pooler", "acceltran")
+    deployment, inputs = random_deployment.build(pruned)
+    layers, ends = deployment.layers, deployment.ends
+    with pytest.raises(ExportError, match=r"`layers/threshold` must lie in \[0,"):
+        emulator.emulate(pruned, layers | {"threshold": layers["threshold"] - 10**6}, ends, inputs)
+    with pytest.raises(ExportError, match="`ends/pool_table` holds codes wider"):
+        emulator.emulate(pruned, layers, ends | {"pool_table": ends["pool_table"] + 1}, inputs)
+    # -128 is no code of 8 bits, though it fits the type.
+    lowest = np.full(ends["pool_table"].shape, -128, np.int8)
+    with pytest.raises(ExportError, match="`ends/pool_table` holds codes wider"):
+        emulator.emulate(pruned, layers, ends | {"pool_table": lowest}, inputs)
+
+
+@pytest.mark.parametrize(
+    ("variant", "inputs", "message"),
+    [
+        ("patches", {"pixels": np.zeros((2, 6, 6))}, "`pixels` must be integers"),
+        ("patches", {"pixels": np.zeros((2, 5, 6), int)}, r"shape \[B, 6, 6, 1\]"),
+        ("prefix", {"pixels": np.zeros((2, 6, 6), int)}, r"shape \[B, 6, 6, 3\]"),
+        ("patches", {"tokens": np.zeros((2, 3), int)}, "input `pixels` is missing"),
+        ("patches", {"pixels": np.zeros((2, 6, 6), int), "valid": 1}, "input `valid` is unknown"),
+        ("bert", {"valid": np.ones((2, 3), bool)}, "input `tokens` is missing"),
+        ("bert", {"tokens": np.zeros((2, 3))}, "`tokens` must be integers of shape"),
+        ("bert", {"tokens": np.zeros(3, int)}, "`tokens` must be integers of shape"),
+        ("bert", {"tokens": np.zeros((2, 11), int)}, "1 to 10 tokens per example, got 11"),
+        ("bert", {"tokens": np.zeros((2, 0), int)}, "1 to 10 tokens per example, got 0"),
+        ("bert", {"tokens": np.asarray([[1, 2], [22, 23]])}, r"got 23 at \[1, 1\]"),
+        ("bert", {"tokens": np.asarray([[-1]])}, r"\[0, 22\], got -1 at \[0, 0\]"),
+        (
+            "bert",
+            {"tokens": np.zeros((2, 3), int), "valid": np.ones((2, 2), bool)},
+            r"the shape \[2, 3\] of `tokens`, got \[2, 2\]",
+        ),
+        (
+            "decoder",
+            {"tokens": np.zeros((2, 3), int), "valid": np.asarray([[1, 1, 0], [0, 0, 0]])},
+            "at least one token.* example 1",
+        ),
+        (
+            "bert",
+            {"tokens": np.zeros((2, 3), int), "valid": np.asarray([[1, 0, 1], [1, 1, 0]])},
+            "padding only at the end, not so in example 0",
+        ),
+    ],
+)
+def test_malformed_input_is_named(variant: str, inputs: Arrays, message: str) -> None:
+    deployment, _ = random_deployment.build(random_deployment.structure(variant, "dense"))
+    with pytest.raises(DataError, match=message) as error:
+        run(deployment, inputs)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "num_rounds", "message"),
+    [
+        ("dense", 2, "`num_rounds` must be 0 for `dense`"),
+        ("acceltran", 1, "`num_rounds` must be 0 for `acceltran`"),
+        ("energon", 0, "`num_rounds` must be at least 1 for `energon`"),
+    ],
+)
+def test_rounds_fit_the_mechanism(mechanism: str, num_rounds: int, message: str) -> None:
+    shape = random_deployment.structure(mechanism=mechanism, num_rounds=num_rounds)
+    deployment, inputs = random_deployment.build(shape)
+    with pytest.raises(ExportError, match=message):
+        run(deployment, inputs)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mechanism": "topk"}, "one of dense, energon"),
-        ({"num_rounds": 0}, "`num_rounds` must be 0 for `dense`"),
         ({"width": 0}, "`width` must be at least 1"),
-        ({"patch_size": 9}, "`patch_size` must fit the padded image"),
+        ({"norm": "both"}, "`norm` must be one of pre, post"),
+        ({"pooler": "tanh"}, "`pooling` must be first"),
     ],
 )
-def test_structure_is_checked(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_structure_is_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CodesignError, match=message):
         random_deployment.structure(**changes)
+    with pytest.raises(CodesignError, match="`patch_size` must fit the padded image"):
+        random_deployment.patches(patch_size=9)
 
 
 def test_structure_sizes() -> None:
     # 6 pixels, 1 of padding, patches of 4 at stride 2: starts 0, 2, 4 of 8.
-    shape: ModelStructure = random_deployment.structure()
-    assert (shape.grid_size, shape.num_tokens, shape.patch_values) == (3, 9, 16)
+    sizes = random_deployment.patches(num_prefix=2)
+    assert (sizes.grid_size, sizes.num_patches, sizes.patch_values, sizes.max_tokens) == (
+        *(3, 9, 16),
+        11,
+    )
+    assert random_deployment.structure("pooler").end_sites == ("pool", "head")
+    assert random_deployment.structure().end_sites == ("embed", "head")
 
 
 def test_imports_without_jax() -> None:
     code = (
         "import sys; sys.modules['jax'] = None; sys.modules['flax'] = None\n"
-        "import codesign.hw.emulator, codesign.structure\n"
+        "import codesign.hw.emulator\n"
         "assert 'jaxlib' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

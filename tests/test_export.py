@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import random_deployment
 
-from codesign.errors import ExportError, RunDirectoryError
+from codesign.errors import DataError, ExportError, RunDirectoryError
 from codesign.hw import emulator
 from codesign.hw.export import Export, first_difference, read_export, replay, write_export
 from codesign.hw.hardware_config import (
@@ -27,42 +27,49 @@ from codesign.hw.hardware_config import (
     json_schema,
 )
 from codesign.hw.spec import load_preset
+from codesign.references import LAYER_TENSORS
 
 FILES = ("config.json", "weights.npz", "golden.npz")
 
 
-def make_export(**changes: Any) -> Export:
+def make_export(variant: str = "patches", mechanism: str = "energon", **changes: Any) -> Export:
     """A valid export of the random deployment, golden vectors from the emulator."""
-    shape = random_deployment.structure(**changes)
-    deployment, pixels = random_deployment.build(shape, threshold=-10)
+    shape = random_deployment.structure(variant, mechanism, **changes)
+    deployment, inputs = random_deployment.build(shape, threshold=-10)
     layers, ends = deployment.layers, deployment.ends
     cost = ExpectedCost(energy_pj=1.5e6, latency_cycles=1234.5)
+    is_decoder = shape.pooling == "all"
     config = HardwareConfig(
         generator="codesign 0.1.0",
         structure=shape,
-        policy=IntegerPolicy.from_arrays(layers, ends),
+        policy=IntegerPolicy.from_arrays(shape, layers, ends),
         scales=Scales(
             activation_scales={"qkv": [1 / 3] * shape.num_layers, "embed": 0.1},
             residual_scale=deployment.scales["residual"],
             logit_scale=deployment.scales["logits"],
         ),
-        accelerator=load_preset("energon"),
+        accelerator=load_preset("acceltran-edge" if mechanism == "acceltran" else "energon"),
         expected=Expected(
             part="validation",
             num_examples=100,
-            accuracy=0.97,
+            quality_name="bits_per_token" if is_decoder else "accuracy",
+            quality=2.5 if is_decoder else 0.97,
             kl_nats=0.1,
             attention=cost,
             end_to_end=cost,
             area_mm2=4.2,
         ),
     )
-    golden = {"pixels": pixels, **emulator.emulate(shape, layers, ends, pixels)}
-    return Export(config=config, layers=layers, ends=ends, golden=golden)
+    tensors = emulator.emulate(shape, layers, ends, inputs)
+    return Export(config=config, layers=layers, ends=ends, inputs=inputs, tensors=tensors)
 
 
 def write(export: Export, directory: Path) -> None:
-    write_export(directory, export.config, export.layers, export.ends, export.golden)
+    write_export(
+        *(directory, export.config, export.layers, export.ends),
+        inputs=export.inputs,
+        tensors=export.tensors,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,24 +106,25 @@ def edit_config(directory: Path, change: Callable[[dict[str, Any]], None]) -> No
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(
-    "changes", [{}, {"mechanism": "dense", "num_rounds": 0}, {"channels": 3, "num_rounds": 1}]
-)
-def test_export_load_export_is_the_identity(changes: dict[str, Any], tmp_path: Path) -> None:
-    export = make_export(**changes)
+@pytest.mark.parametrize("variant", random_deployment.VARIANTS)
+@pytest.mark.parametrize("mechanism", random_deployment.MECHANISMS)
+def test_export_load_export_is_the_identity(variant: str, mechanism: str, tmp_path: Path) -> None:
+    export = make_export(variant, mechanism)
     write(export, tmp_path / "first")
     loaded = read_export(tmp_path / "first")
     write(loaded, tmp_path / "second")
     for file in FILES:
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
-    for group in ("layers", "ends"):
+    for group in ("layers", "ends", "inputs", "tensors"):
         before, after = getattr(export, group), getattr(loaded, group)
         assert before.keys() == after.keys()
         for name, values in after.items():
             np.testing.assert_array_equal(values, before[name])
+    assert loaded.config.structure == export.config.structure
     assert loaded.config.scales == export.config.scales
     assert loaded.config.accelerator == export.config.accelerator
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+    assert replay(tmp_path / "second").is_exact
 
 
 @pytest.mark.smoke
@@ -128,35 +136,67 @@ def test_replay_is_exact(written: Path) -> None:
     assert report.num_values > 3 * report.num_decisions
 
 
-def test_replay_with_padded_tokens(tmp_path: Path) -> None:
-    export = make_export()
-    valid = np.ones((8, 9), bool)
-    valid[:, 7:] = False
-    golden = {"pixels": export.golden["pixels"], "valid": valid}
-    golden |= emulator.emulate(
-        export.config.structure, export.layers, export.ends, golden["pixels"], valid
-    )
-    write(dataclasses.replace(export, golden=golden), tmp_path / "padded")
-    assert replay(tmp_path / "padded").is_exact
+def test_every_element_of_a_pruned_tensor_is_a_decision(tmp_path: Path) -> None:
+    write(make_export("decoder", "acceltran"), tmp_path / "pruned")
+    report = replay(tmp_path / "pruned")
+    # 2 layers, 8 examples of 10 tokens: Q, K, V and context of 16 values each, both branches of 16,
+    # the gate of 32; raw scores and probabilities of 2 heads, 10 x 10 pairs.
+    assert report.num_decisions == 2 * 8 * (10 * (4 * 16 + 2 * 16 + 32) + 2 * 2 * 100)
+    write(make_export("decoder", "dense"), tmp_path / "dense")
+    assert replay(tmp_path / "dense").num_decisions == 0
+
+
+def test_all_tokens_valid_by_default(tmp_path: Path) -> None:
+    export = make_export("bert")
+    config = export.config
+    inputs = {"tokens": export.inputs["tokens"][:3, :4]}
+    tensors = emulator.emulate(config.structure, export.layers, export.ends, inputs)
+    write(dataclasses.replace(export, inputs=inputs, tensors=tensors), tmp_path / "short")
+    loaded = read_export(tmp_path / "short")
+    assert loaded.inputs["valid"].shape == (3, 4) and loaded.inputs["valid"].all()
+    assert loaded.tensors["keep"].shape == (2, 2, 3, 2, 4, 4)
 
 
 def test_arrays_take_the_smallest_type(written: Path) -> None:
     with np.load(written / "weights.npz") as weights:
         assert weights["layers/qkv_weight"].dtype == np.int8
-        assert weights["layers/gelu_table"].dtype == np.int8
+        assert weights["layers/activation_table"].dtype == np.int8
         assert weights["ends/position"].dtype == np.int16
         assert weights["tables/exp_table"].dtype == np.int32
     with np.load(written / "golden.npz") as golden:
-        assert golden["keep"].dtype == np.bool_
+        assert golden["keep"].dtype == np.bool_ and golden["inputs/pixels"].dtype == np.int8
+    loaded = read_export(written)
+    assert loaded.layers["qkv_weight"].dtype == np.int8
+    assert loaded.tensors["query"].dtype == np.int16
 
 
 def test_config_holds_integers_and_accelerator(written: Path) -> None:
     config = json.loads((written / "config.json").read_text())
-    assert config["policy"]["thresholds"] == [[[-10, -10]] * 2] * 2
-    assert config["policy"]["key_bits"] == [[2, 4]] * 2
+    assert config["policy"]["mechanism"] == {
+        "threshold": [[[-10, -10]] * 2] * 2,
+        "query_bits": [4, 4],
+        "key_bits": [[2, 4]] * 2,
+    }
+    assert config["policy"]["weight_bits"] == {
+        **{site: [8, 8] for site in ("qkv", "out", "up", "down")},
+        **{site: [8] for site in ("embed", "head")},
+    }
     assert config["accelerator"]["name"] == load_preset("energon").name
-    assert set(config["tables"]) == {"exp_table", "reciprocal_table", "gelu_table"}
+    assert set(config["tables"]) == {"exp_table", "reciprocal_table", "activation_table"}
     assert set(json_schema()["properties"]) == set(config)
+
+
+def test_config_of_a_text_model(tmp_path: Path) -> None:
+    write(make_export("pooler", "acceltran"), tmp_path / "text")
+    config = json.loads((tmp_path / "text" / "config.json").read_text())
+    assert config["structure"]["input"] == {
+        "kind": "tokens",
+        "vocabulary_size": 23,
+        "max_tokens": 10,
+    }
+    assert np.shape(config["policy"]["mechanism"]["threshold"]) == (2, 9)
+    assert set(config["policy"]["activation_bits"]) == {"qkv", "out", "up", "down", "pool", "head"}
+    assert {"activation_table", "pool_table"} < set(config["tables"])
 
 
 def test_existing_directory_is_refused(written: Path, tmp_path: Path) -> None:
@@ -182,7 +222,7 @@ def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_inconsistent_arguments_are_refused(tmp_path: Path) -> None:
     export = make_export()
-    layers, golden = export.layers, export.golden
+    layers, tensors = export.layers, export.tensors
 
     def policy(**update: Any) -> Export:
         changed = export.config.policy.model_copy(update=update)
@@ -194,20 +234,28 @@ def test_inconsistent_arguments_are_refused(tmp_path: Path) -> None:
         return {key: values for key, values in arrays.items() if key != name}
 
     widths = export.config.policy.weight_bits
-    real_logits = golden | {"logits": golden["logits"] * 1.0}
+    real_logits = tensors | {"logits": tensors["logits"] * 1.0}
+    own = export.config.policy.mechanism
     cases: list[tuple[str, Export]] = [
         ("`policy.weight_bits` disagrees", policy(weight_bits=widths | {"up": [8, 7]})),
         ("`policy.qk_bits` disagrees", policy(qk_bits=[12, 13])),
+        ("`policy.mechanism` disagrees", policy(mechanism=own | {"query_bits": [4, 5]})),
         (
             "`layers/up_bias` is missing",
             dataclasses.replace(export, layers=without(layers, "up_bias")),
         ),
-        ("`hidden` is missing", dataclasses.replace(export, golden=without(golden, "hidden"))),
-        ("`logits` must hold integers", dataclasses.replace(export, golden=real_logits)),
+        ("`hidden` is missing", dataclasses.replace(export, tensors=without(tensors, "hidden"))),
+        ("`logits` must hold integers", dataclasses.replace(export, tensors=real_logits)),
+        (
+            "inputs are empty",
+            dataclasses.replace(export, inputs={"pixels": export.inputs["pixels"][:0]}),
+        ),
     ]
     for message, wrong in cases:
         with pytest.raises(ExportError, match=message):
             write(wrong, tmp_path / "point")
+    with pytest.raises(DataError, match="input `pixels` is missing"):
+        write(dataclasses.replace(export, inputs={}), tmp_path / "point")
     assert not list(tmp_path.iterdir())
 
 
@@ -267,8 +315,14 @@ def test_truncated_file_is_refused(copy: Path, kept: int) -> None:
         ("weights.npz", {"layers/qk_bits": np.asarray([12, 40])}, r"`layers/qk_bits` must lie in"),
         ("weights.npz", {"layers/qk_bits": np.asarray([12, 13])}, "`policy.qk_bits` disagrees"),
         ("weights.npz", {"tables/exp_table": np.zeros(4096, int)}, "`tables/exp_table` is not the"),
-        ("weights.npz", {"layers/gelu_table": np.zeros((2, 1023), int)}, "`tables` in the config"),
+        (
+            "weights.npz",
+            {"layers/activation_table": np.zeros((2, 1023), int)},
+            "`tables` in the config",
+        ),
         ("golden.npz", {"keep": np.zeros((2, 2, 8, 2, 9, 9), int)}, "`keep` must hold bools"),
+        ("golden.npz", {"inputs/pixels": None}, "array `inputs/pixels` is missing"),
+        ("golden.npz", {"inputs/valid": np.ones((8, 9), bool)}, "`inputs/valid` is unknown"),
     ],
 )
 def test_wrong_array_is_named(copy: Path, file: str, change: dict[str, Any], message: str) -> None:
@@ -283,6 +337,27 @@ def test_wrong_array_is_named(copy: Path, file: str, change: dict[str, Any], mes
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # Files hold the inputs first: their sizes are those that the tensors must have.
+        ({"inputs/tokens": np.zeros((8, 9), int)}, r"`inputs/valid` must have shape \(8, 9\)"),
+        ({"logits": np.zeros((8, 9, 23), int)}, r"`logits` must have shape \(8, 10, 23\)"),
+        ({"query": np.zeros((2, 7, 2, 10, 8), int)}, r"`query` must have shape \(2, 8, 2, 10, 8\)"),
+        ({"inputs/tokens": np.full((8, 10), 23)}, r"`tokens` must lie in \[0, 22\], got 23"),
+        ({"inputs/valid": np.zeros((8, 10), bool)}, "at least one token"),
+    ],
+)
+def test_wrong_golden_array_of_a_text_model(
+    tmp_path: Path, change: dict[str, np.ndarray], message: str
+) -> None:
+    write(make_export("decoder", "acceltran"), tmp_path / "text")
+    rewrite_arrays(tmp_path / "text", "golden.npz", lambda arrays: arrays.update(change), sign=True)
+    with pytest.raises(ExportError, match=message) as error:
+        read_export(tmp_path / "text")
+    assert "\n" not in str(error.value)
+
+
 def test_compressed_file_is_refused_unread(copy: Path) -> None:
     path = copy / "weights.npz"
     with np.load(path) as loaded:
@@ -293,20 +368,34 @@ def test_compressed_file_is_refused_unread(copy: Path) -> None:
 
 
 def set_version(config: dict[str, Any]) -> None:
-    config["schema_version"] = 2
+    config["schema_version"] = 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_version, "`schema_version` must be 1, got 2"),
-        (lambda config: config.pop("schema_version"), "`schema_version` must be 1, got None"),
+        (set_version, "`schema_version` must be 2, got 1: read it with"),
+        (lambda config: config.pop("schema_version"), "`schema_version` must be 2, got None"),
         (lambda config: config.update(extra=1), "`extra`: Extra inputs are not permitted"),
         (lambda config: config["structure"].update(depth=1), "`structure.depth`: Unexpected"),
-        (lambda config: config["structure"].update(mechanism="topk"), "one of dense, energon"),
+        (lambda config: config["structure"].update(mechanism="topk"), "one of acceltran, dense, e"),
+        (lambda config: config["structure"].update(norm="both"), "`structure.norm`"),
+        (
+            lambda config: config["structure"].update(mechanism="dense"),
+            "array `layers/key_bits` is unknown",
+        ),
+        (
+            lambda config: config["structure"]["input"].update(stride=0),
+            "`structure.input.PatchInput`: Value error, `stride` must be at least 1, got 0",
+        ),
+        (
+            lambda config: config["structure"].update(input={"kind": "tokens", "max_tokens": 9}),
+            "`structure.input.TokenInput.vocabulary_size`",
+        ),
         (lambda config: config["structure"].update(width=17), r"array `\w+/\w+` must have shape"),
         (lambda config: config["scales"].update(logit_scale=0), "`scales.logit_scale`"),
-        (lambda config: config["expected"].update(accuracy=float("nan")), "`expected.accuracy`"),
+        (lambda config: config["expected"].update(quality=float("nan")), "`expected.quality`"),
+        (lambda config: config["expected"].update(quality=1.5), "it must lie in .0, 1., got 1.5"),
         (lambda config: config.update(files={}), "`files` must name"),
     ],
 )
@@ -334,8 +423,7 @@ def test_missing_file_is_named(copy: Path, file: str) -> None:
 
 
 def test_first_difference_follows_the_computation() -> None:
-    tensors = dict(make_export().golden)
-    del tensors["pixels"]
+    tensors = make_export().tensors
     assert first_difference(tensors, tensors) is None
 
     def changed(name: str, index: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -357,7 +445,7 @@ def test_first_difference_follows_the_computation() -> None:
         other = changed(name, index)
         found = first_difference(tensors, other)
         assert found is not None
-        is_layered = name in emulator.LAYER_TENSORS
+        is_layered = name in LAYER_TENSORS
         assert (found.tensor, found.layer) == (name, index[0] if is_layered else None)
         assert found.index == (index[1:] if is_layered else index)
         assert found.got == other[name][index] and found.expected == tensors[name][index]

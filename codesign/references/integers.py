@@ -1,0 +1,83 @@
+"""Exact integer arithmetic in NumPy; matrix products go through float64.
+
+Below 2**53 float64 holds every integer, so sums that stay there are exact whatever the order of summation.
+"""
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from codesign.errors import ExportError
+
+Integers: TypeAlias = npt.NDArray[np.int64]
+IntegerLike: TypeAlias = Integers | np.int64 | int
+Booleans: TypeAlias = npt.NDArray[np.bool_]
+
+EXACT_LIMIT = 2**53
+"""float64 holds every integer of smaller magnitude."""
+
+
+def limit(bits: IntegerLike) -> Integers:
+    """Returns the largest code of `bits` bits; codes are symmetric."""
+    return (np.asarray(1, np.int64) << (np.asarray(bits, np.int64) - 1)) - 1
+
+
+def saturate(values: Integers, largest: IntegerLike) -> Integers:
+    """Returns `values` clipped to [-largest, largest]."""
+    return np.minimum(np.maximum(values, -largest), largest)
+
+
+def round_shift(values: Integers, shift: IntegerLike) -> Integers:
+    """Returns rint(values / 2**shift), ties to even; `shift` in [0, 62] broadcasts."""
+    places = np.asarray(shift, np.int64)
+    floor = values >> places
+    twice_rest = (values - (floor << places)) << 1
+    unit = np.asarray(1, np.int64) << places
+    is_up = (twice_rest > unit) | ((twice_rest == unit) & (floor & 1 == 1))
+    rounded: Integers = floor + is_up
+    return rounded
+
+
+def requantise(values: Integers, mantissa: IntegerLike, shift: IntegerLike) -> Integers:
+    """Returns rint(values * mantissa / 2**shift), ties to even; both factors broadcast."""
+    return round_shift(exact_product(values, mantissa), shift)
+
+
+def _peak(values: Integers) -> int:
+    """Returns the largest magnitude in `values`, 0 if there are none."""
+    return max(int(values.max(initial=0)), -int(values.min(initial=0)))
+
+
+def exact_product(values: Integers, factor: IntegerLike) -> Integers:
+    """Returns `values * factor`.
+
+    Raises:
+      ExportError: If a product reaches 2**53.
+    """
+    factor = np.asarray(factor, np.int64)
+    bound = _peak(values) * _peak(factor)
+    if bound < EXACT_LIMIT:
+        return values * factor
+    if bound < 2**63:  # too coarse to decide: the largest factors may not meet
+        product: Integers = values * factor
+        if _peak(product) < EXACT_LIMIT:
+            return product
+    raise ExportError(
+        "a product reaches 2**53, beyond what the integer path allows: "
+        "lower the multipliers of the deployment"
+    )
+
+
+def exact_matmul(a: Integers, b: Integers) -> Integers:
+    """Returns `a @ b`.
+
+    Raises:
+      ExportError: If a sum could reach 2**53.
+    """
+    if _peak(a) * _peak(b) * a.shape[-1] >= EXACT_LIMIT:
+        raise ExportError(
+            "a matrix product may reach 2**53, beyond what the integer path allows: "
+            "lower the bits of the deployment"
+        )
+    return (a.astype(np.float64) @ b.astype(np.float64)).astype(np.int64)

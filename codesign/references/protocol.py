@@ -1,0 +1,83 @@
+"""What a NumPy reader of a deployment needs to know of a mechanism; each default is that of `dense`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from codesign.errors import ExportError
+from codesign.references.integers import Booleans, Integers
+from codesign.structure import ModelStructure
+
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+Layer: TypeAlias = Mapping[str, Integers]
+"""Arrays of one layer by name, without the layer axis."""
+LayerTensors: TypeAlias = dict[str, npt.NDArray[Any]]
+
+
+def no_layers(structure: ModelStructure) -> Shapes:
+    """Returns no arrays: nothing is stored beyond what every deployment holds."""
+    del structure
+    return {}
+
+
+def no_tensors(structure: ModelStructure, batch_size: int, num_tokens: int) -> Shapes:
+    """Returns no tensors: nothing is computed beyond what every model computes."""
+    del structure, batch_size, num_tokens
+    return {}
+
+
+def check_no_rounds(structure: ModelStructure, layers: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Checks that a mechanism without a filter has no rounds; raises `ExportError`."""
+    del layers
+    if structure.num_rounds:
+        raise ExportError(
+            f"`num_rounds` must be 0 for `{structure.mechanism}`, which has no rounds, "
+            f"got {structure.num_rounds}"
+        )
+
+
+def keep_existing(
+    layer: Layer, query: Integers, key: Integers, exists: Booleans
+) -> tuple[Booleans, LayerTensors]:
+    """Keeps every pair that exists."""
+    del layer
+    return np.broadcast_to(exists, (*query.shape[:-1], key.shape[-2])), {}
+
+
+def keep_values(layer: Layer, x: Integers, site: str) -> Integers:
+    """Leaves a tensor as it is."""
+    del layer, site
+    return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The integer path of a mechanism.
+
+    Attributes:
+      name: The registry's name.
+      layer_shapes: Shapes of the mechanism's own arrays of the group `layers`, the layer axis first.
+      tensor_shapes: Shapes of its own tensors, given the structure, examples B and tokens T.
+      decision_tensors: Tensors of which each element is a decision to keep or to drop.
+      ranges: Lowest and highest legal value of its own arrays.
+      check: Raises `ExportError` if its arrays or the structure break another rule.
+      filter: From one layer's arrays, query `[B, H, T, d]`, key `[B, H, S, d]` and the pairs that exist,
+        `[B, 1, T, S]`, to the kept pairs `[B, H, T, S]` and its own tensors without the layer axis.
+      on_activation: What becomes of a tensor that enters `site`, given one layer's arrays.
+      on_output: What becomes of what a branch leaves (`attention_branch`, `ffn_branch`).
+    """
+
+    name: str
+    layer_shapes: Callable[[ModelStructure], Shapes] = no_layers
+    tensor_shapes: Callable[[ModelStructure, int, int], Shapes] = no_tensors
+    decision_tensors: tuple[str, ...] = ()
+    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    check: Callable[[ModelStructure, Mapping[str, npt.NDArray[Any]]], None] = check_no_rounds
+    filter: Callable[[Layer, Integers, Integers, Booleans], tuple[Booleans, LayerTensors]] = (
+        keep_existing
+    )
+    on_activation: Callable[[Layer, Integers, str], Integers] = keep_values
+    on_output: Callable[[Layer, Integers, str], Integers] = keep_values

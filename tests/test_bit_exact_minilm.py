@@ -1,0 +1,69 @@
+"""The JAX hard path against the NumPy emulator on MiniLM's weights: more than 1e7 decisions of each mechanism."""
+
+import jax
+import numpy as np
+import pytest
+
+from codesign.errors import CheckpointError
+from codesign.experiments.checkpoint_sources import MINILM, checkpoint_folder
+from codesign.experiments.checkpoints import load_checkpoint
+from codesign.experiments.data import Examples
+from codesign.experiments.evaluate import hard_chunks
+from codesign.experiments.teacher import calibrate
+from codesign.hw import emulator
+from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.export import first_difference
+from codesign.hw.spec import load_preset
+from codesign.mechanisms import mechanism_by_name
+from codesign.models.deploy import harden
+from codesign.policy import Policy, dense_knobs
+from codesign.references import reference_by_name
+
+NUM_TOKENS = 128
+LENGTHS = (128, 128, 128, 97, 31, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "preset"), [("energon", "energon"), ("acceltran", "acceltran-edge")]
+)
+def test_minilm_agrees_in_every_bit(name: str, preset: str) -> None:
+    try:
+        checkpoint_folder(MINILM)
+    except CheckpointError as error:
+        pytest.skip(f"MiniLM is not installed: {error}")
+    checkpoint = load_checkpoint(MINILM, num_outputs=2, key=jax.random.key(0))
+    config, mechanism = checkpoint.config, mechanism_by_name(name)
+    structure = config.structure
+    rng = np.random.default_rng(0)
+    lengths = np.asarray(LENGTHS)
+    valid = np.arange(NUM_TOKENS)[None, :] < lengths[:, None]
+    tokens = rng.integers(1000, 30000, valid.shape) * valid
+    examples = Examples(
+        inputs={"tokens": tokens.astype(np.int32), "valid": valid},
+        labels=np.zeros(len(lengths), np.int32),
+    )
+    calibration = calibrate(checkpoint.params, examples, config, (NUM_TOKENS,))
+    knobs = dense_knobs(
+        structure.num_layers, linear_bits=6.0, attention_bits=11.0, end_sites=structure.end_sites
+    )
+    own = mechanism.knobs(structure.num_layers, structure.num_heads)
+    scale = mechanism.thresholds
+    assert scale is not None
+    strength = rng.uniform(0.3, 0.7, own["threshold"].shape)
+    ranges = {key: np.asarray(value, np.float64) for key, value in calibration.layers.items()}
+    own["threshold"] = scale.from_strength(strength, ranges)
+    policy = Policy(layers=knobs.layers | own, ends=knobs.ends)
+    deployed = harden(checkpoint.params, policy, calibration, config, mechanism)
+    accelerator = accelerator_from_spec(load_preset(preset))
+    decisions = 0
+    for chunk in hard_chunks(deployed, examples, accelerator, (NUM_TOKENS,), tracing=True, most=2):
+        emulated = emulator.emulate(
+            deployed.structure, deployed.layers, deployed.ends, chunk.inputs
+        )
+        assert first_difference(chunk.tensors, emulated) is None
+        names = reference_by_name(name).decision_tensors
+        decisions += sum(chunk.tensors[tensor].size for tensor in names)
+        pruned = np.concatenate([np.ravel(chunk.tensors[tensor]) == 0 for tensor in names])
+        assert 0.02 < np.mean(pruned) < 0.98  # decisions of both kinds
+    assert decisions > 1e7
