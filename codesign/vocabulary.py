@@ -4,8 +4,8 @@ from fnmatch import fnmatchcase
 
 from codesign.errors import UnknownNameError
 
-LINEAR_SITES = ("embed", "qkv", "out", "up", "down", "head")
-"""Linear layers with a weight; `embed` and `head` stand outside the scanned blocks."""
+LINEAR_SITES = ("embed", "qkv", "out", "up", "down", "pool", "head")
+"""Linear layers with a weight; `embed`, `pool` and `head` stand outside the scanned blocks."""
 
 SITES = (
     *("qkv", "query", "key", "value", "scores", "probabilities"),
@@ -52,6 +52,7 @@ ATTENTION_OPERATIONS = (
 )
 MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
     "dense": ATTENTION_OPERATIONS,
+    "acceltran": ATTENTION_OPERATIONS,
     "energon": (
         "filter*.mac",
         "filter*.statistic",
@@ -62,6 +63,12 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Operations that a mechanism feeds to its machine; `*` stands for a round's number."""
+
+LINEAR_OPERATIONS = ("linear.mac", "norm.element", "activation.element")
+"""What a machine without a host executes besides: dense products, elements of norms and of non-linearities.
+
+Their counts follow from a workload's dense products; no mechanism counts them.
+"""
 
 
 def check_key(key: str) -> str:

@@ -8,30 +8,44 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from codesign import units
 from codesign.errors import UnknownNameError
 from codesign.hw import energy
-from codesign.hw.spec import AcceleratorSpec, Quantity
-from codesign.vocabulary import KINDS, matches
+from codesign.hw.quantities import Quantity
+from codesign.hw.spec import AcceleratorSpec
+from codesign.vocabulary import matches
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitStructure:
-    """What a unit does; energies per kind are `(constant, product)` as in `energy.operation_pj`."""
+    """What a unit does; energies per kind are `(constant, product)` as in `energy.operation_pj`.
+
+    `per_lane` is the work of a lane per cycle, utilisation included; `issue_rate` what it may start
+    in that time, infinite without a bound. `mm2` is per lane, or per element of its width.
+    """
 
     name: str
     serves: tuple[str, ...]
-    paced_by: str
+    paces: tuple[str, ...]
     rule: str
     rows: str | None
     has_width: bool
+    per_lane: float
+    issue_rate: float
+    skips_zeros: bool
     slice_a: float | None
     slice_b: float | None
     scales_with_bits: bool
     overhead_cycles: float
     reads_b: str | None
     energy_pj: tuple[tuple[str, tuple[float, float]], ...]
-    element_mm2: float
+    leakage_pj_per_cycle: float
+    mm2: float
+    is_area_per_element: bool
+
+    @property
+    def resources(self) -> tuple[str, str]:
+        """Names of what takes time in it: executing operations, and starting them."""
+        return self.name, f"{self.name}.issue"
 
     def price(self, kind: str) -> tuple[float, float]:
         """Returns `(constant, product)` in pJ and pJ/bit^2 of a kind of operation."""
@@ -40,13 +54,47 @@ class UnitStructure:
 
 @dataclass(frozen=True, kw_only=True)
 class BufferStructure:
-    """An on-chip memory: preset capacity in byte, energy there in pJ/B, area in mm2/B."""
+    """An on-chip memory: preset capacity in byte, energy in pJ/B at `energy_at_bytes`, area in mm2/B.
+
+    `bytes_per_cycle` bounds what is written into it, infinite without a bound; leakage is in pJ per
+    cycle and byte.
+    """
 
     name: str
     capacity_bytes: float
+    energy_at_bytes: float
     energy_pj_per_byte: float
+    bytes_per_cycle: float
+    leakage_pj_per_cycle: float
     mm2_per_byte: float
+    is_sized: bool
     follows_query_block: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElementStructure:
+    """Blocks that each processing element has besides its units: pJ per cycle, mm2."""
+
+    driven_by: str
+    dynamic_pj_per_cycle: float
+    leakage_pj_per_cycle: float
+    mm2: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageStructure:
+    """Names of the memories of a machine that runs the linear layers itself, and its batch."""
+
+    weights: str
+    activations: str
+    masks: str | None
+    batch: float
+    stores_scores: bool
+
+    @property
+    def mask_bits(self) -> float:
+        """Mask bits per stored element."""
+        return 0.0 if self.masks is None else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +121,13 @@ class Structure:
     buffers: tuple[BufferStructure, ...]
     stages: tuple[tuple[str, ...], ...]
     drain_cycles: float
-    query_block: float
+    query_block: float | None
     clock_hz: float
     dram_pj_per_byte: float
-    host: HostStructure
+    standing_pj_per_cycle: float
+    elements: ElementStructure | None
+    host: HostStructure | None
+    storage: StorageStructure | None
     has_separate_storage: bool
     prices_index_lists: bool
     buffer_energy_scales: bool
@@ -104,9 +155,9 @@ class Accelerator:
 
     Attributes:
       sizes: Scalars by name: `<unit>.lanes`, `<unit>.width` (elements), `<buffer>.bytes`,
-        `query_block` (rows), `dram.bytes_per_cycle`, `host.rows`, `host.cols` (MACs) and
-        `host.sram_bytes`. All are positive and in natural units (an optimiser works on their
-        logarithms).
+        `dram.bytes_per_cycle`, and what the machine has of `query_block` (rows),
+        `processing_elements`, `host.rows`, `host.cols` (MACs) and `host.sram_bytes`. All are
+        positive and in natural units (an optimiser works on their logarithms).
       structure: What runs where, what overlaps, and the price of everything; static.
     """
 
@@ -120,13 +171,17 @@ def accelerator_from_spec(spec: AcceleratorSpec) -> Accelerator:
     Raises:
       PresetError: If an operation served by a unit has no energy.
     """
-    sizes = {
-        "query_block": spec.pipeline.query_block.value,
-        "dram.bytes_per_cycle": spec.dram_bytes_per_cycle,
-        "host.rows": spec.host.rows.value,
-        "host.cols": spec.host.cols.value,
-        "host.sram_bytes": spec.host.sram.base,
-    }
+    sizes = {"dram.bytes_per_cycle": spec.dram_bytes_per_cycle}
+    if spec.pipeline.query_block is not None:
+        sizes["query_block"] = spec.pipeline.query_block.value
+    if spec.processing_elements is not None:
+        sizes["processing_elements"] = spec.processing_elements.count.value
+    if spec.host is not None:
+        sizes |= {
+            "host.rows": spec.host.rows.value,
+            "host.cols": spec.host.cols.value,
+            "host.sram_bytes": spec.host.sram.base,
+        }
     for name, unit in spec.units.items():
         sizes[f"{name}.lanes"] = unit.lanes.value
         if unit.width is not None:
@@ -163,7 +218,16 @@ def spec_with_sizes(spec: AcceleratorSpec, sizes: Mapping[str, float]) -> Accele
         value = old.value * (base / old.base)
         return Quantity(value=value, unit=old.unit, source=f"Resized; {old.source}")
 
-    block = quantity(spec.pipeline.query_block, sizes.get("query_block"))
+    block = spec.pipeline.query_block
+    growth_of_block = 1.0
+    if block is not None:
+        new_block = quantity(block, sizes.get("query_block"))
+        growth_of_block = new_block.value / block.value
+        block = new_block
+    elements = spec.processing_elements
+    if elements is not None:
+        count = quantity(elements.count, sizes.get("processing_elements"))
+        elements = elements.model_copy(update={"count": count})
     resized_units, memories = {}, {}
     for name, unit in spec.units.items():
         width = unit.width
@@ -174,82 +238,140 @@ def spec_with_sizes(spec: AcceleratorSpec, sizes: Mapping[str, float]) -> Accele
     for name, memory in spec.memories.items():
         target = sizes.get(f"{name}.bytes")
         if memory.sized_by == "query_block":
-            target = memory.capacity.base * block.value / spec.pipeline.query_block.value
+            target = memory.capacity.base * growth_of_block
         capacity = quantity(memory.capacity, target)
         growth = math.sqrt(capacity.base / memory.capacity.base) if scales else 1.0
+        if memory.energy_at is not None:
+            growth = 1.0  # The file's price holds at its own capacity.
         spent = quantity(memory.energy, memory.energy.base * growth)
         memories[name] = memory.model_copy(update={"capacity": capacity, "energy": spent})
     bandwidth = sizes.get("dram.bytes_per_cycle")
     if bandwidth is not None:
         bandwidth *= spec.clock_hz
-    host = {
-        field: quantity(getattr(spec.host, field), sizes.get(f"host.{key}"))
-        for field, key in (("rows", "rows"), ("cols", "cols"), ("sram", "sram_bytes"))
-    }
+    host = spec.host
+    if host is not None:
+        changes = {
+            field: quantity(getattr(host, field), sizes.get(f"host.{key}"))
+            for field, key in (("rows", "rows"), ("cols", "cols"), ("sram", "sram_bytes"))
+        }
+        host = host.model_copy(update=changes)
     return spec.model_copy(
         update={
             "units": resized_units,
+            "processing_elements": elements,
             "memories": memories,
             "pipeline": spec.pipeline.model_copy(update={"query_block": block}),
             "dram": spec.dram.model_copy(
                 update={"bandwidth": quantity(spec.dram.bandwidth, bandwidth)}
             ),
-            "host": spec.host.model_copy(update=host),
+            "host": host,
         }
     )
 
 
 def _unit(spec: AcceleratorSpec, name: str) -> UnitStructure:
     unit = spec.units[name]
-    kinds = [kind for kind in KINDS if any(key.endswith(f".{kind}") for key in unit.serves)]
+    kinds = dict.fromkeys(key.partition(".")[2] for key in unit.serves)
+    per_lane = 1.0 if unit.per_lane is None else unit.per_lane.value
+    if unit.utilisation is not None:
+        per_lane *= unit.utilisation.value
     return UnitStructure(
         name=name,
         serves=unit.serves,
-        paced_by=unit.paced_by,
+        paces=unit.paces,
         rule=unit.rule,
         rows=unit.rows,
         has_width=unit.width is not None,
+        per_lane=per_lane,
+        issue_rate=math.inf if unit.issue_rate is None else unit.issue_rate.value,
+        skips_zeros=unit.skips_zeros is not None and unit.skips_zeros.value,
         slice_a=None if unit.slice_a is None else unit.slice_a.value,
         slice_b=None if unit.slice_b is None else unit.slice_b.value,
         scales_with_bits=unit.scaling == "au_scales" and spec.switches.au_scales.value,
         overhead_cycles=0.0 if unit.overhead is None else unit.overhead.value,
         reads_b=unit.reads_b,
         energy_pj=tuple((kind, energy.operation_pj(spec, name, kind)) for kind in kinds),
-        element_mm2=energy.element_mm2(spec, name),
+        leakage_pj_per_cycle=energy.modules_leakage_pj(spec, unit.modules),
+        mm2=energy.unit_mm2(spec, name),
+        is_area_per_element=energy.is_area_per_element(spec, name),
+    )
+
+
+def _buffer(spec: AcceleratorSpec, name: str) -> BufferStructure:
+    memory = spec.memories[name]
+    leakage = 0.0 if memory.leakage is None else memory.leakage.base
+    bandwidth = math.inf if memory.bandwidth is None else memory.bandwidth.base
+    return BufferStructure(
+        name=name,
+        capacity_bytes=memory.capacity.base,
+        energy_at_bytes=(memory.energy_at or memory.capacity).base,
+        energy_pj_per_byte=energy.buffer_pj_per_byte(spec, name),
+        bytes_per_cycle=bandwidth / spec.clock_hz,
+        leakage_pj_per_cycle=energy.pj_per_cycle(spec, leakage),
+        mm2_per_byte=energy.buffer_mm2_per_byte(spec, name),
+        is_sized=memory.sized_by == "capacity",
+        follows_query_block=memory.sized_by == "query_block",
+    )
+
+
+def _elements(spec: AcceleratorSpec) -> ElementStructure | None:
+    elements = spec.processing_elements
+    if elements is None:
+        return None
+    return ElementStructure(
+        driven_by=elements.driven_by,
+        dynamic_pj_per_cycle=energy.modules_dynamic_pj(spec, elements.modules),
+        leakage_pj_per_cycle=energy.modules_leakage_pj(spec, elements.modules),
+        mm2=sum(spec.modules[name].area.base for name in elements.modules),
+    )
+
+
+def _host(spec: AcceleratorSpec) -> HostStructure | None:
+    host, table = spec.host, spec.energy_table
+    if host is None or table is None:
+        return None
+    return HostStructure(
+        bits=host.bits.value,
+        multiply_pj=energy.multiply_pj(spec),
+        add_pj=energy.add_pj(spec) * host.accumulator.value,
+        sram_pj_per_byte=table.sram.value * spec.energy_scale,
+        sram_reference_bytes=table.sram_reference.base,
+        scales_with_bits=host.scales_with_bits.value,
+        prefetches_weights=host.prefetch_weights.value,
+        mac_mm2=host.mac_area.base * spec.area_scale,
+        sram_mm2_per_byte=host.sram_area.base * spec.area_scale,
+    )
+
+
+def _storage(spec: AcceleratorSpec) -> StorageStructure | None:
+    storage = spec.storage
+    if storage is None:
+        return None
+    return StorageStructure(
+        weights=storage.weights,
+        activations=storage.activations,
+        masks=storage.masks,
+        batch=storage.batch.value,
+        stores_scores=storage.stores_scores.value,
     )
 
 
 def _structure(spec: AcceleratorSpec) -> Structure:
-    table, host, switches = spec.energy_table, spec.host, spec.switches
+    switches, block = spec.switches, spec.pipeline.query_block
+    standing = 0.0 if spec.standing_power is None else spec.standing_power.base
     return Structure(
         name=spec.name,
         units=tuple(_unit(spec, name) for name in spec.units),
-        buffers=tuple(
-            BufferStructure(
-                name=name,
-                capacity_bytes=memory.capacity.base,
-                energy_pj_per_byte=energy.buffer_pj_per_byte(spec, name),
-                mm2_per_byte=energy.buffer_mm2_per_byte(spec, name),
-                follows_query_block=memory.sized_by == "query_block",
-            )
-            for name, memory in spec.memories.items()
-        ),
+        buffers=tuple(_buffer(spec, name) for name in spec.memories),
         stages=spec.pipeline.stages,
         drain_cycles=spec.pipeline.drain.value,
-        query_block=spec.pipeline.query_block.value,
+        query_block=None if block is None else block.value,
         clock_hz=spec.clock_hz,
         dram_pj_per_byte=energy.dram_pj_per_byte(spec),
-        host=HostStructure(
-            bits=host.bits.value,
-            multiply_pj=energy.multiply_pj(spec),
-            add_pj=energy.add_pj(spec) * host.accumulator.value,
-            sram_pj_per_byte=table.sram.value * spec.energy_scale,
-            sram_reference_bytes=table.sram_reference.base,
-            scales_with_bits=host.scales_with_bits.value,
-            prefetches_weights=host.prefetch_weights.value,
-            mac_mm2=host.mac_area.value * spec.area_scale,
-            sram_mm2_per_byte=host.sram_area.value / units.BYTES_PER_KIB * spec.area_scale,
-        ),
+        standing_pj_per_cycle=energy.pj_per_cycle(spec, standing),
+        elements=_elements(spec),
+        host=_host(spec),
+        storage=_storage(spec),
         has_separate_storage=switches.separate_storage.value,
         prices_index_lists=switches.index_lists_priced.value,
         buffer_energy_scales=switches.buffer_energy_scales.value,

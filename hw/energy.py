@@ -8,29 +8,84 @@ width (Horowitz, "Computing's energy problem", ISSCC 2014).
 from codesign import units
 from codesign.errors import PresetError
 from codesign.hw.spec import AcceleratorSpec
+from codesign.hw.spec_tables import EnergyTable
 
 # The table's multiply is of 8 by 8 bits.
 _TABLE_PRODUCT = 64.0
 
 
+def _table(spec: AcceleratorSpec) -> EnergyTable:
+    """Returns the energy table; files that need one were checked to have it."""
+    assert spec.energy_table is not None
+    return spec.energy_table
+
+
 def multiply_pj(spec: AcceleratorSpec) -> float:
     """Returns the energy of a multiplier per product of operand widths, pJ/bit^2, at the node."""
-    return spec.energy_table.multiply_8x8.value / _TABLE_PRODUCT * spec.energy_scale
+    return _table(spec).multiply_8x8.value / _TABLE_PRODUCT * spec.energy_scale
 
 
 def add_pj(spec: AcceleratorSpec) -> float:
     """Returns the energy of an adder per bit of its width, pJ/bit, at the node."""
-    return spec.energy_table.add_per_bit.value * spec.energy_scale
+    return _table(spec).add_per_bit.value * spec.energy_scale
+
+
+def pj_per_cycle(spec: AcceleratorSpec, watts: float) -> float:
+    """Returns the energy of a power in one cycle, pJ."""
+    return watts * units.PJ_PER_J / spec.clock_hz
+
+
+def modules_dynamic_pj(spec: AcceleratorSpec, names: tuple[str, ...]) -> float:
+    """Returns what one each of some blocks draws in a cycle of work, pJ."""
+    return sum(pj_per_cycle(spec, spec.modules[name].dynamic.base) for name in names)
+
+
+def modules_leakage_pj(spec: AcceleratorSpec, names: tuple[str, ...]) -> float:
+    """Returns what one each of some blocks leaks in a cycle, pJ."""
+    return sum(pj_per_cycle(spec, spec.modules[name].leakage.base) for name in names)
 
 
 def operation_pj(spec: AcceleratorSpec, unit_name: str, kind: str) -> tuple[float, float]:
     """Returns `(constant, product)` in pJ and pJ/bit^2 of one operation, fitted factor included.
 
+    Units of synthesised blocks share their energy of a cycle among the operations finished in it;
+    the others are priced by the energy table.
+
     Raises:
-      PresetError: If neither the energy table nor the unit prices this kind of operation.
+      PresetError: If the file does not price this kind of operation.
     """
+    price = _module_price if spec.units[unit_name].modules else _table_price
+    constant, product = price(spec, unit_name, kind)
+    factor = spec.energy_factor.value
+    return constant * factor, product * factor
+
+
+def _module_price(spec: AcceleratorSpec, unit_name: str, kind: str) -> tuple[float, float]:
     unit = spec.units[unit_name]
-    table = spec.energy_table
+    if kind in unit.energy:
+        return unit.energy[kind].value, 0.0
+    if kind not in {key.partition(".")[2] for key in unit.paces}:
+        raise PresetError(
+            f"{spec.name}: `units.{unit_name}.energy.{kind}` is missing: `{kind}` takes none of the "
+            "unit's time, so give its energy there (0 if the modules include it)"
+        )
+    constant, product = modules_dynamic_pj(spec, unit.modules), 0.0
+    if kind == "mac":
+        for name in unit.modules:
+            module = spec.modules[name]
+            if module.multiplier_share is not None and module.native_bits is not None:
+                share = module.multiplier_share.value * pj_per_cycle(spec, module.dynamic.base)
+                constant -= share
+                product += share / module.native_bits.value**2
+    width = 1.0 if unit.width is None else unit.width.value
+    finished = width if unit.per_lane is None else width * unit.per_lane.value
+    return constant / finished, product / finished
+
+
+def _table_price(spec: AcceleratorSpec, unit_name: str, kind: str) -> tuple[float, float]:
+    unit = spec.units[unit_name]
+    table = _table(spec)
+    assert unit.accumulator is not None
     adder = add_pj(spec) * unit.accumulator.value
     prices = {
         "mac": (adder, multiply_pj(spec)),
@@ -52,27 +107,40 @@ def operation_pj(spec: AcceleratorSpec, unit_name: str, kind: str) -> tuple[floa
             f"{spec.name}: `units.{unit_name}.energy.{kind}` is missing: the energy table has no "
             f"formula for `{kind}`, so give its energy there"
         )
-    constant, product = prices[kind]
-    factor = spec.energy_factor.value
-    return constant * factor, product * factor
+    return prices[kind]
 
 
 def buffer_pj_per_byte(spec: AcceleratorSpec, name: str) -> float:
-    """Returns the energy of a byte read from a buffer of the preset's capacity, pJ/B, as fitted."""
-    return spec.memories[name].energy.value * spec.energy_scale * spec.energy_factor.value
+    """Returns the energy of a byte read from or written to a memory, pJ/B, as fitted.
+
+    It holds at the capacity that the file names, or else at the memory's own.
+    """
+    return spec.memories[name].energy.base * spec.energy_scale * spec.energy_factor.value
 
 
 def dram_pj_per_byte(spec: AcceleratorSpec) -> float:
     """Returns the energy of a byte moved from or to main memory, pJ/B."""
-    return spec.dram.energy.value * units.BITS_PER_BYTE
+    energy = spec.dram.energy
+    return energy.value * units.BITS_PER_BYTE if energy.unit == "pJ/bit" else energy.base
 
 
-def element_mm2(spec: AcceleratorSpec, unit_name: str) -> float:
-    """Returns the area of one element (lane where lanes have no width) of a unit, mm2, as fitted."""
-    return spec.units[unit_name].area.value * spec.area_scale * spec.area.factor.value
+def unit_mm2(spec: AcceleratorSpec, unit_name: str) -> float:
+    """Returns the area of one lane of a unit, or of one element of a lane's width, mm2, as fitted.
+
+    Which of the two: `is_area_per_element`. Areas of synthesised blocks hold as published.
+    """
+    unit = spec.units[unit_name]
+    if unit.area is None:
+        return sum(spec.modules[name].area.base for name in unit.modules)
+    return unit.area.value * spec.area_scale * spec.area.factor.value
+
+
+def is_area_per_element(spec: AcceleratorSpec, unit_name: str) -> bool:
+    """Whether a unit's area is given per element of a lane's width."""
+    area = spec.units[unit_name].area
+    return area is not None and area.unit == "mm2/element"
 
 
 def buffer_mm2_per_byte(spec: AcceleratorSpec, name: str) -> float:
-    """Returns the area of a byte of a buffer, mm2/B, as fitted."""
-    density = spec.memories[name].area.value / units.BYTES_PER_KIB
-    return density * spec.area_scale * spec.area.factor.value
+    """Returns the area of a byte of a memory, mm2/B, as fitted."""
+    return spec.memories[name].area.base * spec.area_scale * spec.area.factor.value

@@ -49,10 +49,11 @@ def host_cost(gemms: list[Gemm], accelerator: Accelerator, maximum: Maximum) -> 
       Fill, drain and tiles of a weight-stationary systolic array: docs/cost_model.md, section 4.
     """
     host, sizes = accelerator.structure.host, accelerator.sizes
+    assert host is not None
     height, width = sizes["host.rows"], sizes["host.cols"]
-    rows = _side_by_side([gemm.rows for gemm in gemms])
-    activation_bits = _side_by_side([gemm.activation_bits for gemm in gemms])
-    weight_bits = _side_by_side([gemm.weight_bits for gemm in gemms])
+    rows = side_by_side([gemm.rows for gemm in gemms])
+    activation_bits = side_by_side([gemm.activation_bits for gemm in gemms])
+    weight_bits = side_by_side([gemm.weight_bits for gemm in gemms])
     inner = jnp.asarray([[[float(gemm.inner) for gemm in gemms]]])
     outer = jnp.asarray([[[float(gemm.outer) for gemm in gemms]]])
     tiles = ceil(inner / height) * ceil(outer / width)
@@ -87,15 +88,17 @@ def host_cost(gemms: list[Gemm], accelerator: Accelerator, maximum: Maximum) -> 
     )
 
 
-def _side_by_side(parts: list[jax.Array]) -> jax.Array:
+def side_by_side(parts: list[jax.Array]) -> jax.Array:
     """Stacks `[B, L]` or `[1, L]` along a last axis."""
     shape = jnp.broadcast_shapes(*(part.shape for part in parts))
     return jnp.stack([jnp.broadcast_to(part, shape) for part in parts], axis=-1)
 
 
 def host_mm2(accelerator: Accelerator) -> dict[str, jax.Array]:
-    """Returns the area of the host's array and SRAM, mm2."""
+    """Returns the area of the host's array and SRAM, mm2; empty without a host."""
     host, sizes = accelerator.structure.host, accelerator.sizes
+    if host is None:
+        return {}
     return {
         "host.mac": sizes["host.rows"] * sizes["host.cols"] * host.mac_mm2,
         "host.sram": sizes["host.sram_bytes"] * host.sram_mm2_per_byte,

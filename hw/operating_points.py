@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from codesign.errors import UnknownNameError
+from codesign.hw.quantities import Quantity
 from codesign.hw.spec import AcceleratorSpec
 from codesign.workload import (
     Gemm,
@@ -18,13 +19,17 @@ from codesign.workload import (
     grid_levels,
 )
 
+_BLOCK_SITES = ("qkv", "out", "up", "down")
+_ACTIVATION_SITES = ("query", "key", "value", "probabilities", *_BLOCK_SITES)
+_WEIGHT_SITES = tuple(f"{site}.weight" for site in _BLOCK_SITES)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """A transformer's sizes.
 
     `embed` and `head` are (rows, inner, outer) of the products outside the blocks, None where the
-    model has none.
+    model has none. In a causal model a token attends to itself and to those before it.
     """
 
     num_layers: int
@@ -35,14 +40,16 @@ class ModelShape:
     hidden: int
     embed: tuple[int, int, int] | None = None
     head: tuple[int, int, int] | None = None
+    is_causal: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """Kept fractions after each round (none: dense attention) and bits, alike in all layers.
 
-    `union` is the fraction of keys that some query of any block wants after each round; None
-    estimates it from independent queries.
+    `kept` is a fraction of the keys that a query may attend to. `union` is the fraction of keys that
+    some query of any block wants after each round; None estimates it from independent queries.
+    Densities are fractions of elements that are not zero, of all activations and all weights alike.
     """
 
     kept: tuple[float, ...] = ()
@@ -54,6 +61,8 @@ class Setting:
     weight_bits: float = 8.0
     activation_bits: float = 8.0
     output_bits: float | None = None
+    activation_density: float = 1.0
+    weight_density: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +101,7 @@ def workload_from_fractions(shape: ModelShape, setting: Setting) -> Workload:
         )
     tokens, width = shape.num_tokens, shape.head_dim
     queries = float(tokens * shape.num_heads)
-    pairs = queries * tokens
+    pairs = float(shape.num_heads * np.sum(_row_lengths(shape)))
     planes = np.diff(setting.key_bits, prepend=0.0).tolist()
 
     def operation(count: float, bits_a: float, bits_b: float) -> Operation:
@@ -111,7 +120,7 @@ def workload_from_fractions(shape: ModelShape, setting: Setting) -> Workload:
         "softmax.reciprocal": operation(queries, setting.qk_bits, setting.qk_bits),
         "output.multiply": operation(queries * width, setting.qk_bits, setting.v_bits),
     }
-    rows = {"attention": _rows(kept[-1] * tokens, shape)}
+    rows = {"attention": _rows(kept[-1], shape)}
     output_bits = setting.activation_bits if setting.output_bits is None else setting.output_bits
     streams = {
         "query": _stream([queries], setting.qk_bits, "", 0.0, shape),
@@ -126,7 +135,7 @@ def workload_from_fractions(shape: ModelShape, setting: Setting) -> Workload:
         )
         operations[f"filter{index}.statistic"] = operation(alive, score_bits, score_bits)
         operations[f"filter{index}.compare"] = operation(alive, score_bits, score_bits)
-        rows[f"filter{index}"] = _rows(kept[index] * tokens, shape)
+        rows[f"filter{index}"] = _rows(kept[index], shape)
         streams[f"key{index}"] = _stream(
             _union(kept[index], setting, shape),
             planes[index],
@@ -149,29 +158,63 @@ def workload_from_fractions(shape: ModelShape, setting: Setting) -> Workload:
         block_gemms=block,
         end_gemms=ends,
         head_dim=width,
+        densities=_densities(shape, setting),
     )
 
 
-def _rows(keys: float, shape: ModelShape) -> RowStatistics:
-    queries = float(shape.num_tokens * shape.num_heads)
+def _densities(shape: ModelShape, setting: Setting) -> dict[str, jax.Array]:
+    """Returns the densities that differ from 1, `[1, L]`."""
+    densities: dict[str, jax.Array] = {}
+    for sites, density in (
+        (_ACTIVATION_SITES, setting.activation_density),
+        (_WEIGHT_SITES, setting.weight_density),
+    ):
+        if density != 1.0:
+            densities |= {site: _scalar(density, shape)[..., 0] for site in sites}
+    return densities
+
+
+def _row_lengths(shape: ModelShape) -> np.ndarray:
+    """Returns the keys that each query of a head may attend to, `[T]`."""
+    tokens = shape.num_tokens
+    return np.arange(1.0, tokens + 1.0) if shape.is_causal else np.full(tokens, float(tokens))
+
+
+def _rows(kept: float, shape: ModelShape) -> RowStatistics:
+    keys = kept * _row_lengths(shape)
     sizes = 2.0 ** np.arange(grid_levels(shape.num_tokens))
+    steps = [np.sum(np.maximum(keys / size, 1.0) if size > 1 else keys) for size in sizes]
     return RowStatistics(
-        segments=_block(queries * np.where(sizes > 1, np.maximum(keys / sizes, 1.0), keys), shape),
-        queries=_scalar(queries, shape),
-        maximum=_scalar(keys, shape),
+        segments=_block(np.asarray(steps) * shape.num_heads, shape),
+        queries=_scalar(float(shape.num_tokens * shape.num_heads), shape),
+        maximum=_scalar(float(keys[-1]), shape),
     )
 
 
 def _union(kept: float, setting: Setting, shape: ModelShape) -> np.ndarray:
     """Returns vectors fetched by all heads for blocks of 1, 2, 4, ... queries, `[G]`."""
-    sizes = 2.0 ** np.arange(grid_levels(shape.num_tokens))
-    independent = 1.0 - (1.0 - kept) ** sizes
-    if setting.union is not None and kept < 1.0:
-        # A single query wants its own keys; no block wants fewer keys than one query.
-        independent = np.where(sizes > 1, max(setting.union, kept), kept)
-    blocks: np.ndarray = np.ceil(shape.num_tokens / sizes)
-    vectors: np.ndarray = blocks * (shape.num_tokens * shape.num_heads) * independent
-    return vectors
+    tokens = shape.num_tokens
+    vectors = []
+    for level in range(grid_levels(tokens)):
+        size = 2**level
+        starts = np.arange(0, tokens, size)
+        # A last block that is not full is counted as if it were, where all rows are alike.
+        block = np.minimum(size, tokens - starts) if shape.is_causal else np.full(len(starts), size)
+        reach = starts + block if shape.is_causal else np.full(len(starts), tokens)
+        if setting.union is not None and kept < 1.0:
+            # A single query wants its own keys; no block wants fewer keys than one query.
+            fraction = max(setting.union, kept) if size > 1 else kept
+            wanted = reach * fraction
+        else:
+            # Keys before the block are seen by all its queries, those inside by the later ones only.
+            missed = 1.0 - kept
+            seen_by_all = starts if shape.is_causal else reach
+            wanted = seen_by_all * (1.0 - missed**block)
+            if shape.is_causal:
+                inside = np.cumsum(1.0 - missed ** np.arange(1.0, size + 1.0))
+                wanted = wanted + inside[block - 1]
+        vectors.append(np.sum(wanted) * shape.num_heads)
+    return np.asarray(vectors)
 
 
 def _stream(
@@ -221,20 +264,32 @@ def _gemms(shape: ModelShape, setting: Setting) -> tuple[dict[str, Gemm], dict[s
 
 
 def published_setting(spec: AcceleratorSpec) -> Setting:
-    """Returns kept fractions and bits of the machine's published operating point, linear at 8 bit."""
-    point = spec.operating_point
+    """Returns kept fractions, bits and densities of the machine's published operating point."""
+    point, default = spec.operating_point, Setting()
+
+    def given(quantity: Quantity | None, otherwise: float) -> float:
+        return otherwise if quantity is None else quantity.value
+
     return Setting(
         kept=tuple(fraction.value for fraction in point.kept),
-        union=point.union.value,
-        query_bits=point.query_bits.value,
+        union=None if point.union is None else point.union.value,
+        query_bits=given(point.query_bits, default.query_bits),
         key_bits=tuple(bits.value for bits in point.key_bits),
         qk_bits=point.qk_bits.value,
         v_bits=point.v_bits.value,
+        weight_bits=given(point.linear_bits, default.weight_bits),
+        activation_bits=given(point.linear_bits, default.activation_bits),
+        activation_density=given(point.activation_density, 1.0),
+        weight_density=given(point.weight_density, 1.0),
     )
 
 
-def cheapest_setting(shape: ModelShape, *, num_rounds: int) -> Setting:
-    """Returns the cheapest legal setting: one key kept by all queries alike, narrowest operands."""
+def cheapest_setting(shape: ModelShape, *, num_rounds: int, skips_zeros: bool = False) -> Setting:
+    """Returns the cheapest legal setting: one key kept by all queries alike, narrowest operands.
+
+    On a machine that skips zeros, everything is zero.
+    """
+    density = 0.0 if skips_zeros else 1.0
     one = 1.0 / shape.num_tokens
     return Setting(
         kept=(one,) * num_rounds,
@@ -245,6 +300,15 @@ def cheapest_setting(shape: ModelShape, *, num_rounds: int) -> Setting:
         v_bits=8.0,
         weight_bits=2.0,
         activation_bits=2.0,
+        activation_density=density,
+        weight_density=density,
+    )
+
+
+def skips_zeros(spec: AcceleratorSpec) -> bool:
+    """Whether some unit of the machine skips products with a zero operand."""
+    return any(
+        unit.skips_zeros is not None and unit.skips_zeros.value for unit in spec.units.values()
     )
 
 
@@ -253,7 +317,9 @@ def operating_points(spec: AcceleratorSpec, shape: ModelShape) -> list[Operating
     published = published_setting(spec)
     settings = {
         "dense": Setting(),
-        "cheapest legal": cheapest_setting(shape, num_rounds=len(published.kept)),
+        "cheapest legal": cheapest_setting(
+            shape, num_rounds=len(published.kept), skips_zeros=skips_zeros(spec)
+        ),
         "published": published,
     }
     return [

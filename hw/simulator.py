@@ -14,10 +14,12 @@ import numpy as np
 from codesign import units
 from codesign.errors import PresetError, UnknownNameError
 from codesign.hw import energy
-from codesign.hw.spec import AcceleratorSpec, Unit
-from codesign.vocabulary import LINEAR_SITES
+from codesign.hw.spec import AcceleratorSpec
+from codesign.hw.spec_tables import EnergyTable, Host, Unit
+from codesign.vocabulary import LINEAR_SITES, matches
 
 BLOCK_SITES = ("qkv", "out", "up", "down")
+END_SITES = tuple(site for site in LINEAR_SITES if site not in BLOCK_SITES)
 
 
 class Trace(Protocol):
@@ -120,7 +122,11 @@ class _Masks:
 
 
 def simulate(
-    trace: Trace, spec: AcceleratorSpec, gemm_shapes: Mapping[str, GemmShape]
+    trace: Trace,
+    spec: AcceleratorSpec,
+    gemm_shapes: Mapping[str, GemmShape],
+    *,
+    is_causal: bool = False,
 ) -> Simulation:
     """Runs a batch through a machine.
 
@@ -131,11 +137,14 @@ def simulate(
         on the last mask.
       spec: The machine; all its row-wise units must be paced by row statistics.
       gemm_shapes: Linear layers by site.
+      is_causal: Whether a token attends to itself and to those before it only; it says which pairs
+        exist before anything is filtered.
 
     Raises:
-      PresetError: If a unit of the machine has no row-by-row rule.
+      PresetError: If the simulator has no rules for this machine.
       UnknownNameError: If a linear site does not exist.
     """
+    host, table = _check_machine(spec)
     for site in gemm_shapes:
         if site not in LINEAR_SITES:
             raise UnknownNameError(
@@ -144,7 +153,7 @@ def simulate(
     bits = {name: np.asarray(value, np.int64) for name, value in trace.bits.items()}
     key_bits = bits["key_bits"] if "query_bits" in bits else None
     planes = [] if key_bits is None else list(np.diff(key_bits, axis=1, prepend=0).T)
-    masks = _read_masks(trace, spec, bits, len(planes))
+    masks = _read_masks(trace, spec, bits, len(planes), is_causal)
     operations, widths = _count_operations(masks, bits, planes, trace.head_dim)
     stream_bytes = _count_bytes(masks, bits, planes, trace.head_dim, spec)
     moved = sum(stream_bytes.values(), start=np.zeros(masks.keys.shape[1:4]))
@@ -159,16 +168,14 @@ def simulate(
     unit_energy = _operation_energy(counts, widths, spec)
     unit_energy["dram"] = _per_example(moved) * energy.dram_pj_per_byte(spec)
     tokens = masks.valid.sum(axis=1)
-    host = [
-        _host(gemm_shapes[site], site, bits, tokens, spec)
-        for site in BLOCK_SITES
-        if site in gemm_shapes
-    ]
-    ends = [
-        _host(gemm_shapes[site], site, bits, tokens, spec)
-        for site in ("embed", "head")
-        if site in gemm_shapes
-    ]
+    block_costs, end_costs = (
+        [
+            _host(gemm_shapes[site], site, bits, tokens, spec, host, table)
+            for site in sites
+            if site in gemm_shapes
+        ]
+        for sites in (BLOCK_SITES, END_SITES)
+    )
     none = np.zeros(attention.T.shape)
     return Simulation(
         operations=counts,
@@ -176,18 +183,51 @@ def simulate(
         busy_cycles=busy | {"dram": _per_example(dram_cycles)},
         attention_cycles=attention.T,
         unit_energy_pj=unit_energy,
-        host_cycles=sum((cost["cycles"] for cost in host), start=none),
+        host_cycles=sum((cost["cycles"] for cost in block_costs), start=none),
         host_energy_pj={
-            part: sum((cost[part] for cost in host), start=none) for part in HOST_PARTS
+            part: sum((cost[part] for cost in block_costs), start=none) for part in HOST_PARTS
         },
-        end_cycles=_side_by_side([cost["cycles"] for cost in ends], len(tokens)),
+        end_cycles=_side_by_side([cost["cycles"] for cost in end_costs], len(tokens)),
         end_energy_pj={
-            part: _side_by_side([cost[part] for cost in ends], len(tokens)) for part in HOST_PARTS
+            part: _side_by_side([cost[part] for cost in end_costs], len(tokens))
+            for part in HOST_PARTS
         },
     )
 
 
 HOST_PARTS = ("host.mac", "host.sram", "host.dram")
+
+
+def _check_machine(spec: AcceleratorSpec) -> tuple[Host, EnergyTable]:
+    """Returns the host and its prices.
+
+    Raises:
+      PresetError: If the machine is not one that filters rows and leaves linear layers to a host.
+    """
+    pipeline, lacking = spec.pipeline, []
+    if spec.host is None:
+        lacking.append("`host`")
+    if spec.energy_table is None:
+        lacking.append("`energy_table`")
+    lacking += [
+        f"`pipeline.{name}`"
+        for name in ("query_block", "index_queue")
+        if getattr(pipeline, name) is None
+    ]
+    lacking += [f"`memories.{name}`" for name in ("key", "value") if name not in spec.memories]
+    if lacking or spec.host is None or spec.energy_table is None or spec.processing_elements:
+        reason = f"needs {', '.join(lacking)}" if lacking else "knows no `processing_elements`"
+        raise PresetError(
+            f"{spec.name}: the row-by-row simulator {reason}: choose a machine that filters rows "
+            "beside a host, such as `energon`, or ask the cost model alone"
+        )
+    for name, unit in spec.units.items():
+        if unit.rule != "rows":
+            raise PresetError(
+                f"{spec.name}: `units.{name}.rule`: the simulator moves rows, so it needs rule `rows`: "
+                "change the rule"
+            )
+    return spec.host, spec.energy_table
 
 
 def _side_by_side(parts: list[np.ndarray], batch: int) -> np.ndarray:
@@ -201,8 +241,13 @@ def _per_example(value: np.ndarray) -> np.ndarray:
 
 
 def _read_masks(
-    trace: Trace, spec: AcceleratorSpec, bits: dict[str, np.ndarray], num_rounds: int
+    trace: Trace,
+    spec: AcceleratorSpec,
+    bits: dict[str, np.ndarray],
+    num_rounds: int,
+    is_causal: bool,
 ) -> _Masks:
+    assert spec.pipeline.query_block is not None
     valid = np.asarray(trace.valid, bool)
     head_bytes = valid.sum(axis=1) * trace.head_dim / units.BITS_PER_BYTE
     block = int(spec.pipeline.query_block.value)
@@ -210,6 +255,8 @@ def _read_masks(
     for layer in range(trace.packed.shape[0]):
         keep = trace.keep(layer)
         exists = valid[:, None, :, None] & valid[:, None, None, :]
+        if is_causal:
+            exists = exists & np.tril(np.ones(exists.shape[2:], bool))
         rounds = [keep[:, :, index] for index in range(num_rounds)] or [keep[:, :, -1]]
         first = [np.broadcast_to(exists, rounds[0].shape)] if num_rounds else []
         entering = [*first, *(mask & exists for mask in rounds)]
@@ -304,17 +351,16 @@ def _row_cycles(
 ) -> np.ndarray:
     """Returns the cycles of each query row in a unit, `[L, B, H, T]`."""
     unit = spec.units[name]
-    if unit.rule != "rows":
-        raise PresetError(
-            f"`units.{name}.rule`: the simulator moves rows, so it needs rule `rows`: change the rule"
-        )
     num_rounds = masks.keys.shape[0] - 1
     rounds = range(num_rounds) if unit.rows == "filter*" else [num_rounds]
     per_key = 1 if unit.width is None else -(-head_dim // int(unit.width.value))
     cycles = np.zeros(masks.keys.shape[1:], np.float64)
     for index in rounds:
         steps = -(-masks.keys[index] // int(unit.lanes.value)) * per_key
-        cycles += steps * _passes(unit, spec, widths[unit.paced_by.replace("*", str(index))])
+        for key in unit.paces:
+            cycles += steps * _passes(unit, spec, widths[key.replace("*", str(index))])
+    if unit.utilisation is not None:
+        cycles /= unit.utilisation.value
     if unit.overhead is not None and len(rounds):
         cycles += unit.overhead.value * masks.valid[None, :, None, :]
     return cycles
@@ -360,6 +406,7 @@ def _run_pipeline(
     share = in_order(dram_cycles[..., None] / rows * valid[None, :, None, :])
     arrival = np.cumsum(share, axis=0) - share
     overlaps = spec.switches.memory_overlaps.value
+    assert spec.pipeline.index_queue is not None
     depth = int(spec.pipeline.index_queue.value)
     num_rows = share.shape[0]
     starts = np.zeros((len(stages), num_rows, num_layers, batch))
@@ -387,7 +434,7 @@ def _operation_energy(
     """Returns energy by unit and by the buffer its operands come from, pJ, `[B, L]`."""
     total: dict[str, np.ndarray] = {}
     for key, count in counts.items():
-        stage, _, kind = key.partition(".")
+        kind = key.partition(".")[2]
         if kind == "bits" and not spec.switches.index_lists_priced.value:
             continue
         name = spec.unit_of(key)
@@ -396,8 +443,7 @@ def _operation_energy(
         bits_a, bits_b = widths[key]
         spent = count * (constant + product * bits_a * bits_b)[None, :]
         total[name] = total.get(name, 0.0) + spent
-        paced = unit.paced_by.replace("*", stage.removeprefix("filter"))
-        if unit.reads_b is not None and key == paced:
+        if unit.reads_b is not None and matches(key, unit.paces):
             read_bytes = count * bits_b[None, :] / units.BITS_PER_BYTE
             spent = read_bytes * energy.buffer_pj_per_byte(spec, unit.reads_b)
             total[unit.reads_b] = total.get(unit.reads_b, 0.0) + spent
@@ -410,9 +456,10 @@ def _host(
     bits: dict[str, np.ndarray],
     tokens: np.ndarray,
     spec: AcceleratorSpec,
+    host: Host,
+    table: EnergyTable,
 ) -> dict[str, np.ndarray]:
     """Returns cycles and energy of one linear layer on the host, `[B, L]` (`[B, 1]` at the ends)."""
-    host, table = spec.host, spec.energy_table
     rows, cols = int(host.rows.value), int(host.cols.value)
     b_x = bits[f"{site}.activation_bits"][None, :]
     b_w = bits[f"{site}.weight_bits"][None, :]

@@ -6,301 +6,127 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ValidationError, model_validator
 
-from codesign import units as conversions
 from codesign.errors import PresetError, UnknownNameError
-from codesign.vocabulary import MECHANISM_OPERATIONS, matches
+from codesign.hw.quantities import Count, Leakage, Quantity, Strict, Text
+from codesign.hw.spec_tables import (
+    AreaModel,
+    Buffer,
+    Dram,
+    EnergyTable,
+    Estimator,
+    Host,
+    Module,
+    OperatingPoint,
+    Pipeline,
+    ProcessingElements,
+    Storage,
+    Switches,
+    Technology,
+    Unit,
+)
+from codesign.vocabulary import LINEAR_OPERATIONS, MECHANISM_OPERATIONS, matches
 
 PRESET_FOLDER = Path(__file__).resolve().parent / "presets"
-ROW_SETS = ("filter*", "attention")
-"""Row statistics of a workload that may pace a unit; `*` is the round of the operation served."""
-
-# Unit of a file -> factor to the unit the code computes in (named at the end of each line).
-_FACTORS = {
-    "B": 1.0,
-    "KB": float(conversions.BYTES_PER_KIB),  # byte
-    "MHz": conversions.HZ_PER_MHZ,
-    "GHz": conversions.HZ_PER_GHZ,  # hertz
-    "GB/s": 1e9,  # byte per second
-    "mW": 1.0 / conversions.MILLIWATT_PER_WATT,
-    "W": 1.0,  # watt
-}
-
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
-class _Strict(BaseModel):
-    """A frozen model that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Quantity(_Strict):
-    """A number with its unit and where it comes from."""
-
-    value: Annotated[float, Field(allow_inf_nan=False)]
-    unit: Text
-    source: Text
-
-    @property
-    def base(self) -> float:
-        """The value in the code's own unit: byte, hertz, byte per second, watt; else as written."""
-        return self.value * _FACTORS.get(self.unit, 1.0)
-
-
-class _In:
-    """Checks that a quantity is positive (or not negative) and in one of the units of its field."""
-
-    def __init__(self, *units: str, zero: bool = False) -> None:
-        self.units = units
-        self.zero = zero
-
-    def check(self, quantity: Quantity) -> Quantity:
-        if quantity.unit not in self.units:
-            choices = " or ".join(f'"{unit}"' for unit in self.units)
-            raise ValueError(f'unit "{quantity.unit}" does not fit here: write unit = {choices}')
-        if quantity.value < 0 or (quantity.value == 0 and not self.zero):
-            bound = "at least 0" if self.zero else "above 0"
-            raise ValueError(f"value must be {bound}, got {quantity.value:g}: correct the size")
-        return quantity
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return AfterValidator(self.check).__get_pydantic_core_schema__(source, handler)
-
-    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
-        return {"allOf": [handler(core_schema), {"properties": {"unit": {"enum": self.units}}}]}
-
-
-Lanes = Annotated[Quantity, _In("lane")]
-Elements = Annotated[Quantity, _In("element")]
-Rows = Annotated[Quantity, _In("row")]
-Count = Annotated[Quantity, _In("1")]
-Bits = Annotated[Quantity, _In("bit")]
-Cycles = Annotated[Quantity, _In("cycle", zero=True)]
-Capacity = Annotated[Quantity, _In("B", "KB")]
-Bandwidth = Annotated[Quantity, _In("GB/s")]
-Frequency = Annotated[Quantity, _In("MHz", "GHz")]
-Length = Annotated[Quantity, _In("nm")]
-Voltage = Annotated[Quantity, _In("V")]
-Energy = Annotated[Quantity, _In("pJ", zero=True)]
-EnergyPerBit = Annotated[Quantity, _In("pJ/bit", zero=True)]
-EnergyPerByte = Annotated[Quantity, _In("pJ/B", zero=True)]
-Power = Annotated[Quantity, _In("W", "mW")]
-Area = Annotated[Quantity, _In("mm2")]
-AreaPerLane = Annotated[Quantity, _In("mm2/lane", "mm2/element", zero=True)]
-AreaPerKib = Annotated[Quantity, _In("mm2/KB", zero=True)]
-Fraction = Annotated[Quantity, _In("1", zero=True)]
-
-
-class Choice(_Strict):
-    """A modelling choice and its reason."""
-
-    value: bool
-    source: Text
-
-
-class Technology(_Strict):
-    """Process and clock of the attention engine and its host."""
-
-    node: Length
-    supply: Voltage
-    clock: Frequency
-
-
-class Unit(_Strict):
-    """A functional unit: what it executes and how long that takes.
-
-    Rule `rows`: for each query row, ceil(keys / lanes) steps, each taking ceil(d / width) *
-    ceil(bits_a / slice_a) * ceil(bits_b / slice_b) cycles, plus `overhead` once per row.
-    Rule `flat`: count / lanes cycles times the same slices.
-    """
-
-    serves: tuple[Text, ...]
-    """Operations executed here, `stage.kind`; `*` for any round."""
-    paced_by: Text
-    """The served operation that takes the unit's time; the others ride along."""
-    rule: Literal["rows", "flat"]
-    rows: Literal["filter*", "attention"] | None = None
-    """Row statistics of rule `rows`."""
-    lanes: Lanes
-    width: Elements | None = None
-    """Elements of a head's width that one lane takes per cycle; absent: lanes take scores."""
-    slice_a: Bits | None = None
-    slice_b: Bits | None = None
-    scaling: Literal["never", "au_scales"] = "never"
-    """Switch under which cycles fall with the bits: times bits_a bits_b / (slice_a slice_b)."""
-    overhead: Cycles | None = None
-    accumulator: Bits
-    reads_b: Text | None = None
-    """Buffer from which operand b of the pacing operation is read, once per operation."""
-    energy: dict[str, Energy] = {}
-    """Energy of a kind of operation, where the formula of the energy table is replaced."""
-    area: AreaPerLane
-    """Per lane, or per element of width of a lane, at the node of the area model."""
-
-    @model_validator(mode="after")
-    def _is_complete(self) -> Self:
-        if self.rule == "rows" and self.rows is None:
-            raise ValueError(f"rule `rows` needs `rows`: add one of {', '.join(ROW_SETS)}")
-        if self.scaling != "never" and (self.slice_a is None or self.slice_b is None):
-            raise ValueError("`scaling` needs `slice_a` and `slice_b`: add both widths")
-        if self.area.unit == "mm2/element" and self.width is None:
-            raise ValueError('area in "mm2/element" needs `width`: add it, or write "mm2/lane"')
-        if self.paced_by not in self.serves:
-            raise ValueError(f"`paced_by` must be one of `serves`: {', '.join(self.serves)}")
-        return self
-
-
-class Buffer(_Strict):
-    """An on-chip memory."""
-
-    capacity: Capacity
-    energy: EnergyPerByte
-    area: AreaPerKib
-    sized_by: Literal["capacity", "query_block"] = "capacity"
-    """`query_block`: the capacity grows in proportion to the query block."""
-
-
-class Dram(_Strict):
-    """Main memory, shared by attention engine and host, one user at a time."""
-
-    bandwidth: Bandwidth
-    energy: EnergyPerBit
-
-
-class Pipeline(_Strict):
-    """What is chained, what overlaps, and what sharing of fetches the engine does."""
-
-    stages: tuple[tuple[Text, ...], ...]
-    """Units chained on one row form a stage; stages work on different rows at the same time."""
-    drain: Cycles
-    query_block: Rows
-    """Consecutive query rows that share a fetch of keys and values."""
-    index_queue: Rows
-    """Rows by which a stage may run ahead of the next one."""
-
-
-class Host(_Strict):
-    """Dense array for the linear layers, in series with the attention engine."""
-
-    rows: Count
-    cols: Count
-    bits: Bits
-    accumulator: Bits
-    sram: Capacity
-    scales_with_bits: Choice
-    prefetch_weights: Choice
-    mac_area: Area
-    sram_area: AreaPerKib
-
-
-class EnergyTable(_Strict):
-    """Operation energies at a reference node; other nodes scale with node and supply squared."""
-
-    node: Length
-    supply: Voltage
-    multiply_8x8: Energy
-    add_per_bit: EnergyPerBit
-    exp: Energy
-    reciprocal: Energy
-    divide: Energy
-    sram: EnergyPerByte
-    sram_reference: Capacity
-    """Capacity up to which `sram` holds; above it the energy grows with the square root."""
-
-
-class AreaModel(_Strict):
-    """Node of the densities, and the one factor fitted to the published area."""
-
-    node: Length
-    factor: Count
-
-
-class Switches(_Strict):
-    """Modelling choices by name."""
-
-    au_scales: Choice
-    """Cycles of attention arrays fall with their operands' bits."""
-    separate_storage: Choice
-    """A surviving key is fetched again in full instead of its missing bits only."""
-    index_lists_priced: Choice
-    """Writing and reading the lists of kept keys costs energy."""
-    buffer_energy_scales: Choice
-    """Energy per byte of a buffer grows with the square root of its capacity."""
-    memory_overlaps: Choice
-    """Transfers from main memory hide behind computation."""
-    fill_and_drain: Choice
-    """One row through every stage and the drain constant add to a layer."""
-
-
-class OperatingPoint(_Strict):
-    """The published point that fixes the fitted factors, and the figures it should give."""
-
-    num_tokens: Count
-    head_dim: Count
-    num_heads: Count
-    kept: tuple[Fraction, ...]
-    query_bits: Bits
-    key_bits: tuple[Bits, ...]
-    qk_bits: Bits
-    v_bits: Bits
-    union: Fraction
-    core_power: Power
-    memory_power: Power
-    area: Area
-
-
-class AcceleratorSpec(_Strict):
-    """One machine; see the fields."""
+class AcceleratorSpec(Strict):
+    """One machine; see the tables. Linear layers run on a `host`, or on its own units with `storage`."""
 
     name: Text
     mechanism: Text
     technology: Technology
+    modules: dict[str, Module] = {}
+    """Synthesised blocks by name, of which units consist."""
+    processing_elements: ProcessingElements | None = None
     units: dict[str, Unit]
     memories: dict[str, Buffer]
     dram: Dram
     pipeline: Pipeline
-    host: Host
-    energy_table: EnergyTable
+    host: Host | None = None
+    storage: Storage | None = None
+    energy_table: EnergyTable | None = None
+    """Prices of units without `modules`; node of the memories' energies, else they hold as written."""
     energy_factor: Count
+    standing_power: Leakage | None = None
+    """Drawn all the time, besides the leakage of modules and memories."""
     area: AreaModel
     switches: Switches
     operating_point: OperatingPoint
+    estimator: Estimator | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         if self.mechanism not in MECHANISM_OPERATIONS:
             known = ", ".join(sorted(MECHANISM_OPERATIONS))
             raise ValueError(f"`mechanism`: unknown `{self.mechanism}`: use one of {known}")
-        self._check_served(MECHANISM_OPERATIONS[self.mechanism])
+        if (self.host is None) == (self.storage is None):
+            raise ValueError(
+                "linear layers need `host` (an array in series) or `storage` (the machine's own units): "
+                "give one of the two"
+            )
+        operations = MECHANISM_OPERATIONS[self.mechanism]
+        self._check_served(operations + (LINEAR_OPERATIONS if self.host is None else ()))
+        self._check_stages()
+        self._check_references()
+        for name, unit in self.units.items():
+            if not unit.modules and self.energy_table is None:
+                raise ValueError(f"`units.{name}` has no `modules`: add `energy_table` to price it")
+        if self.host is not None and self.energy_table is None:
+            raise ValueError("`host` is priced by `energy_table`: add it")
+        if self.pipeline.query_block is None:
+            for name, memory in self.memories.items():
+                if memory.sized_by == "query_block":
+                    raise ValueError(
+                        f"`memories.{name}.sized_by` needs `pipeline.query_block`: add it, or write "
+                        '"capacity"'
+                    )
+        return self
+
+    def _check_stages(self) -> None:
+        """Every unit stands in exactly one stage."""
         piped = [name for stage in self.pipeline.stages for name in stage]
         for name in piped:
             if name not in self.units or piped.count(name) > 1:
                 raise ValueError(
                     f"`pipeline.stages`: `{name}` must be a unit, named once: {_near(name, self.units)}"
                 )
-        for name, unit in self.units.items():
+        for name in self.units:
             if name not in piped:
                 raise ValueError(
                     f"`units.{name}` stands in no stage: add it to `pipeline.stages` or remove it"
                 )
-            if unit.reads_b is not None and unit.reads_b not in self.memories:
-                raise ValueError(
-                    f"`units.{name}.reads_b`: unknown memory `{unit.reads_b}`: "
-                    f"{_near(unit.reads_b, self.memories)}"
+
+    def _check_references(self) -> None:
+        """Every module, memory and unit that a table names exists."""
+        named: list[tuple[str, str, Any]] = []
+        for name, unit in self.units.items():
+            if unit.reads_b is not None:
+                named.append((f"units.{name}.reads_b", unit.reads_b, self.memories))
+            named += [(f"units.{name}.modules", module, self.modules) for module in unit.modules]
+        if self.processing_elements is not None:
+            elements = self.processing_elements
+            named.append(("processing_elements.driven_by", elements.driven_by, self.units))
+            named += [
+                ("processing_elements.modules", one, self.modules) for one in elements.modules
+            ]
+        if self.storage is not None:
+            for field in ("weights", "activations", "masks"):
+                memory = getattr(self.storage, field)
+                if memory is not None:
+                    named.append((f"storage.{field}", memory, self.memories))
+        if self.estimator is not None:
+            memory = self.estimator.memory
+            named.append(("estimator.memory", memory, self.estimator.memories))
+        for path, name, known in named:
+            if name not in known:
+                kind = {id(self.memories): "memory", id(self.modules): "module"}.get(
+                    id(known), "name"
                 )
-        return self
+                raise ValueError(f"`{path}`: unknown {kind} `{name}`: {_near(name, known)}")
 
     def _check_served(self, operations: tuple[str, ...]) -> None:
         """Every unit is fed by the mechanism, and every operation has exactly one unit."""
@@ -345,8 +171,10 @@ class AcceleratorSpec(_Strict):
 
     @property
     def energy_scale(self) -> float:
-        """Energy at this node over energy at the table's node, without `energy_factor`."""
+        """Energy at this node over energy at the table's node (1 without one), without `energy_factor`."""
         table = self.energy_table
+        if table is None:
+            return 1.0
         supply = self.technology.supply.value / table.supply.value
         return self.technology.node.value / table.node.value * supply * supply
 
@@ -405,8 +233,20 @@ def _one_line(error: ValidationError) -> str:
     return f"`{path}`: {message}"
 
 
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns `base` with the tables of `changes` merged into its own; a number is replaced as a whole."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        is_table = isinstance(old, dict) and isinstance(value, dict) and "value" not in old
+        result[key] = _merged(old, value) if is_table else value  # type: ignore[arg-type]
+    return result
+
+
 def parse_preset(text: str, *, origin: str) -> AcceleratorSpec:
     """Returns the machine that a TOML text describes.
+
+    With `extends = "<preset>"` the text need only say what differs from that shipped preset.
 
     Args:
       text: The file's text.
@@ -416,11 +256,25 @@ def parse_preset(text: str, *, origin: str) -> AcceleratorSpec:
       PresetError: If the text is not TOML or not a consistent machine; one line.
     """
     try:
-        return AcceleratorSpec.model_validate(tomllib.loads(text))
+        return AcceleratorSpec.model_validate(_resolved(tomllib.loads(text), origin))
     except tomllib.TOMLDecodeError as error:
         raise PresetError(f"{origin}: not valid TOML: {error}; correct that place") from error
     except ValidationError as error:
         raise PresetError(f"{origin}: {_one_line(error)}") from error
+
+
+def _resolved(tables: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Returns the tables with those of the preset they extend, if any."""
+    if "extends" not in tables:
+        return tables
+    base = tables.pop("extends")
+    choices = preset_names()
+    if base not in choices:
+        raise PresetError(
+            f"{origin}: `extends`: unknown preset `{base}`: {_near(str(base), choices)}"
+        )
+    text = (PRESET_FOLDER / f"{base}.toml").read_text(encoding="utf-8")
+    return _merged(_resolved(tomllib.loads(text), f"{base}.toml"), tables)
 
 
 def preset_names() -> list[str]:
@@ -453,5 +307,5 @@ def load_preset(name_or_path: str | Path) -> AcceleratorSpec:
 
 
 def json_schema() -> dict[str, Any]:
-    """Returns the JSON Schema of an accelerator file."""
+    """Returns the JSON Schema of an accelerator file, what it extends included."""
     return AcceleratorSpec.model_json_schema()

@@ -251,6 +251,54 @@ def test_operating_points_are_ordered():
         assert values["cheapest legal"] < values["published"] < values["dense"]
 
 
+CAUSAL = dataclasses.replace(SMALL, is_causal=True)
+
+
+def test_causal_shapes_count_pairs_that_exist():
+    """Against masks: half the pairs and the diagonal, and the unions of blocks that see ever more keys."""
+    workload = workload_from_fractions(CAUSAL, Setting())
+    tokens, heads, width = CAUSAL.num_tokens, CAUSAL.num_heads, CAUSAL.head_dim
+    pairs = heads * tokens * (tokens + 1) // 2
+    assert float(workload.operations["softmax.exp"].count[0, 0, 0]) == pairs
+    assert float(workload.operations["qk.mac"].count[0, 0, 0]) == pairs * width
+    mask = jnp.tri(tokens)[None, None]
+    vectors = heads * fetched_vectors(mask)[0, 0]
+    np.testing.assert_allclose(workload.streams["value"].vectors[0, 0, 0], vectors)
+    rows = workload.rows["attention"]
+    lengths = np.arange(1, tokens + 1)
+    for level in (0, tokens.bit_length()):
+        # One lane, and more lanes than keys: a step per key, a step per row.
+        steps = np.sum(np.ceil(lengths / 2.0**level)) * heads
+        assert float(rows.segments[0, 0, 0, level]) == steps
+    assert float(rows.maximum[0, 0, 0]) == tokens
+
+
+def test_causal_unions_of_independent_queries():
+    """Two rounds at half: every query of a block that reaches a key misses it half the time."""
+    workload = workload_from_fractions(
+        CAUSAL, dataclasses.replace(UNEVEN, kept=(0.5, 0.5), union=None)
+    )
+    tokens, heads = CAUSAL.num_tokens, CAUSAL.num_heads
+    fetched = workload.streams["value"].vectors[0, 0, 0]
+    for level, size in ((0, 1), (2, 4), (4, 16)):
+        expected = 0.0
+        for start in range(0, tokens, size):
+            block = np.arange(start, min(start + size, tokens))
+            for key in range(tokens):
+                expected += 1.0 - 0.5 ** np.sum(block >= key)
+        assert float(fetched[level]) == pytest.approx(heads * expected, rel=FLOAT32)
+
+
+def test_causal_attention_costs_less_than_full():
+    for setting in (Setting(), UNEVEN):
+        half, full = (
+            cost(workload_from_fractions(shape, setting), accelerator_from_spec(SPEC))
+            for shape in (CAUSAL, SMALL)
+        )
+        assert half.energy_pj("attention") < full.energy_pj("attention")
+        assert half.latency_cycles("attention") < full.latency_cycles("attention")
+
+
 def test_dense_workload_feeds_no_filter():
     result = cost(workload_from_fractions(SMALL, Setting()), accelerator_from_spec(SPEC))
     assert not any(name.startswith("filter") for name in result.unit_busy_cycles)
