@@ -1,26 +1,31 @@
-"""Tasks: a data set in three parts, and the vision model that fits its images.
-
-The test part is read by `codesign evaluate --part test` and by the curve's last measurement, by nothing else.
-"""
+"""What a task's data looks like: examples in parts, the inputs that a model reads, and the settings that choose them."""
 
 import dataclasses
-from typing import Literal
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from codesign.errors import DataError, UnknownNameError
+from codesign.errors import DataError
+from codesign.experiments.checkpoint_sources import MINILM
 
 Part = Literal["train", "validation", "test"]
-SPLIT_SEED = 0
-"""Seed of the stratified 60 / 20 / 20 split of digits."""
+QualityName = Literal["accuracy", "bits_per_token"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Raw integer images `[N, image, image]` or with channels last, and labels `[N]`."""
+    """N examples.
 
-    pixels: NDArray[np.int32]
+    Attributes:
+      inputs: Images: `pixels`, raw integers int32 `[N, image, image]` or with channels last. Text: `tokens`, int32
+        `[N, T]`, padded at the end, and `valid`, bool `[N, T]`, which of them are text.
+      labels: Classes, int32 `[N]`; of a language task the next token, `[N, T]`, to be read where `valid`.
+    """
+
+    inputs: dict[str, NDArray[Any]]
     labels: NDArray[np.int32]
 
     def __len__(self) -> int:
@@ -29,118 +34,129 @@ class Examples:
 
     def first(self, number: int | None) -> "Examples":
         """Returns the first examples; all if `number` is None."""
-        return Examples(pixels=self.pixels[:number], labels=self.labels[:number])
+        return self.take(slice(number))
+
+    def take(self, indices: NDArray[np.integer[Any]] | slice) -> "Examples":
+        """Returns the examples of these indices, in their order."""
+        return Examples(
+            inputs={name: values[indices] for name, values in self.inputs.items()},
+            labels=self.labels[indices],
+        )
+
+    def digest(self) -> str:
+        """Returns 12 hexadecimal digits that tell these examples from others."""
+        state = hashlib.sha256()
+        for name, values in sorted((self.inputs | {"labels": self.labels}).items()):
+            state.update(f"{name} {values.dtype} {values.shape}".encode())
+            state.update(np.ascontiguousarray(values).data)
+        return state.hexdigest()[:12]
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """A classification task on images.
+class ImageInput:
+    """Square images; a pixel p enters the model as (p - pixel_offset) * pixel_scale."""
 
-    A pixel p enters the model as (p - pixel_offset) * pixel_scale.
-    """
-
-    name: str
-    parts: dict[Part, Examples]
     image_size: int
     channels: int
-    num_classes: int
     pixel_offset: int
     pixel_scale: float
 
 
-def digits() -> Task:
-    """Returns the 8 x 8 handwritten digits bundled with scikit-learn: 1,797 images, 17 grey levels, 10 classes.
+@dataclasses.dataclass(frozen=True)
+class TextInput:
+    """Rows of token numbers.
 
-    Split 60 / 20 / 20, stratified, seed 0.
+    Attributes:
+      vocabulary_size: Token numbers are below it.
+      max_tokens: Tokens of a row, padding included.
+      tokenizer: File of the tokenizer, or "characters".
+      pad_id: Token after a row's end; masked.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
 
-    bundle = load_digits()
-    pixels, labels = bundle.images, bundle.target
-    train, rest, train_labels, rest_labels = train_test_split(
-        pixels, labels, test_size=0.4, stratify=labels, random_state=SPLIT_SEED
-    )
-    validation, test, validation_labels, test_labels = train_test_split(
-        rest, rest_labels, test_size=0.5, stratify=rest_labels, random_state=SPLIT_SEED
-    )
-    return Task(
-        name="digits",
-        parts={
-            "train": checked(train, train_labels, 10, "digits, train"),
-            "validation": checked(validation, validation_labels, 10, "digits, validation"),
-            "test": checked(test, test_labels, 10, "digits, test"),
-        },
-        image_size=8,
-        channels=1,
-        num_classes=10,
-        pixel_offset=8,
-        pixel_scale=1.0 / 8.0,
-    )
+    vocabulary_size: int
+    max_tokens: int
+    tokenizer: str
+    pad_id: int
 
 
-TASKS = {"digits": digits}
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A data set for a model.
 
-
-def load_task(name: str) -> Task:
-    """Returns a task by name.
-
-    Raises:
-      UnknownNameError: If there is none of that name.
+    Attributes:
+      name: Its name in `TASKS`.
+      parts: Examples of the parts that exist; `part` reads one.
+      kind: Whether the model tells an example's class, or every next token.
+      num_outputs: Classes, or tokens.
+      input: What the examples look like.
+      origin: Where they are from, for messages.
+      classes: Names of the classes; empty for a language task.
     """
-    if name not in TASKS:
-        raise UnknownNameError(
-            f"task `{name}` does not exist: choose one of {', '.join(sorted(TASKS))}"
-        )
-    return TASKS[name]()
+
+    name: str
+    parts: dict[Part, Examples]
+    kind: Literal["classification", "language"]
+    num_outputs: int
+    input: ImageInput | TextInput
+    origin: str
+    classes: tuple[str, ...] = ()
+
+    def part(self, name: Part) -> Examples:
+        """Returns the examples of a part.
+
+        Raises:
+          DataError: If the data has no such part.
+        """
+        if name not in self.parts:
+            raise DataError(
+                f"part '{name}' of task '{self.name}' is not in {self.origin}: "
+                f"it has {', '.join(self.parts)}; use one of these or add its file"
+            )
+        return self.parts[name]
+
+    @property
+    def quality_name(self) -> QualityName:
+        """What measures a model of the task."""
+        return "accuracy" if self.kind == "classification" else "bits_per_token"
 
 
-def checked(
-    pixels: NDArray[np.generic], labels: NDArray[np.generic], num_classes: int, origin: str
-) -> Examples:
-    """Returns examples with int32 arrays after checking every value.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where a task's data is and how its text is cut; what a task has no use for is not read."""
 
-    Raises:
-      DataError: If a pixel is not finite or not whole, a label is out of range, or lengths differ.
-    """
-    values = np.asarray(pixels, np.float64)
-    if len(values) != len(labels) or len(values) == 0:
-        raise DataError(
-            f"{origin}: {len(values)} images and {len(labels)} labels: give one label per image, at least one"
-        )
-    bad = ~np.isfinite(values)
-    if bad.any():
-        where = tuple(int(index) for index in np.argwhere(bad)[0])
-        raise DataError(f"{origin}: pixel {where} is {values[where]}: remove or repair that image")
-    if np.any(values != np.rint(values)):
-        raise DataError(f"{origin}: pixels must be whole numbers: give the raw integer images")
-    classes = np.asarray(labels)
-    if np.any((classes < 0) | (classes >= num_classes)):
-        worst = int(np.argmax((classes < 0) | (classes >= num_classes)))
-        raise DataError(
-            f"{origin}: label {classes[worst]} of image {worst} is outside 0..{num_classes - 1}: correct it"
-        )
-    return Examples(pixels=values.astype(np.int32), labels=classes.astype(np.int32))
+    # Folder with the task's files, of `user_text` the file; None: $CODESIGN_DATA/<task>, else the Hugging Face hub.
+    data: Path | None = None
+    # Whose word pieces: a tokenizer.json, a checkpoint's folder, `minilm`, or a name on the Hugging Face hub.
+    tokenizer: str = MINILM
+    # Tokens of a row, [CLS] and [SEP] included, >= 1; None: 64 for sst2, 128 for user_text, else 256.
+    max_tokens: int | None = None
+    # Whether longer texts are cut; if not, one is an error.
+    truncate: bool = True
+    # Columns of the user's own file, and a second file for its validation part.
+    text_column: str = "text"
+    label_column: str = "label"
+    validation_data: Path | None = None
+    # Without a second file: part of every class held out, (0, 1), and the seed that chooses it, >= 0.
+    validation_fraction: float = 0.2
+    split_seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Checks the ranges.
 
-def shifted(examples: Examples, *, reach: int) -> Examples:
-    """Returns every image moved by up to `reach` pixels each way, zeros moved in: (2 reach + 1)^2 times as many.
+        Raises:
+          DataError: If a field is outside its range; names it.
+        """
+        for name, is_legal, legal in (
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "be at least 1"),
+            ("validation_fraction", 0.0 < self.validation_fraction < 1.0, "lie in (0, 1)"),
+            ("split_seed", self.split_seed >= 0, "be at least 0"),
+        ):
+            if not is_legal:
+                raise DataError(f"`{name}` must {legal}, got {getattr(self, name)}: change it")
 
-    The images of one shift stay together, in the original order.
-    """
-    size = examples.pixels.shape[1]
-    pad = [(0, 0), (reach, reach), (reach, reach)] + [(0, 0)] * (examples.pixels.ndim - 3)
-    padded = np.pad(examples.pixels, pad)
-    moves = [(row, column) for row in range(2 * reach + 1) for column in range(2 * reach + 1)]
-    pixels = [padded[:, row : row + size, column : column + size] for row, column in moves]
-    return Examples(
-        pixels=np.concatenate(pixels), labels=np.tile(examples.labels, len(moves)).astype(np.int32)
-    )
-
-
-def batch_indices(num_examples: int, batch_size: int, step: int, seed: int) -> NDArray[np.int64]:
-    """Returns the examples of one step: consecutive parts of a permutation per epoch, a pure function of the step."""
-    per_epoch = max(1, num_examples // batch_size)
-    epoch, position = divmod(step, per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(num_examples)
-    return order[position * batch_size : (position + 1) * batch_size]
+    def plain(self) -> dict[str, Any]:
+        """Returns the settings as JSON types."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
