@@ -11,15 +11,28 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _EXPORTS: dict[str, str] = {
+    "AppliedPolicy": "codesign.applied",
     "Calibration": "codesign.calibration",
     "CodesignError": "codesign.errors",
+    "Hooks": "codesign.mechanisms.protocol",
+    "LayerCounts": "codesign.layer_counts",
+    "LayerPolicy": "codesign.applied",
+    "LossAux": "codesign.optimize",
     "Mechanism": "codesign.mechanisms.protocol",
     "OptimizeSettings": "codesign.optimize",
     "Policy": "codesign.policy",
     "Relaxation": "codesign.gates",
     "Workload": "codesign.workload",
+    "at_site": "codesign.layers",
+    "attention": "codesign.layers",
+    "collect": "codesign.layer_counts",
+    "fit": "codesign.fitting",
+    "init_state": "codesign.optimize",
+    "linear": "codesign.layers",
     "make_train_step": "codesign.optimize",
     "mechanism_by_name": "codesign.mechanisms",
+    "policy_for": "codesign.applied",
+    "relaxation_at": "codesign.optimize",
 }
 
 __all__ = ["__version__", *_EXPORTS]

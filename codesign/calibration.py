@@ -16,8 +16,9 @@ MIN_RANGE = 1e-6
 class Calibration:
     """Absolute maxima by tensor, each in the unit of its tensor.
 
-    `layers` `[L]`: the activations entering `qkv`, `out`, `up`, `down`; `query`, `key`, `value`; `gelu` (its input).
-    `ends` `[]`: the activations entering `embed` and `head`; `residual`, the largest of the residual stream.
+    `layers` `[L]`: the activations entering `qkv`, `out`, `up`, `down`; `query`, `key`, `value`; `scores` (their product);
+    `gelu` (the input of the non-linearity); `attention_branch`, `ffn_branch`. `ends` `[]`: the activations entering the
+    model's `end_sites`; `pooled` (the input of the pooler's non-linearity); `residual`, the largest of the residual stream.
     """
 
     layers: dict[str, jax.Array]

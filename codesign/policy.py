@@ -1,5 +1,7 @@
 """The trainable knobs of a mechanism on a model, as one pytree that is optimised, frozen, hardened and exported alone."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -13,7 +15,6 @@ BITS_RANGE = {"linear": (2.0, 8.0), "attention": (8.0, 16.0), "filter": (2.0, 8.
 """Legal widths in bit, inclusive: linear layers and filter planes 2 to 8, exact attention 8 to 16 (Energon section 3)."""
 
 BLOCK_SITES = ("qkv", "out", "up", "down")
-END_SITES = ("embed", "head")
 ATTENTION_BITS = ("qk_bits", "v_bits")
 
 
@@ -23,9 +24,9 @@ class Policy:
 
     `layers` have a leading axis L: `<site>.weight_bits`, `<site>.activation_bits`, `<site>.weight_clip` and
     `<site>.activation_clip` `[L]` for the sites of a block, `qk_bits` (Q, K and probabilities) and `v_bits` `[L]`, and the
-    mechanism's own, e.g. `threshold` `[L, H, R]`. `ends` are the scalars of `embed` and `head`. Bits are fractional while
-    they train. A clip is the natural logarithm of the factor on a range: the calibrated one of an activation, the largest
-    magnitude of a weight. Thresholds are unconstrained variables (alpha = tanh v for Energon).
+    mechanism's own, e.g. `threshold` `[L, H, R]`. `ends` are the scalars of the model's `end_sites`. Bits are fractional
+    while they train. A clip is the natural logarithm of the factor on a range: the calibrated one of an activation, the
+    largest magnitude of a weight. Thresholds are unconstrained variables (alpha = tanh v for Energon).
     """
 
     layers: dict[str, jax.Array]
@@ -59,13 +60,16 @@ def bits_range(name: str) -> tuple[float, float]:
     return BITS_RANGE["filter"]
 
 
-def dense_knobs(num_layers: int, *, linear_bits: float, attention_bits: float) -> Policy:
+def dense_knobs(
+    num_layers: int, *, linear_bits: float, attention_bits: float, end_sites: Sequence[str]
+) -> Policy:
     """Returns the knobs every mechanism shares, all layers alike, ranges unclipped.
 
     Args:
       num_layers: L.
       linear_bits: Bits of weights and activations of linear layers, [2, 8].
       attention_bits: Bits of Q, K, probabilities and V, [8, 16].
+      end_sites: Linear layers outside the blocks (`ModelStructure.end_sites`).
     """
     layers = {name: jnp.full((num_layers,), float(attention_bits)) for name in ATTENTION_BITS}
     for site in BLOCK_SITES:
@@ -74,7 +78,7 @@ def dense_knobs(num_layers: int, *, linear_bits: float, attention_bits: float) -
         layers[f"{site}.weight_clip"] = jnp.zeros((num_layers,))
         layers[f"{site}.activation_clip"] = jnp.zeros((num_layers,))
     ends = {}
-    for site in END_SITES:
+    for site in end_sites:
         ends[f"{site}.weight_bits"] = jnp.asarray(float(linear_bits))
         ends[f"{site}.activation_bits"] = jnp.asarray(float(linear_bits))
         ends[f"{site}.weight_clip"] = jnp.asarray(0.0)

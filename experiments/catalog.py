@@ -17,7 +17,7 @@ def list_names(*, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) 
     """
     # Imported here: these take a second, and `--help` does not need them.
     from codesign.experiments.configs import EXPERIMENTS
-    from codesign.experiments.data import TASKS
+    from codesign.experiments.tasks import TASKS
     from codesign.hw.spec import load_preset, preset_names
     from codesign.mechanisms import MECHANISMS
 

@@ -67,6 +67,11 @@ COMMANDS = {
         function="curve",
         takes_experiment=True,
     ),
+    "reproduce": Command(
+        summary="a published study, measured here beside its published points",
+        module="codesign.experiments.reproduce",
+        function="reproduce",
+    ),
     "report": Command(
         summary="the table of a curve or a run",
         module="codesign.experiments.commands",

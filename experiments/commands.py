@@ -173,10 +173,13 @@ def curve_seconds(experiment: Experiment, settings: CurveSettings, seeds: tuple[
     Raises:
       CodesignError: As `checked_curve` does.
     """
+    outlined = checked_curve(experiment, settings, seeds)
+    scale = outlined.mechanism.thresholds
+    assert scale is not None
     return estimate_seconds(
-        checked_curve(experiment, settings, seeds),
+        outlined,
         num_points=settings.num_points,
-        num_settings=settings.num_measured,
+        num_settings=settings.num_measured(len(scale.settings)),
         num_seeds=len(seeds),
     )
 
@@ -257,7 +260,9 @@ def print_result(record: dict[str, Any]) -> None:
         for kind in ("dense", "trained")
     ]
     count = record["trained"]["num_examples"]
-    print_table(f"{record['part']} part, {count} examples, integer path", ("point", *COLUMNS), rows)
+    name = record["trained"]["quality_name"].replace("_", " ")
+    title = f"{record['part']} part, {count} examples, integer path; quality: {name}"
+    print_table(title, ("point", *COLUMNS), rows)
     budget = dict(record.get("budget", {}))
     scope = budget.pop("scope", "")
     for metric, one in budget.items():
@@ -268,10 +273,10 @@ def print_result(record: dict[str, Any]) -> None:
     if "drift" in record:
         drift = record["drift"]
         parts = [
-            f"{path} {drift[f'{path}_accuracy']:.4f} / {drift[f'{path}_kept']:.3f}"
+            f"{path} {drift[f'{path}_quality']:.4f} / {drift[f'{path}_kept']:.3f}"
             for path in ("hard", "straight_through", "soft")
         ]
-        print(f"accuracy / kept fraction by path: {', '.join(parts)}")
+        print(f"{record['trained']['quality_name']} / kept fraction by path: {', '.join(parts)}")
 
 
 def print_curve(record: dict[str, Any]) -> None:
@@ -286,7 +291,8 @@ def print_curve(record: dict[str, Any]) -> None:
         rows.append((entry["kind"].replace("_", " "), budget, *(cells[index] for index in keep)))
     print_table(
         f"{record['task']} on {record['preset']}, {record['part']} part, {record['num_examples']} examples, "
-        f"seeds {', '.join(map(str, record['seeds']))}, {scope.replace('_', ' ')}; budgets on {record['metric']}",
+        f"seeds {', '.join(map(str, record['seeds']))}, {scope.replace('_', ' ')}; budgets on {record['metric']}; "
+        f"quality: {record['quality_name'].replace('_', ' ')}",
         ("point", "budget", *columns),
         rows,
     )

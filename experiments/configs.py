@@ -6,12 +6,9 @@ import math
 from typing import Any, Literal
 
 from codesign.errors import CodesignError, UnknownNameError
-from codesign.experiments.data import Task
-from codesign.hw.operating_points import ModelShape
-from codesign.models.config import VisionConfig
+from codesign.experiments.data import DataSettings, Task, TextInput
 from codesign.optimize import Group, OptimizeSettings
 from codesign.policy import BITS_RANGE
-from codesign.structure import ModelStructure
 
 Metric = Literal["energy", "latency"]
 Scope = Literal["end_to_end", "attention"]
@@ -47,7 +44,7 @@ def require_at_least(settings: Any, prefix: str, least: float, *names: str) -> N
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Sizes of the vision transformer; all are counts of elements."""
+    """Sizes of a transformer that is trained from scratch; all are counts of elements."""
 
     # Transformer blocks, >= 1.
     num_layers: int = 3
@@ -57,7 +54,7 @@ class ModelSettings:
     # Width of the residual stream, and of the feed-forward network's inside.
     width: int = 64
     hidden: int = 128
-    # Patches of patch_size pixels every stride pixels, the image padded by that many zeros on each side.
+    # Images: patches of patch_size pixels every stride pixels, the image padded by that many zeros on each side.
     patch_size: int = 3
     stride: int = 1
     padding: int = 1
@@ -79,7 +76,7 @@ class DenseSettings:
 
     # Optimiser steps, >= 1.
     num_steps: int = 500
-    # Images per step, >= 1.
+    # Examples per step, >= 1.
     batch_size: int = 32
     # Peak learning rate of AdamW (warm-up over a tenth, then cosine), > 0.
     rate: float = 2e-3
@@ -137,8 +134,12 @@ class Budget:
 class Experiment:
     """Everything that a training run or a curve depends on, but the budgets."""
 
-    # Name of a task in `codesign.experiments.data.TASKS`.
+    # Name of a task in `codesign.experiments.tasks.TASKS`.
     task: str = "digits"
+    # Where the data comes from and how it is cut.
+    data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    # Pretrained model: a folder, `minilm` (the [text] extra), or a name on the Hugging Face hub; None: `model`'s sizes.
+    checkpoint: str | None = None
     # Accelerator: a shipped preset's name, or the path of a TOML file.
     preset: str = "energon"
     # Mechanism attached to the model.
@@ -148,19 +149,32 @@ class Experiment:
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
     dense: DenseSettings = dataclasses.field(default_factory=DenseSettings)
     optimize: OptimizeSettings = dataclasses.field(default_factory=OptimizeSettings)
-    # Images per step of the training under a budget, >= 1.
+    # Lengths, rising, to which token sequences are padded, one compilation each; none: the longest alone.
+    buckets: tuple[int, ...] = ()
+    # Examples per step of the training under a budget, >= 1.
     batch_size: int = 32
-    # Training images that measure ranges, start thresholds and the budget's rounding, >= 1.
+    # Training examples that measure ranges, start thresholds and the budget's rounding, >= 1.
     num_calibration: int = 128
     # Weight of the divergence from the dense model's outputs in the task loss, [0, 1]; the rest is cross-entropy.
     distillation: float = 1.0
     # Images are moved by up to this many pixels each way in training, >= 0.
     reach: int = 1
-    # Kept fraction after each round of the mechanism at the start, (0, 1], none above the one before.
-    start_kept: tuple[float, ...] = (0.85, 0.6)
+    # Kept fraction of each of the mechanism's thresholds at the start, (0, 1]; none: the mechanism's own.
+    start_kept: tuple[float, ...] = ()
     # Widths at the start, in bit: linear layers [2, 8], exact attention [8, 16]; off the integers and the rails.
     start_linear_bits: float = 7.5
     start_attention_bits: float = 15.5
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the settings as JSON types."""
+        return dataclasses.asdict(self) | {"data": self.data.plain()}
+
+    def buckets_of(self, task: Task) -> tuple[int, ...]:
+        """Returns the lengths to which a task's sequences are padded, the longest of them last; none for images."""
+        if not isinstance(task.input, TextInput):
+            return ()
+        longest = task.input.max_tokens
+        return (*(bucket for bucket in self.buckets if bucket < longest), longest)
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -174,8 +188,10 @@ class Experiment:
         share = self.distillation
         require(0.0 <= share <= 1.0, f"{prefix}.distillation", "lie in [0, 1]", share)
         kept = self.start_kept
-        is_legal = all(0.0 < after <= before for before, after in itertools.pairwise((1.0, *kept)))
-        require(is_legal, f"{prefix}.start_kept", "lie in (0, 1] and not rise", kept)
+        is_legal = all(0.0 < value <= 1.0 for value in kept)
+        require(is_legal, f"{prefix}.start_kept", "lie in (0, 1]", kept)
+        is_rising = all(0 < low < high for low, high in itertools.pairwise(self.buckets))
+        require(is_rising, f"{prefix}.buckets", "be positive and rise", self.buckets)
         for kind in ("linear", "attention"):
             value, (low, high) = getattr(self, f"start_{kind}_bits"), BITS_RANGE[kind]
             legal = f"lie in [{low:g}, {high:g}] bit"
@@ -201,7 +217,88 @@ def digits() -> Experiment:
     )
 
 
-EXPERIMENTS = {"digits": digits}
+def mnist() -> Experiment:
+    """MNIST, 7,500 images: a ViT of 4 layers on 49 patches of 4 x 4 pixels, trained from scratch."""
+    return dataclasses.replace(
+        digits(),
+        task="mnist",
+        model=ModelSettings(
+            num_layers=4,
+            num_heads=4,
+            head_dim=16,
+            width=64,
+            hidden=128,
+            patch_size=4,
+            stride=4,
+            padding=0,
+        ),
+        dense=DenseSettings(num_steps=1200, batch_size=64, rate=2e-3),
+    )
+
+
+def tinyshakespeare() -> Experiment:
+    """Characters of Shakespeare's plays: a decoder of 4 layers on windows of 256, trained from scratch."""
+    return dataclasses.replace(
+        digits(),
+        task="tinyshakespeare",
+        model=ModelSettings(num_layers=4, num_heads=4, head_dim=32, width=128, hidden=512),
+        dense=DenseSettings(num_steps=1500, batch_size=16, rate=2e-3, label_smoothing=0.0),
+        batch_size=8,
+        num_calibration=8,
+        reach=0,
+    )
+
+
+def sst2() -> Experiment:
+    """SST-2, movie sentences of up to 64 word pieces: MiniLM (6 layers, width 384), fine-tuned."""
+    return dataclasses.replace(
+        _minilm(),
+        task="sst2",
+        data=DataSettings(max_tokens=64),
+        buckets=(32, 64),
+        batch_size=16,
+        dense=dataclasses.replace(_minilm().dense, num_steps=430, batch_size=32),
+    )
+
+
+def spamassassin() -> Experiment:
+    """E-mails, spam or not, up to 256 word pieces: MiniLM (6 layers, width 384), fine-tuned."""
+    return dataclasses.replace(
+        _minilm(), task="spamassassin", data=DataSettings(max_tokens=256), buckets=(128, 256)
+    )
+
+
+def spamassassin512() -> Experiment:
+    """E-mails, spam or not, up to 512 word pieces: MiniLM (6 layers, width 384), fine-tuned."""
+    return dataclasses.replace(
+        spamassassin(), data=DataSettings(max_tokens=512), buckets=(128, 256, 512), batch_size=4
+    )
+
+
+def _minilm() -> Experiment:
+    return Experiment(
+        checkpoint="minilm",
+        dense=DenseSettings(num_steps=250, batch_size=8, rate=1e-4, label_smoothing=0.0),
+        optimize=OptimizeSettings(
+            num_steps=60,
+            hardened_fraction=0.5,
+            weight_rate=1e-4,
+            weight_epsilon=1e-4,
+            bits_rate=0.05,
+            price_warmup_fraction=0.02,
+            clip_rate=0.005,
+            threshold_rate=0.03,
+        ),
+        batch_size=8,
+        num_calibration=32,
+        reach=0,
+    )
+
+
+EXPERIMENTS = {
+    function.__name__: function
+    for function in (digits, mnist, tinyshakespeare, sst2, spamassassin, spamassassin512)
+}
 
 
 def experiment_by_name(name: str) -> Experiment:
@@ -215,39 +312,3 @@ def experiment_by_name(name: str) -> Experiment:
             f"experiment `{name}` does not exist: choose one of {', '.join(sorted(EXPERIMENTS))}"
         )
     return EXPERIMENTS[name]()
-
-
-def vision_config(task: Task, model: ModelSettings) -> VisionConfig:
-    """Returns the model that fits a task's images."""
-    structure = ModelStructure(
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        head_dim=model.head_dim,
-        width=model.width,
-        hidden=model.hidden,
-        image_size=task.image_size,
-        channels=task.channels,
-        patch_size=model.patch_size,
-        stride=model.stride,
-        padding=model.padding,
-        num_classes=task.num_classes,
-        mechanism="dense",
-        num_rounds=0,
-    )
-    return VisionConfig(
-        structure=structure, pixel_offset=task.pixel_offset, pixel_scale=task.pixel_scale
-    )
-
-
-def model_shape(structure: ModelStructure) -> ModelShape:
-    """Returns the sizes of a vision transformer, embedding and head included, for workloads in closed form."""
-    return ModelShape(
-        num_layers=structure.num_layers,
-        num_tokens=structure.num_tokens,
-        num_heads=structure.num_heads,
-        head_dim=structure.head_dim,
-        width=structure.width,
-        hidden=structure.hidden,
-        embed=(structure.num_tokens, structure.patch_values, structure.width),
-        head=(1, structure.width, structure.num_classes),
-    )

@@ -8,17 +8,15 @@ import numpy as np
 import tyro
 
 from codesign.errors import CodesignError
-from codesign.experiments.configs import experiment_by_name, model_shape, vision_config
-from codesign.experiments.data import load_task
+from codesign.experiments.configs import experiment_by_name
+from codesign.experiments.model_choice import choose_model, model_shape
 from codesign.experiments.tables import print_json, print_table
+from codesign.experiments.tasks import load_task
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.operating_points import ModelShape, operating_points
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.surrogate import SCOPES, Cost, Scope, cost
 from codesign.units import PJ_PER_UJ, US_PER_S
-
-HOST_ROW = "host"
-
 
 def cost_report(
     preset: tyro.conf.Positional[Path],
@@ -77,7 +75,8 @@ def cost_report(
         )
     else:
         named = experiment_by_name(experiment)
-        shape = model_shape(vision_config(load_task(named.task), named.model).structure)
+        structure = choose_model(load_task(named.task, named.data), named).config.structure
+        shape = model_shape(structure, structure.max_tokens)
     record = cost_record(spec, shape)
     if as_json:
         print_json(record)
@@ -114,10 +113,8 @@ def cost_record(spec: AcceleratorSpec, shape: ModelShape) -> dict[str, Any]:
 
 def _scope_record(price: Cost, scope: Scope, clock_hz: float) -> dict[str, Any]:
     cycles = float(price.latency_cycles(scope)[0])
-    # Units work at the same time; the host runs after the engine.
-    busy = {name: float(np.sum(value)) for name, value in price.unit_busy_cycles.items()}
-    if scope == "end_to_end":
-        busy[HOST_ROW] = float(np.sum(price.block_host.cycles) + np.sum(price.end_host.cycles))
+    # Units work at the same time; a host runs after the engine.
+    busy = {name: float(value[0]) for name, value in price.busy_by_unit(scope).items()}
     return {
         "latency_cycles": cycles,
         "latency_us": cycles / clock_hz * US_PER_S,

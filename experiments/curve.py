@@ -9,21 +9,25 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from codesign.calibration import Calibration
 from codesign.experiments.configs import Budget, Experiment, Metric, require
 from codesign.experiments.curve_record import CurvePoint, curve_record
 from codesign.experiments.curve_settings import TRAINED_KINDS, CurveSettings
 from codesign.experiments.data import Part
+from codesign.experiments.dense_cost import DenseCost
 from codesign.experiments.evaluate import Point, measure, summary
 from codesign.experiments.figure import draw_curve
 from codesign.experiments.finished import measure_dense
-from codesign.experiments.problem import Problem, calibrate, load_problem, outline
+from codesign.experiments.problem import Problem, load_problem, outline
+from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import RunDirectory, write_json
 from codesign.experiments.train import (
     BudgetedTraining,
-    check_reachable,
+    measured_ranges,
+    ranges_of,
     start_point,
     start_policy,
-    with_alpha,
+    with_threshold,
 )
 from codesign.policy import Policy
 
@@ -45,13 +49,15 @@ def checked_curve(experiment: Experiment, settings: CurveSettings, seeds: Sequen
         tuple(seeds),
     )
     outlined = outline(experiment)
-    rounds = outlined.num_rounds
-    require(rounds > 0, "experiment.mechanism", "have thresholds", outlined.mechanism.name)
+    scale, name = outlined.mechanism.thresholds, outlined.mechanism.name
+    require(scale is not None, "experiment.mechanism", "have thresholds", name)
+    assert scale is not None
+    length = len(scale.settings[0])
     require(
-        all(len(alphas) == rounds for alphas in settings.uniform_alphas),
-        "curve.uniform_alphas",
-        f"have {rounds} rounds in each entry, as `{outlined.mechanism.name}` has",
-        settings.uniform_alphas,
+        all(len(setting) == length for setting in settings.uniform_thresholds),
+        "curve.uniform_thresholds",
+        f"have {length} values in each entry, as settings of `{name}` have",
+        settings.uniform_thresholds,
     )
     check_reachable(outlined, settings.budget(min(settings.budgets)))
     return outlined
@@ -90,7 +96,7 @@ def run_curve(
     """
     outlined = checked_curve(experiment, settings, seeds)
     config = {
-        "experiment": dataclasses.asdict(experiment),
+        "experiment": experiment.plain(),
         "curve": dataclasses.asdict(settings),
         "seeds": list(seeds),
         "part": part,
@@ -164,7 +170,7 @@ def _trained_point(
     experiment = dataclasses.replace(training.problem.experiment, optimize=training.settings)
     path = point_directory(out, experiment.seed, kind, fraction)
     config = {
-        "experiment": dataclasses.asdict(experiment),
+        "experiment": experiment.plain(),
         "budget": dataclasses.asdict(budget),
         "mode": "joint",
     }
@@ -183,7 +189,9 @@ def point_directory(out: Path, seed: int, kind: str, fraction: float) -> Path:
     return out / "points" / f"seed{seed}-{kind}-{fraction:g}"
 
 
-def _uniform_policy(problem: Problem, policy: Policy, setting: dict[str, Any]) -> Policy:
+def _uniform_policy(
+    problem: Problem, policy: Policy, setting: dict[str, Any], calibration: Calibration
+) -> Policy:
     """Returns one threshold and bit setting for all layers and heads; clips stay those of `policy`."""
     uniform = start_policy(
         problem, linear_bits=setting["weight_bits"], attention_bits=setting["attention_bits"]
@@ -195,17 +203,17 @@ def _uniform_policy(problem: Problem, policy: Policy, setting: dict[str, Any]) -
                 knobs[name] = jnp.full_like(value, setting["activation_bits"])
             if name.endswith("_clip"):
                 knobs[name] = own[name]
-    alpha = np.broadcast_to(np.asarray(setting["alpha"]), layers["threshold"].shape)
-    return with_alpha(Policy(layers=layers, ends=ends), alpha)
+    scale, shape = problem.mechanism.thresholds, layers["threshold"].shape
+    assert scale is not None
+    threshold = scale.from_setting(tuple(setting["threshold"]), shape, ranges_of(calibration))
+    return with_threshold(Policy(layers=layers, ends=ends), threshold)
 
 
 def _uniform_point(problem: Problem, point: Point, setting: dict[str, Any]) -> Point:
     """Returns a point with the weights of `point`, a uniform policy, and ranges measured on those weights."""
-    return Point(
-        params=point.params,
-        policy=_uniform_policy(problem, point.policy, setting),
-        calibration=calibrate(point.params, problem.calibration_pixels, problem.config),
-    )
+    calibration = measured_ranges(problem, point.params)
+    policy = _uniform_policy(problem, point.policy, setting, calibration)
+    return Point(params=point.params, policy=policy, calibration=calibration)
 
 
 def _choose_uniform(
@@ -215,15 +223,20 @@ def _choose_uniform(
 
     The grid runs over thresholds and bits at once, on the dense weights without training. It is kept in `path`.
     """
+    part = problem.task.part("validation").first(settings.num_selection)
+    dense = DenseCost(problem.config.structure, problem.accelerator).mean(
+        part, problem.buckets, settings.scope
+    )[settings.metric]
     if path.exists():
         measured: list[dict[str, Any]] = json.loads(path.read_text())
     else:
-        dense = BudgetedTraining.dense_costs(problem, settings.scope)[settings.metric]
+        scale = problem.mechanism.thresholds
+        assert scale is not None
         measured = []
-        for alpha in settings.uniform_alphas:
+        for threshold in settings.uniform_thresholds or scale.settings:
             for weight_bits, activation_bits, attention_bits in settings.uniform_bits:
                 setting = {
-                    "alpha": list(alpha),
+                    "threshold": list(threshold),
                     "weight_bits": weight_bits,
                     "activation_bits": activation_bits,
                     "attention_bits": attention_bits,
@@ -253,7 +266,7 @@ def _line(point: CurvePoint, dense: CurvePoint) -> str:
     means = summary(point.measurement, dense.measurement)
     budget = "" if point.budget is None else f" budget {point.budget:g}"
     return (
-        f"seed {point.seed} {point.kind}{budget}: accuracy {means['accuracy']:.4f}, "
+        f"seed {point.seed} {point.kind}{budget}: {means['quality_name']} {means['quality']:.4f}, "
         f"KL {means['kl_nats']:.4f} nat, energy {means['end_to_end']['energy_ratio']:.3f} and "
-        f"latency {means['end_to_end']['latency_ratio']:.3f} of dense, kept {means['kept'][-1]:.3f}"
+        f"latency {means['end_to_end']['latency_ratio']:.3f} of dense, kept {np.mean(means['kept']):.3f}"
     )

@@ -9,9 +9,12 @@ from numpy.typing import NDArray
 from codesign.experiments.comparison import bootstrap, cost_at_equal_kl
 from codesign.experiments.configs import Metric, Scope
 from codesign.experiments.curve_settings import CurveSettings
+from codesign.experiments.data import QualityName
 from codesign.experiments.evaluate import Measurement, summary
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+BETTER: dict[QualityName, float] = {"accuracy": 1.0, "bits_per_token": -1.0}
+"""Sign that makes a larger quality the better one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +55,16 @@ def curve_record(
             entry: dict[str, Any] = {
                 "kind": kind,
                 "budget": fraction,
-                "accuracy": interval(stacked(kind, fraction, "correct")),
+                "quality": interval(stacked(kind, fraction, "quality")),
                 "kl_nats": interval(stacked(kind, fraction, "kl_nats")),
-                "accuracy_by_seed": [float(np.mean(m.correct)) for m in group],
+                "quality_by_seed": [float(np.mean(m.quality)) for m in group],
                 "kl_nats_by_seed": [float(np.mean(m.kl_nats)) for m in group],
             }
             for scope in ("end_to_end", "attention"):
                 entry[scope] = _mean_costs(group, [dense[seed] for seed in seeds], scope)
             means.append(entry)
+    name = points[0].measurement.quality_name
+    better = BETTER[name]
     comparisons = []
     for baseline in [kind for kind in kinds if kind not in ("dense", "trained")]:
         for fraction in settings.budgets:
@@ -67,9 +72,12 @@ def curve_record(
                 {
                     "baseline": baseline,
                     "budget": fraction,
-                    "accuracy_gain": interval(
-                        stacked("trained", fraction, "correct")
-                        - stacked(baseline, fraction, "correct")
+                    "quality_gain": interval(
+                        better
+                        * (
+                            stacked("trained", fraction, "quality")
+                            - stacked(baseline, fraction, "quality")
+                        )
                     ),
                     "kl_nats_gain": interval(
                         stacked(baseline, fraction, "kl_nats")
@@ -82,7 +90,8 @@ def curve_record(
         "metric": settings.metric,
         "scope": settings.scope,
         "part": config["part"],
-        "num_examples": len(points[0].measurement.correct),
+        "quality_name": name,
+        "num_examples": len(points[0].measurement.quality),
         "seeds": seeds,
         "config": config,
         "points": [

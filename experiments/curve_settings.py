@@ -17,8 +17,6 @@ TRAINED_KINDS: dict[str, tuple[Group, ...]] = {
 """What each kind of point trains. The ablations start from the uniform setting of their budget."""
 COMPARED_KINDS = ("trained", "uniform_tuned")
 """The kinds that are no ablation."""
-OFF = -1.0
-"""alpha of a round that keeps all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +30,8 @@ class CurveSettings:
     scope: Scope = "end_to_end"
     # Whether to add the two ablations.
     ablations: bool = False
-    # The uniform grid: alpha of every round in [-1, 1), alike for all layers and heads; -1 switches the round off.
-    uniform_alphas: tuple[tuple[float, ...], ...] = ((OFF, OFF), (-0.5, -0.25), (0.0, 0.0))
+    # The uniform grid: thresholds alike for all layers and heads, in the units of the mechanism's settings; none: its own.
+    uniform_thresholds: tuple[tuple[float, ...], ...] = ()
     # The uniform grid: bits of all weights [2, 8], all activations [2, 8], and exact attention [8, 16].
     uniform_bits: tuple[tuple[int, int, int], ...] = (
         (8, 8, 16),
@@ -75,12 +73,12 @@ class CurveSettings:
             "be falling fractions of dense, > 0, e.g. 0.7 0.5 0.3",
             self.budgets,
         )
-        for alphas in self.uniform_alphas:
+        for thresholds in self.uniform_thresholds:
             require(
-                all(OFF <= alpha < 1.0 for alpha in alphas),
-                "curve.uniform_alphas",
-                "lie in [-1, 1)",
-                alphas,
+                bool(thresholds) and all(math.isfinite(value) for value in thresholds),
+                "curve.uniform_thresholds",
+                "hold finite numbers",
+                thresholds,
             )
         for bits in self.uniform_bits:
             ranges = [BITS_RANGE[kind] for kind in ("linear", "linear", "attention")]
@@ -90,8 +88,7 @@ class CurveSettings:
                 "lie in [2, 8], [2, 8] and [8, 16] bit",
                 bits,
             )
-        for name in ("uniform_alphas", "uniform_bits"):
-            require(bool(getattr(self, name)), f"curve.{name}", "hold at least one entry", ())
+        require(bool(self.uniform_bits), "curve.uniform_bits", "hold at least one entry", ())
         require_at_least(self, "curve", 1, "num_selection", "num_resamples")
 
     @property
@@ -104,10 +101,9 @@ class CurveSettings:
         """Points trained with one seed."""
         return len(self.trained_kinds) * len(self.budgets)
 
-    @property
-    def num_measured(self) -> int:
-        """Settings measured with one seed: the grid, dense, and all points."""
-        grid = len(self.uniform_alphas) * len(self.uniform_bits)
+    def num_measured(self, num_thresholds: int) -> int:
+        """Settings measured with one seed: the grid over the mechanism's thresholds and bits, dense, and all points."""
+        grid = (len(self.uniform_thresholds) or num_thresholds) * len(self.uniform_bits)
         return grid + 1 + len(self.budgets) + self.num_points
 
     def budget(self, fraction: float) -> Budget:

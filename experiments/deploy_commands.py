@@ -47,7 +47,7 @@ def export(
     config = write_run_export(finished, out, num_golden=num_golden)
     expected = config.expected
     print(
-        f"{out}: accuracy {expected.accuracy:.4f} on the {expected.part} part, "
+        f"{out}: {expected.quality_name} {expected.quality:.4f} on the {expected.part} part, "
         f"{expected.end_to_end.energy_pj / 1e6:.3f} µJ and {expected.end_to_end.latency_cycles:,.0f} cycles "
         "per example, end to end"
     )

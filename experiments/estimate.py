@@ -26,7 +26,7 @@ def estimate_seconds(
       num_seeds: Seeds.
     """
     experiment, structure = problem.experiment, problem.config.structure
-    size = structure.num_tokens * structure.num_layers * structure.num_heads / MEASURED_SIZE
+    size = structure.max_tokens * structure.num_layers * structure.num_heads / MEASURED_SIZE
     dense, budgeted = (
         settings.num_steps * batch_size / MEASURED_BATCH_SIZE
         for settings, batch_size in (

@@ -1,7 +1,8 @@
-"""Measurement of a deployed model: the hard path's accuracy, divergence and cost, per example."""
+"""Measurement of a deployed model: the hard path's quality, divergence and cost, per example."""
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,20 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codesign.calibration import Calibration
+from codesign.experiments.batches import Inputs, chunks
 from codesign.experiments.configs import Metric, Scope
-from codesign.experiments.data import Part
-from codesign.experiments.problem import Problem, chunks, float_logits
+from codesign.experiments.data import Examples, Part, QualityName
+from codesign.experiments.problem import Problem
+from codesign.experiments.teacher import sized
 from codesign.hw.accelerator import Accelerator
 from codesign.hw.surrogate import SCOPES, Cost, cost
 from codesign.mechanisms import Mechanism, mechanism_by_name
-from codesign.models import vit
 from codesign.models.deploy import Deployment, harden
+from codesign.models.model import apply_hard
 from codesign.policy import Policy, dense_knobs
 from codesign.structure import ModelStructure
 from codesign.workload import Workload
 
 HARD_CHUNK = 128
-"""Examples per call of the compiled hard path."""
+"""Most examples per call of the compiled hard path."""
+HARD_PAIRS = 2**24
+"""Most query-key pairs of all heads and examples of a call: an array of them takes 128 MiB."""
 DENSE_LINEAR_BITS, DENSE_ATTENTION_BITS = 8.0, 16.0
 """What "dense" means: 8-bit linear layers, 16-bit attention, no mechanism, on the same machine."""
 
@@ -42,13 +47,15 @@ class Measurement:
     """What the hard path did on N examples.
 
     Attributes:
-      correct: Whether the prediction was the label, bool `[N]`.
-      kl_nats: Divergence of the outputs from those of the dense float model, `[N]`.
+      quality_name: What `quality` is.
+      quality: 1 where the prediction was the label, else 0; or the bits per token of a decoder, `[N]`.
+      kl_nats: Divergence of the outputs from those of the dense float model, per token of a decoder, `[N]`.
       costs: `costs[scope][metric]` per example, `[N]`: energy in pJ, latency in cycles.
-      kept: Kept fraction of pairs after each round, by layer and head, `[L, H, R]`; R is 1 without a filter.
+      kept: Kept fractions by entry of the mechanism's thresholds, `[L, ...]`; `[L, 1]` ones if it has none.
     """
 
-    correct: NDArray[np.bool_]
+    quality_name: QualityName
+    quality: NDArray[np.float64]
     kl_nats: NDArray[np.float64]
     costs: dict[Scope, dict[Metric, NDArray[np.float64]]]
     kept: NDArray[np.float64]
@@ -58,18 +65,29 @@ class Measurement:
         return float(np.mean(self.costs[scope][metric]))
 
 
-def kept_fractions(workload: Workload) -> jax.Array:
-    """Returns the kept fraction after each round, mean over the batch, `[L, H, R]`."""
-    exps = workload.operations["softmax.exp"].count
-    counts = []
-    for index in range(1, sum(name.endswith(".statistic") for name in workload.operations)):
-        counts.append(workload.operations[f"filter{index}.statistic"].count)
-    counts.append(exps)
-    if "filter0.statistic" in workload.operations:
-        pairs = workload.operations["filter0.statistic"].count
-    else:
-        pairs = exps
-    return jnp.stack([jnp.mean(count / pairs, axis=0) for count in counts], axis=-1)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HardChunk:
+    """What the hard path did on one chunk of n examples.
+
+    Attributes:
+      inputs: The examples, `[n, ...]`.
+      indices: Their places in the data, `[n]`.
+      logits: Real logits, `[n, C]` or `[n, T, C]`.
+      costs: As in `Measurement`, `[n]`.
+      kept: As in `Measurement`.
+      counts: Operations of the attention engine by `stage.kind`, heads summed, `[n, L]`.
+      densities: Fraction of non-zero elements by site, `[n, L]` or `[1, L]`, if the mechanism counts it.
+      tensors: Every tensor that docs/integer_path.md names, if asked for, with all its axes.
+    """
+
+    inputs: Inputs
+    indices: NDArray[np.int64]
+    logits: NDArray[np.float64]
+    costs: dict[Scope, dict[Metric, NDArray[np.float64]]]
+    kept: NDArray[np.float64]
+    counts: dict[str, NDArray[np.float64]]
+    densities: dict[str, NDArray[np.float64]]
+    tensors: dict[str, NDArray[Any]]
 
 
 def metrics_of(price: Cost, scope: Scope) -> dict[Metric, jax.Array]:
@@ -77,40 +95,154 @@ def metrics_of(price: Cost, scope: Scope) -> dict[Metric, jax.Array]:
     return {"energy": price.energy_pj(scope), "latency": price.latency_cycles(scope)}
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "mechanism"))
+def costs_of(workload: Workload, accelerator: Accelerator) -> dict[Scope, dict[Metric, jax.Array]]:
+    """Returns `costs[scope][metric]` of each example, `[B]`."""
+    price = cost(workload, accelerator)
+    return {scope: metrics_of(price, scope) for scope in SCOPES}
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "mechanism", "tracing"))
 def _hard_step(
     layers: dict[str, jax.Array],
     ends: dict[str, jax.Array],
-    pixels: jax.Array,
+    inputs: dict[str, jax.Array],
     accelerator: Accelerator,
     structure: ModelStructure,
     mechanism: Mechanism,
-) -> tuple[jax.Array, dict[Scope, dict[Metric, jax.Array]], jax.Array]:
-    output = vit.apply_hard(layers, ends, pixels, structure=structure, mechanism=mechanism)
-    price = cost(output.workload, accelerator)
-    costs = {scope: metrics_of(price, scope) for scope in SCOPES}
-    return output.logits, costs, kept_fractions(output.workload)
+    tracing: bool,
+) -> dict[str, Any]:
+    output = apply_hard(
+        layers, ends, inputs, structure=structure, mechanism=mechanism, tracing=tracing
+    )
+    operations = output.workload.operations
+    scale = mechanism.thresholds
+    kept = jnp.ones((structure.num_layers, 1)) if scale is None else scale.kept(output.workload)
+    return {
+        "logits": output.logits,
+        "costs": costs_of(output.workload, accelerator),
+        "kept": kept,
+        "densities": output.workload.densities,
+        "counts": {key: jnp.sum(value.count, axis=2) for key, value in operations.items()},
+        "tensors": output.trace,
+    }
 
 
-def divergence(teacher: NDArray[np.floating], logits: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Returns KL(teacher || model) of each example, nats, `[N]`.
+def hard_chunks(
+    deployed: Deployment,
+    examples: Examples,
+    accelerator: Accelerator,
+    buckets: tuple[int, ...],
+    *,
+    tracing: bool = False,
+    most: int = HARD_CHUNK,
+) -> Iterator[HardChunk]:
+    """Runs the hard path on examples, chunk by chunk, those of similar length together.
 
     Args:
-      teacher: Logits of the dense model, `[N, classes]`.
-      logits: Logits of the model, `[N, classes]`.
+      deployed: The integers.
+      examples: Data; their labels are not looked at.
+      accelerator: The machine.
+      buckets: Lengths to which token sequences are padded.
+      tracing: Whether to return tensors.
+      most: Most examples of a chunk.
     """
+    structure = deployed.structure
+    mechanism = mechanism_by_name(structure.mechanism)
+    layers, ends = deployed.hard_arrays()
 
-    def log_softmax(values: NDArray[np.floating]) -> NDArray[np.float64]:
-        wide = np.asarray(values, np.float64)
-        centred = wide - wide.max(axis=-1, keepdims=True)
-        result: NDArray[np.float64] = centred - np.log(
-            np.sum(np.exp(centred), axis=-1, keepdims=True)
+    def size(num_tokens: int) -> int:
+        fitting = HARD_PAIRS // (structure.num_heads * num_tokens**2)
+        return max(1, min(most, fitting, len(examples)))
+
+    for inputs, indices in chunks(examples, sized(structure, size), buckets):
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), accelerator)
+            found = _hard_step(
+                layers,
+                ends,
+                inputs,
+                wide,
+                structure=structure,
+                mechanism=mechanism,
+                tracing=tracing,
+            )
+        found = jax.tree.map(np.asarray, found)
+        first = slice(len(indices))
+        exists = {name: values[first] for name, values in inputs.items()}
+        yield HardChunk(
+            inputs=exists,
+            indices=indices,
+            logits=deployed.real_logits(found["logits"][first], exists.get("valid")),
+            costs=jax.tree.map(lambda values, first=first: values[first], found["costs"]),
+            kept=found["kept"],
+            counts={name: values[first] for name, values in found["counts"].items()},
+            densities={name: values[first] for name, values in found["densities"].items()},
+            tensors={
+                name: values[(slice(None),) * _batch_axis(name, deployed) + (first,)]
+                for name, values in found["tensors"].items()
+            },
         )
-        return result
 
-    p, q = log_softmax(teacher), log_softmax(logits)
-    result: NDArray[np.float64] = np.sum(np.exp(p) * (p - q), axis=-1)
+
+def _batch_axis(name: str, deployed: Deployment) -> int:
+    """Returns the axis of the examples in a tensor of the integer path."""
+    if name in ("embedded", "logits"):
+        return 0
+    return 2 if deployed.structure.num_rounds and name in ("scores", "keep") else 1
+
+
+def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Returns natural logarithms of probabilities over the last axis, in float64."""
+    wide = np.asarray(logits, np.float64)
+    centred = wide - wide.max(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = centred - np.log(np.sum(np.exp(centred), axis=-1, keepdims=True))
     return result
+
+
+def _mean_over_tokens(
+    values: NDArray[np.float64], valid: NDArray[Any] | None
+) -> NDArray[np.float64]:
+    """Returns values `[N]` as they are, values `[N, T]` averaged over tokens that exist."""
+    if values.ndim == 1:
+        return values
+    exists = np.ones(values.shape) if valid is None else np.asarray(valid, np.float64)
+    mean: NDArray[np.float64] = np.sum(values * exists, axis=1) / np.sum(exists, axis=1)
+    return mean
+
+
+def divergence(
+    teacher: NDArray[np.floating],
+    logits: NDArray[np.floating],
+    valid: NDArray[Any] | None = None,
+) -> NDArray[np.float64]:
+    """Returns KL(teacher || model) of each example, nats, `[N]`; of a decoder the mean over tokens.
+
+    Args:
+      teacher: Logits of the dense model, `[N, C]` or `[N, T, C]`.
+      logits: Logits of the model, same shape.
+      valid: Tokens that exist, `[N, T]`; None: all.
+    """
+    p, q = log_softmax(teacher), log_softmax(logits)
+    return _mean_over_tokens(np.sum(np.exp(p) * (p - q), axis=-1), valid)
+
+
+def quality(
+    logits: NDArray[np.floating], labels: NDArray[np.integer], valid: NDArray[Any] | None = None
+) -> NDArray[np.float64]:
+    """Returns the quality of each example, `[N]`.
+
+    Args:
+      logits: `[N, C]`, or `[N, T, C]` of a decoder.
+      labels: Classes `[N]`, or next tokens `[N, T]`.
+      valid: Tokens that exist, `[N, T]`; None: all.
+
+    Returns:
+      1 where the class is right, else 0; of a decoder the mean bits per token.
+    """
+    if labels.ndim == 1:
+        return np.asarray(np.argmax(logits, axis=-1) == labels, np.float64)
+    nats = -np.take_along_axis(log_softmax(logits), labels[..., None], axis=-1)[..., 0]
+    return _mean_over_tokens(nats / np.log(2.0), valid)
 
 
 def deployment(problem: Problem, point: Point, *, mechanism: Mechanism | None = None) -> Deployment:
@@ -122,31 +254,6 @@ def deployment(problem: Problem, point: Point, *, mechanism: Mechanism | None = 
         problem.config,
         mechanism or problem.mechanism,
     )
-
-
-def hard_run(
-    deployed: Deployment, pixels: NDArray[np.int32], accelerator: Accelerator
-) -> tuple[
-    NDArray[np.float64], dict[Scope, dict[Metric, NDArray[np.float64]]], NDArray[np.float64]
-]:
-    """Returns real logits `[N, classes]`, costs per example and kept fractions `[L, H, R]` of the hard path."""
-    mechanism = mechanism_by_name(deployed.structure.mechanism)
-    layers, ends = deployed.hard_arrays()
-    logits, costs, kept, lengths = [], [], [], []
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda size: np.asarray(size, np.float64), accelerator)
-        for part, length in chunks(pixels, min(HARD_CHUNK, len(pixels))):
-            result = _hard_step(
-                layers, ends, part, wide, structure=deployed.structure, mechanism=mechanism
-            )
-            part_logits, part_costs, part_kept = jax.tree.map(np.asarray, result)
-            logits.append(part_logits[:length])
-            costs.append(jax.tree.map(lambda value, n=length: value[:n], part_costs))
-            kept.append(part_kept)
-            lengths.append(length)
-    real = np.concatenate(logits) * (deployed.logit_scale / deployed.structure.num_tokens)
-    merged = jax.tree.map(lambda *values: np.concatenate(values), *costs)
-    return real, merged, np.average(kept, axis=0, weights=lengths)
 
 
 def measure(
@@ -166,25 +273,46 @@ def measure(
       mechanism: Another mechanism than the problem's, e.g. `dense`.
       num_examples: Only the first of the part; None: all.
     """
-    examples = problem.task.parts[part].first(num_examples)
+    examples = problem.task.part(part).first(num_examples)
     deployed = deployment(problem, point, mechanism=mechanism)
-    logits, costs, kept = hard_run(deployed, examples.pixels, problem.accelerator)
+    qualities, divergences = np.zeros(len(examples)), np.zeros(len(examples))
+    costs: dict[Scope, dict[Metric, NDArray[np.float64]]] = {
+        scope: {"energy": np.zeros(len(examples)), "latency": np.zeros(len(examples))}
+        for scope in SCOPES
+    }
+    kept, lengths = [], []
+    for chunk in hard_chunks(deployed, examples, problem.accelerator, problem.buckets):
+        where, valid = chunk.indices, chunk.inputs.get("valid")
+        labels = examples.labels[where]
+        if labels.ndim == 2:
+            labels = labels[:, : chunk.logits.shape[1]]
+        teacher = problem.teacher.part_logits(part, where, chunk.inputs)
+        qualities[where] = quality(chunk.logits, labels, valid)
+        divergences[where] = divergence(teacher, chunk.logits, valid)
+        for scope in SCOPES:
+            for metric, values in chunk.costs[scope].items():
+                costs[scope][metric][where] = values
+        kept.append(chunk.kept)
+        lengths.append(len(where))
     return Measurement(
-        correct=np.argmax(logits, axis=-1) == examples.labels,
-        kl_nats=divergence(float_logits(problem.params, examples.pixels, problem.config), logits),
+        quality_name=problem.task.quality_name,
+        quality=qualities,
+        kl_nats=divergences,
         costs=costs,
-        kept=kept,
+        kept=np.average(kept, axis=0, weights=lengths),
     )
 
 
 def dense_point(problem: Problem, calibration: Calibration) -> Point:
     """Returns the dense reference: no mechanism, 8-bit linear layers, 16-bit attention."""
+    structure = problem.config.structure
     return Point(
         params=problem.params,
         policy=dense_knobs(
-            problem.config.structure.num_layers,
+            structure.num_layers,
             linear_bits=DENSE_LINEAR_BITS,
             attention_bits=DENSE_ATTENTION_BITS,
+            end_sites=structure.end_sites,
         ),
         calibration=calibration,
     )
@@ -193,10 +321,11 @@ def dense_point(problem: Problem, calibration: Calibration) -> Point:
 def summary(measurement: Measurement, dense: Measurement) -> dict[str, Any]:
     """Returns means for people and files: quality, kept fraction, and cost with its ratio to dense."""
     result: dict[str, Any] = {
-        "num_examples": len(measurement.correct),
-        "accuracy": float(np.mean(measurement.correct)),
+        "num_examples": len(measurement.quality),
+        "quality_name": measurement.quality_name,
+        "quality": float(np.mean(measurement.quality)),
         "kl_nats": float(np.mean(measurement.kl_nats)),
-        "kept": np.mean(measurement.kept, axis=(0, 1)).tolist(),
+        "kept": np.mean(measurement.kept, axis=tuple(range(measurement.kept.ndim - 1))).tolist(),
     }
     for scope in SCOPES:
         result[scope] = {

@@ -1,25 +1,21 @@
 """From a finished run to an export, and what checks it: the emulator and the simulator against the JAX hard path."""
 
-import dataclasses
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
 from codesign import __version__
 from codesign.errors import CodesignError
-from codesign.experiments.configs import Metric, Scope, model_shape
-from codesign.experiments.data import Part
-from codesign.experiments.evaluate import deployment, measure, metrics_of
+from codesign.experiments.configs import Metric
+from codesign.experiments.data import Examples, Part
+from codesign.experiments.evaluate import HardChunk, deployment, hard_chunks, measure
 from codesign.experiments.finished import FinishedRun
-from codesign.experiments.problem import Problem, chunks
+from codesign.experiments.model_choice import model_shape
+from codesign.experiments.problem import Problem
 from codesign.hw import emulator
-from codesign.hw.accelerator import Accelerator
 from codesign.hw.export import (
     Difference,
     Export,
@@ -37,108 +33,47 @@ from codesign.hw.hardware_config import (
 from codesign.hw.operating_points import Setting, workload_from_fractions
 from codesign.hw.simulator import GemmShape, Simulation, simulate
 from codesign.hw.surrogate import SCOPES, cost
-from codesign.mechanisms import Mechanism, mechanism_by_name
-from codesign.models import vit
 from codesign.models.deploy import Deployment
-from codesign.policy import BLOCK_SITES, END_SITES
-from codesign.structure import ModelStructure
+from codesign.policy import BLOCK_SITES
+from codesign.references import reference_by_name
+from codesign.structure import ModelStructure, PatchInput
 from codesign.workload import Trace
 
 TRACE_CHUNK = 32
-"""Examples per call of the compiled tracing path."""
+"""Most examples per call of the compiled tracing path."""
 METRICS: tuple[tuple[Metric, str], ...] = (
     ("latency", "latency_cycles"),
     ("energy", "energy_pj"),
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TracedBatch:
-    """What the JAX hard path did on B examples.
-
-    Attributes:
-      tensors: Every tensor that docs/integer_path.md names, shaped as `ModelStructure.tensor_shapes` says.
-      counts: Operations of the attention engine by `stage.kind`, heads summed, `[B, L]`.
-      costs: `costs[scope][metric]` by the differentiable cost model, `[B]`: pJ and cycles.
-    """
-
-    tensors: dict[str, NDArray[Any]]
-    counts: dict[str, NDArray[np.float64]]
-    costs: dict[Scope, dict[Metric, NDArray[np.float64]]]
-
-
-@functools.partial(jax.jit, static_argnames=("structure", "mechanism"))
-def _traced_step(
-    layers: dict[str, jax.Array],
-    ends: dict[str, jax.Array],
-    pixels: jax.Array,
-    accelerator: Accelerator,
-    structure: ModelStructure,
-    mechanism: Mechanism,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[Scope, dict[Metric, jax.Array]]]:
-    output = vit.apply_hard(
-        layers, ends, pixels, structure=structure, mechanism=mechanism, tracing=True
+def traced_chunks(
+    problem: Problem, deployed: Deployment, examples: Examples
+) -> Iterator[HardChunk]:
+    """Yields chunks of examples with everything the JAX hard path does on them."""
+    return hard_chunks(
+        deployed, examples, problem.accelerator, problem.buckets, tracing=True, most=TRACE_CHUNK
     )
-    price = cost(output.workload, accelerator)
-    costs = {scope: metrics_of(price, scope) for scope in SCOPES}
-    operations = output.workload.operations
-    counts = {key: jnp.sum(operation.count, axis=2) for key, operation in operations.items()}
-    return output.trace | {"logits": output.logits}, counts, costs
 
 
-def traced_batches(
-    deployed: Deployment, pixels: NDArray[np.int32], accelerator: Accelerator
-) -> Iterator[tuple[NDArray[np.int32], TracedBatch]]:
-    """Yields the images in chunks, each with what the JAX hard path does on it."""
-    mechanism = mechanism_by_name(deployed.structure.mechanism)
-    layers, ends = deployed.hard_arrays()
-    for part, length in chunks(pixels, min(TRACE_CHUNK, len(pixels))):
-        with jax.enable_x64(True):
-            wide = jax.tree.map(lambda size: np.asarray(size, np.float64), accelerator)
-            result = _traced_step(
-                layers, ends, part, wide, structure=deployed.structure, mechanism=mechanism
-            )
-        tensors, counts, costs = jax.tree.map(np.asarray, result)
-        first = slice(length)
-        yield (
-            part[first],
-            TracedBatch(
-                tensors={
-                    name: values[(slice(None),) * _batch_axis(name) + (first,)]
-                    for name, values in tensors.items()
-                },
-                # Counts that agree for all examples have a batch axis of 1.
-                counts={name: values[first] for name, values in counts.items()},
-                costs=jax.tree.map(lambda values, first=first: values[first], costs),
-            ),
-        )
-
-
-def _batch_axis(name: str) -> int:
-    """Returns the axis of the examples in a tensor of the integer path."""
-    if name in ("scores", "keep"):
-        return 2
-    return 1 if name in emulator.LAYER_TENSORS else 0
-
-
-def examples_of(problem: Problem, part: Part, num_examples: int) -> NDArray[np.int32]:
-    """Returns the first images of a part.
+def examples_of(problem: Problem, part: Part, num_examples: int) -> Examples:
+    """Returns the first examples of a part.
 
     Raises:
-      CodesignError: If `num_examples` is not positive.
+      CodesignError: If `num_examples` is not positive, or the part is not there.
     """
     if num_examples < 1:
         raise CodesignError(f"at least one example is needed, got {num_examples}: raise the number")
-    return problem.task.parts[part].pixels[:num_examples]
+    return problem.task.part(part).first(num_examples)
 
 
 def write_run_export(finished: FinishedRun, out: Path, *, num_golden: int) -> HardwareConfig:
-    """Writes the export of a run; golden vectors come from the JAX hard path on validation images.
+    """Writes the export of a run; golden vectors come from the JAX hard path on validation examples.
 
     Args:
       finished: The run.
       out: Directory to make.
-      num_golden: Images whose tensors are stored, 1 to `TRACE_CHUNK`.
+      num_golden: Examples whose tensors are stored, 1 to `TRACE_CHUNK`; those of one length of padding.
 
     Returns:
       The configuration as written.
@@ -153,15 +88,14 @@ def write_run_export(finished: FinishedRun, out: Path, *, num_golden: int) -> Ha
         )
     problem = finished.problem
     deployed = deployment(problem, finished.point)
-    pixels = examples_of(problem, "validation", num_golden)
-    _, batch = next(traced_batches(deployed, pixels, problem.accelerator))
+    chunk = next(traced_chunks(problem, deployed, examples_of(problem, "validation", num_golden)))
     scales = dict(deployed.scales)
     residual_scale = scales.pop("residual")
     assert isinstance(residual_scale, float)
     config = HardwareConfig(
         generator=f"codesign {__version__}",
         structure=deployed.structure,
-        policy=IntegerPolicy.from_arrays(deployed.layers, deployed.ends),
+        policy=IntegerPolicy.from_arrays(deployed.structure, deployed.layers, deployed.ends),
         scales=Scales(
             activation_scales=scales,
             residual_scale=residual_scale,
@@ -170,15 +104,15 @@ def write_run_export(finished: FinishedRun, out: Path, *, num_golden: int) -> Ha
         accelerator=problem.spec,
         expected=_expected(finished),
     )
-    golden = {"pixels": pixels, **batch.tensors}
-    return write_export(out, config, deployed.layers, deployed.ends, golden)
+    return write_export(out, config, deployed.layers, deployed.ends, chunk.inputs, chunk.tensors)
 
 
 def _expected(finished: FinishedRun) -> Expected:
     """Returns what the run reached on the validation part."""
     problem = finished.problem
     measured = measure(problem, finished.point, "validation")
-    workload = workload_from_fractions(model_shape(problem.config.structure), Setting())
+    structure = problem.config.structure
+    workload = workload_from_fractions(model_shape(structure, structure.max_tokens), Setting())
     area_mm2 = cost(workload, problem.accelerator).area_mm2("end_to_end")
     attention, end_to_end = (
         ExpectedCost(
@@ -189,8 +123,9 @@ def _expected(finished: FinishedRun) -> Expected:
     )
     return Expected(
         part="validation",
-        num_examples=len(measured.correct),
-        accuracy=float(np.mean(measured.correct)),
+        num_examples=len(measured.quality),
+        quality_name=measured.quality_name,
+        quality=float(np.mean(measured.quality)),
         kl_nats=float(np.mean(measured.kl_nats)),
         attention=attention,
         end_to_end=end_to_end,
@@ -215,36 +150,42 @@ def differing_array(export: Export, deployed: Deployment) -> str | None:
 def compare_on_fresh_data(
     export: Export, finished: FinishedRun, part: Part, num_examples: int
 ) -> ReplayReport:
-    """Returns how the emulator on an export compares with the run's JAX hard path, on images that are not golden.
+    """Returns how the emulator on an export compares with the run's JAX hard path, on examples that are not golden.
 
     Raises:
-      CodesignError: If the part has no other image.
+      CodesignError: If the part has no other example.
     """
-    problem = finished.problem
-    golden = {image.astype(np.int32).tobytes() for image in export.golden["pixels"]}
-    everything = problem.task.parts[part].pixels
-    is_fresh = [image.astype(np.int32).tobytes() not in golden for image in everything]
-    pixels = everything[np.asarray(is_fresh)][:num_examples]
-    if not len(pixels):
+    problem, structure = finished.problem, export.config.structure
+    name = "pixels" if isinstance(structure.input, PatchInput) else "tokens"
+    golden = {_content(row) for row in export.inputs[name]}
+    everything = problem.task.part(part)
+    is_fresh = np.asarray([_content(row) not in golden for row in everything.inputs[name]])
+    examples = everything.take(np.flatnonzero(is_fresh)[:num_examples])
+    if not len(examples):
         raise CodesignError(
-            f"no image of part `{part}` is left to compare on ({num_examples} asked for): "
+            f"no example of part `{part}` is left to compare on ({num_examples} asked for): "
             "raise the number, or choose another part"
         )
+    decisions = reference_by_name(structure.mechanism).decision_tensors
     num_values = num_decisions = 0
     difference: Difference | None = None
-    for images, batch in traced_batches(
-        deployment(problem, finished.point), pixels, problem.accelerator
-    ):
-        emulated = emulator.emulate(export.config.structure, export.layers, export.ends, images)
-        num_values += sum(values.size for values in batch.tensors.values())
-        num_decisions += batch.tensors["keep"].size if "keep" in batch.tensors else 0
-        difference = difference or first_difference(batch.tensors, emulated)
+    deployed = deployment(problem, finished.point)
+    for chunk in traced_chunks(problem, deployed, examples):
+        emulated = emulator.emulate(structure, export.layers, export.ends, chunk.inputs)
+        num_values += sum(values.size for values in chunk.tensors.values())
+        num_decisions += sum(chunk.tensors[tensor].size for tensor in decisions)
+        difference = difference or first_difference(chunk.tensors, emulated)
     return ReplayReport(
-        num_examples=len(pixels),
+        num_examples=len(examples),
         num_values=num_values,
         num_decisions=num_decisions,
         difference=difference,
     )
+
+
+def _content(row: NDArray[Any]) -> bytes:
+    """Returns what tells one example from another: its integers without the padding at the end, which is 0."""
+    return np.trim_zeros(np.ravel(row).astype(np.int64), "b").tobytes()
 
 
 def compare_with_simulator(finished: FinishedRun, part: Part, num_examples: int) -> dict[str, Any]:
@@ -257,13 +198,18 @@ def compare_with_simulator(finished: FinishedRun, part: Part, num_examples: int)
     """
     problem = finished.problem
     deployed = deployment(problem, finished.point)
-    pixels = examples_of(problem, part, num_examples)
+    examples = examples_of(problem, part, num_examples)
     shapes = gemm_shapes(deployed.structure)
     modelled: dict[str, list[NDArray[np.float64]]] = {}
     simulated: dict[str, list[NDArray[np.float64]]] = {}
     differing: str | None = None
-    for _, batch in traced_batches(deployed, pixels, problem.accelerator):
-        simulation = simulate(trace_of(deployed, batch), problem.spec, shapes)
+    for batch in traced_chunks(problem, deployed, examples):
+        simulation = simulate(
+            trace_of(deployed, batch),
+            problem.spec,
+            shapes,
+            is_causal=deployed.structure.is_causal,
+        )
         differing = differing or _differing_count(simulation, batch)
         for scope in SCOPES:
             for metric, name in METRICS:
@@ -272,7 +218,7 @@ def compare_with_simulator(finished: FinishedRun, part: Part, num_examples: int)
                 simulated.setdefault(key, []).append(getattr(simulation, name)(scope))
     record: dict[str, Any] = {
         "part": part,
-        "num_examples": len(pixels),
+        "num_examples": len(examples),
         "counts_equal": differing is None,
         "first_differing_count": differing,
     }
@@ -289,7 +235,7 @@ def compare_with_simulator(finished: FinishedRun, part: Part, num_examples: int)
     return record
 
 
-def _differing_count(simulation: Simulation, batch: TracedBatch) -> str | None:
+def _differing_count(simulation: Simulation, batch: HardChunk) -> str | None:
     """Returns the first operation whose count differs in any example or layer; None if none does."""
     for key in sorted(simulation.operations.keys() | batch.counts.keys()):
         if key not in simulation.operations or key not in batch.counts:
@@ -299,23 +245,29 @@ def _differing_count(simulation: Simulation, batch: TracedBatch) -> str | None:
     return None
 
 
-def trace_of(deployed: Deployment, batch: TracedBatch) -> Trace:
+def trace_of(deployed: Deployment, batch: HardChunk) -> Trace:
     """Returns the masks and widths of a batch as the simulator reads them."""
     structure, layers, ends = deployed.structure, deployed.layers, deployed.ends
     probabilities = batch.tensors["probabilities"]
-    if "keep" in batch.tensors and batch.tensors["keep"].size:
+    num_tokens = probabilities.shape[-1]
+    valid = np.ones((probabilities.shape[1], num_tokens), np.bool_)
+    valid = np.asarray(batch.inputs.get("valid", valid), np.bool_)
+    if "keep" in batch.tensors:
         keep = np.moveaxis(batch.tensors["keep"], 1, 3)  # [L, R, B, H, T, S] to [L, B, H, R, T, S]
     else:
-        keep = np.ones_like(probabilities, np.bool_)[:, :, :, None]
+        exists = np.broadcast_to(valid[:, None, None, :], probabilities.shape)
+        keep = (np.tril(exists) if structure.is_causal else exists)[:, :, :, None]
     names = ("query_bits", "key_bits", "qk_bits", "v_bits")
     bits: dict[str, NDArray[Any]] = {name: layers[name] for name in names if name in layers}
     for kind in ("weight_bits", "activation_bits"):
         bits |= {f"{site}.{kind}": layers[f"{site}_{kind}"] for site in BLOCK_SITES}
-        bits |= {f"{site}.{kind}": np.atleast_1d(ends[f"{site}_{kind}"]) for site in END_SITES}
+        bits |= {
+            f"{site}.{kind}": np.atleast_1d(ends[f"{site}_{kind}"]) for site in structure.end_sites
+        }
     return Trace(
         packed=np.packbits(keep, axis=-1),
-        valid=np.ones((keep.shape[1], structure.num_tokens), np.bool_),
-        num_keys=structure.num_tokens,
+        valid=valid,
+        num_keys=num_tokens,
         head_dim=structure.head_dim,
         bits=bits,
     )
@@ -324,11 +276,19 @@ def trace_of(deployed: Deployment, batch: TracedBatch) -> Trace:
 def gemm_shapes(structure: ModelStructure) -> dict[str, GemmShape]:
     """Returns the sizes of the linear layers by site."""
     width, attention = structure.width, structure.attention_width
-    return {
-        "embed": GemmShape(inner=structure.patch_values, outer=width),
+    rows = None if structure.pooling == "all" else 1
+    shapes = {
         "qkv": GemmShape(inner=width, outer=3 * attention),
         "out": GemmShape(inner=attention, outer=width),
         "up": GemmShape(inner=width, outer=structure.hidden),
         "down": GemmShape(inner=structure.hidden, outer=width),
-        "head": GemmShape(inner=width, outer=structure.num_classes, rows=1),
+        "head": GemmShape(inner=width, outer=structure.num_outputs, rows=rows),
     }
+    if isinstance(structure.input, PatchInput):
+        patches = structure.input
+        shapes["embed"] = GemmShape(
+            inner=patches.patch_values, outer=width, rows=patches.num_patches
+        )
+    if structure.pooler != "none":
+        shapes["pool"] = GemmShape(inner=width, outer=width, rows=1)
+    return shapes

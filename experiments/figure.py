@@ -13,10 +13,12 @@ STYLE = {
     "thresholds_only": ("thresholds trained, bits uniform", "#a64d79", "D", "-."),
 }
 """Label, colour, marker and line of each kind of point."""
+QUALITY = {"accuracy": ("Accuracy (%)", 100.0), "bits_per_token": ("Bits per token", 1.0)}
+"""Label of a quality and its factor in the figure."""
 
 
 def draw_curve(record: dict[str, Any], path: Path) -> None:
-    """Draws accuracy and divergence over cost, with 95 % intervals, into a PNG file.
+    """Draws quality and divergence over cost, with 95 % intervals, into a PNG file.
 
     Args:
       record: Contents of `curve.json`.
@@ -32,6 +34,7 @@ def draw_curve(record: dict[str, Any], path: Path) -> None:
         "energy": ("energy_pj", PJ_PER_UJ, "µJ"),
         "latency": ("latency_cycles", 1e3, "thousand cycles"),
     }[metric]
+    label_of_quality, percent = QUALITY[record["quality_name"]]
     figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained")
     dense = next(entry for entry in record["means"] if entry["kind"] == "dense")
     dense_cost = dense[scope][key] / factor
@@ -40,7 +43,7 @@ def draw_curve(record: dict[str, Any], path: Path) -> None:
         if not entries:
             continue
         costs = [entry[scope][key] / factor for entry in entries]
-        for axis, quality, scale in ((axes[0], "accuracy", 100.0), (axes[1], "kl_nats", 1.0)):
+        for axis, quality, scale in ((axes[0], "quality", percent), (axes[1], "kl_nats", 1.0)):
             means = [scale * entry[quality]["mean"] for entry in entries]
             spread = [
                 [
@@ -65,9 +68,9 @@ def draw_curve(record: dict[str, Any], path: Path) -> None:
                 capsize=2.0,
                 elinewidth=0.8,
             )
-    axes[0].plot(dense_cost, 100.0 * dense["accuracy"]["mean"], "k*", markersize=10, label="dense")
+    axes[0].plot(dense_cost, percent * dense["quality"]["mean"], "k*", markersize=10, label="dense")
     axes[1].set_yscale("log")
-    axes[0].set_ylabel("Accuracy (%)")
+    axes[0].set_ylabel(label_of_quality)
     axes[1].set_ylabel("KL divergence from dense (nat)")
     where = "end to end" if scope == "end_to_end" else "attention only"
     for axis in axes:
@@ -77,7 +80,7 @@ def draw_curve(record: dict[str, Any], path: Path) -> None:
             "top", functions=(lambda x: x / dense_cost, lambda x: x * dense_cost)
         )
         ratio.set_xlabel("Fraction of dense")
-    axes[0].legend(fontsize=7.5, loc="lower right")
+    axes[0].legend(fontsize=7.5, loc="best")
     seeds = len(record["seeds"])
     figure.suptitle(
         f"{record['task']}, {record['mechanism']} on `{record['preset']}`: {record['part']} part, "

@@ -5,19 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from codesign.calibration import Calibration
 from codesign.errors import CheckpointError, CodesignError, RunDirectoryError
+from codesign.experiments.batches import chunks
 from codesign.experiments.configs import MODES, Budget, Experiment, Mode
 from codesign.experiments.data import Part
+from codesign.experiments.drift import drift
 from codesign.experiments.evaluate import Measurement, Point, dense_point, measure, summary
-from codesign.experiments.problem import Problem, float_path, load_problem, outline
+from codesign.experiments.problem import Problem, load_problem, outline
+from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import CONFIG, RunDirectory, write_json
+from codesign.experiments.teacher import float_path
 from codesign.experiments.train import (
     BudgetedTraining,
-    check_reachable,
-    drift,
     finished_point,
     start_point,
     start_policy,
@@ -43,7 +46,7 @@ class Settings(BaseModel):
     def plain(self) -> dict[str, Any]:
         """Returns the settings as plain types."""
         return {
-            "experiment": dataclasses.asdict(self.experiment),
+            "experiment": self.experiment.plain(),
             "mode": self.mode,
             "budget": dataclasses.asdict(self.budget),
         }
@@ -207,10 +210,14 @@ def load_run(path: Path, *, cache: Path | None, progress: bool) -> FinishedRun:
 def _blank_checkpoint(training: BudgetedTraining, budget: Budget) -> dict[str, Any]:
     """Returns the shapes and dtypes of a training's checkpoints; computes nothing."""
     problem = training.problem
+    inputs, _ = next(
+        iter(chunks(problem.calibration_examples.first(1), lambda _: 1, problem.buckets))
+    )
+    one = jax.tree.map(jnp.asarray, inputs)
 
     def initial() -> dict[str, Any]:
         params = init_params(problem.config.structure, key=jax.random.key(0))
-        ranges = float_path(params, problem.calibration_pixels[:1], problem.config)[1]
+        ranges = float_path(params, one, problem.config, calibrating=True)[1]
         policy = start_policy(
             problem,
             linear_bits=problem.experiment.start_linear_bits,

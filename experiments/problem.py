@@ -1,7 +1,6 @@
 """A task, its trained dense model and a machine: what every training run, curve and evaluation starts from."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -9,27 +8,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from numpy.typing import NDArray
 
-from codesign.calibration import Calibration, floored, merge
 from codesign.errors import CodesignError, UnknownNameError
-from codesign.experiments.configs import Experiment, vision_config
-from codesign.experiments.data import Examples, Task, batch_indices, load_task, shifted
+from codesign.experiments.batches import TrainingBatches
+from codesign.experiments.configs import Experiment
+from codesign.experiments.data import Examples, Task
+from codesign.experiments.model_choice import ChosenModel, choose_model
 from codesign.experiments.run import RunDirectory, train_loop
+from codesign.experiments.tasks import load_task
+from codesign.experiments.teacher import Teacher
 from codesign.gates import Relaxation
 from codesign.hw.accelerator import Accelerator, accelerator_from_spec
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.mechanisms import MECHANISMS, Mechanism, mechanism_by_name
-from codesign.models import vit
-from codesign.models.config import VisionConfig
-from codesign.models.parameters import init_params
+from codesign.models.config import ModelConfig
+from codesign.models.model import apply
 from codesign.optimize import LossAux, OptimizeSettings, init_state, make_train_step
 from codesign.policy import Policy
-
-FLOAT_CHUNK = 256
-"""Examples per call of the compiled float path."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,89 +39,50 @@ class Problem:
       mechanism: The mechanism attached to the model.
       spec: The machine as its file states it.
       accelerator: The machine for the cost model.
-      train: Training images with their shifts.
-      params: Parameters of the trained dense model.
-      teacher: Logits of the dense model on `train`, `[N, classes]`.
+      params: Parameters of the trained dense model; empty in an outline.
+      teacher: Its outputs.
     """
 
     experiment: Experiment
     task: Task
-    config: VisionConfig
+    config: ModelConfig
     mechanism: Mechanism
     spec: AcceleratorSpec
     accelerator: Accelerator
-    train: Examples
     params: dict[str, Any]
-    teacher: NDArray[np.float32]
+    teacher: Teacher
 
     @property
-    def calibration_pixels(self) -> NDArray[np.int32]:
-        """The fixed images that measure ranges and start thresholds: the first of the training part."""
-        return self.task.parts["train"].pixels[: self.experiment.num_calibration]
+    def buckets(self) -> tuple[int, ...]:
+        """Lengths to which token sequences are padded, rising; empty for images."""
+        return self.experiment.buckets_of(self.task)
 
     @property
-    def num_rounds(self) -> int:
-        """Rounds of the mechanism's filter; 0 if it has no thresholds."""
-        knobs = self.mechanism.knobs(1, 1)
-        return knobs["threshold"].shape[-1] if "threshold" in knobs else 0
+    def calibration_examples(self) -> Examples:
+        """The fixed examples that measure ranges and start thresholds: the first of the training part."""
+        return self.task.part("train").first(self.experiment.num_calibration)
 
-
-@functools.partial(jax.jit, static_argnames="config")
-def float_path(
-    params: dict[str, Any], pixels: jax.Array, config: VisionConfig
-) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
-    """Returns logits `[B, classes]` and absolute maxima of the model in plain floating point."""
-    output = vit.apply(
-        params,
-        None,
-        None,
-        pixels,
-        config=config,
-        mechanism=MECHANISMS["dense"],
-        relaxation=None,
-    )
-    return output.logits, output.observed
-
-
-def chunks(pixels: NDArray[np.int32], size: int) -> list[tuple[NDArray[np.int32], int]]:
-    """Returns the images in chunks of exactly `size` (the last one repeats its first image) with their true lengths."""
-    parts = []
-    for start in range(0, len(pixels), size):
-        part = pixels[start : start + size]
-        fill = np.broadcast_to(part[:1], (size - len(part), *part.shape[1:]))
-        parts.append((np.concatenate([part, fill]), len(part)))
-    return parts
-
-
-def float_logits(
-    params: dict[str, Any], pixels: NDArray[np.int32], config: VisionConfig
-) -> NDArray[np.float32]:
-    """Returns the logits of the model in plain floating point, `[N, classes]`."""
-    return np.concatenate(
-        [
-            np.asarray(float_path(params, part, config)[0])[:length]
-            for part, length in chunks(pixels, FLOAT_CHUNK)
-        ]
-    )
-
-
-def calibrate(
-    params: dict[str, Any], pixels: NDArray[np.int32], config: VisionConfig
-) -> Calibration:
-    """Returns the absolute maxima over all of `pixels`, measured in plain floating point."""
-    measured = []
-    for part, _ in chunks(pixels, FLOAT_CHUNK):
-        observed = float_path(params, part, config)[1]
-        measured.append(Calibration(layers=observed["layers"], ends=observed["ends"]))
-    return floored(functools.reduce(merge, measured))
+    def batches(self, batch_size: int, seed: int) -> TrainingBatches:
+        """Returns the training batches of a seed."""
+        return TrainingBatches(
+            self.task.part("train"),
+            batch_size=batch_size,
+            buckets=self.buckets,
+            seed=seed,
+            reach=self.experiment.reach,
+        )
 
 
 def outline(experiment: Experiment) -> Problem:
-    """Returns the problem without its dense model (`params` and `teacher` are empty): enough to check settings.
+    """Returns the problem without its dense model (`params` are empty): enough to check settings.
 
     Raises:
       CodesignError: If a name, a file, the data or a size of the model is wrong, or settings do not fit each other.
     """
+    return _outline(experiment)[0]
+
+
+def _outline(experiment: Experiment) -> tuple[Problem, ChosenModel]:
     mechanism = mechanism_by_name(experiment.mechanism)
     spec = load_preset(experiment.preset)
     if mechanism.name not in (spec.mechanism, "dense"):
@@ -133,29 +90,25 @@ def outline(experiment: Experiment) -> Problem:
             f"preset `{experiment.preset}` runs `{spec.mechanism}`, not `{mechanism.name}`: "
             "choose a preset made for the mechanism"
         )
-    task = load_task(experiment.task)
-    try:
-        config = vision_config(task, experiment.model)
-    except ValueError as error:
-        raise CodesignError(f"`experiment.model`: {error}: correct that size") from error
+    task = load_task(experiment.task, experiment.data)
+    chosen = choose_model(task, experiment)
+    scale, kept = mechanism.thresholds, experiment.start_kept
+    if scale is not None and kept and len(kept) != len(scale.names):
+        raise CodesignError(
+            f"`experiment.start_kept` must have one entry for each of {', '.join(scale.names)} of "
+            f"`{mechanism.name}`, got {kept}: give {len(scale.names)}, or none for its own"
+        )
     outlined = Problem(
         experiment=experiment,
         task=task,
-        config=config,
+        config=chosen.config,
         mechanism=mechanism,
         spec=spec,
         accelerator=accelerator_from_spec(spec),
-        train=task.parts["train"],
         params={},
-        teacher=np.zeros((0, task.num_classes), np.float32),
+        teacher=Teacher({}, chosen.config),
     )
-    rounds = outlined.num_rounds
-    if rounds and len(experiment.start_kept) != rounds:
-        raise CodesignError(
-            f"`experiment.start_kept` must have one entry for each of the {rounds} rounds of `{mechanism.name}`, "
-            f"got {experiment.start_kept}: give {rounds}"
-        )
-    return outlined
+    return outlined, chosen
 
 
 def load_problem(
@@ -172,38 +125,57 @@ def load_problem(
     Raises:
       CodesignError: As `outline` does.
     """
-    outlined = outline(experiment)
-    task, config = outlined.task, outlined.config
-    train = shifted(task.parts["train"], reach=experiment.reach)
-    params = dense_params(experiment, task, config, train, cache, progress, restart)
-    return dataclasses.replace(
-        outlined, train=train, params=params, teacher=float_logits(params, train.pixels, config)
+    outlined, chosen = _outline(experiment)
+    params = dense_params(outlined, chosen, cache, progress, restart)
+    return dataclasses.replace(outlined, params=params, teacher=Teacher(params, outlined.config))
+
+
+def task_loss(
+    logits: jax.Array, batch: dict[str, jax.Array], label_smoothing: float
+) -> tuple[jax.Array, jax.Array]:
+    """Returns mean cross-entropy, nats, and mean accuracy over examples, or over the tokens of a decoder that exist.
+
+    Args:
+      logits: `[B, C]` or `[B, T, C]`.
+      batch: `labels` `[B]` or `[B, T]`; `valid` `[B, T]` with tokens.
+      label_smoothing: Probability mass moved from the label to all classes.
+    """
+    targets = optax.smooth_labels(
+        jax.nn.one_hot(batch["labels"], logits.shape[-1]), label_smoothing
     )
+    losses = optax.losses.softmax_cross_entropy(logits, targets)
+    is_right = (jnp.argmax(logits, -1) == batch["labels"]).astype(losses.dtype)
+    return mean_loss(losses, batch), mean_loss(is_right, batch)
+
+
+def mean_loss(losses: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+    """Returns the mean of losses `[B]`, or of `[B, T]` over tokens that exist."""
+    if losses.ndim == 1:
+        return jnp.mean(losses)
+    exists = batch["valid"].astype(losses.dtype)
+    return jnp.sum(losses * exists) / jnp.sum(exists)
 
 
 def dense_params(
-    experiment: Experiment,
-    task: Task,
-    config: VisionConfig,
-    train: Examples,
-    cache: Path,
-    progress: bool,
-    restart: bool,
+    problem: Problem, chosen: ChosenModel, cache: Path, progress: bool, restart: bool
 ) -> dict[str, Any]:
     """Returns the parameters of the dense model, from the cache or by training them (resuming if interrupted)."""
+    experiment, dense = problem.experiment, problem.experiment.dense
     settings = {
-        "task": task.name,
+        "task": problem.task.name,
+        "data": problem.task.part("train").digest(),
         "model": dataclasses.asdict(experiment.model),
-        "dense": dataclasses.asdict(experiment.dense),
+        "checkpoint": experiment.checkpoint,
+        "dense": dataclasses.asdict(dense),
+        "buckets": problem.buckets,
         "reach": experiment.reach,
         "seed": experiment.seed,
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    path = cache / f"dense-{task.name}-{digest}"
+    path = cache / f"dense-{problem.task.name}-{digest}"
     run = RunDirectory.create(
         path, settings, resume=path.exists() and not restart, overwrite=restart and path.exists()
     )
-    dense = experiment.dense
     optimize = OptimizeSettings(
         train=("params",),
         num_steps=dense.num_steps,
@@ -211,7 +183,7 @@ def dense_params(
         weight_rate=dense.rate,
         weight_decay=dense.weight_decay,
     )
-    params = init_params(config.structure, key=jax.random.key(experiment.seed))
+    params = chosen.params(jax.random.key(experiment.seed))
     state = init_state(params, Policy(layers={}, ends={}), optimize, 1)
     constants: dict[str, Any] = {}
     start, saved = run.resume({"state": state, "constants": constants})
@@ -225,30 +197,23 @@ def dense_params(
             relaxation: Relaxation,
         ) -> tuple[jax.Array, LossAux]:
             del policy, constants, relaxation
-            output = vit.apply(
+            output = apply(
                 params,
                 None,
                 None,
-                batch["pixels"],
-                config=config,
+                batch,
+                config=problem.config,
                 mechanism=MECHANISMS["dense"],
                 relaxation=None,
             )
-            targets = optax.smooth_labels(
-                jax.nn.one_hot(batch["labels"], task.num_classes), dense.label_smoothing
-            )
-            losses = optax.losses.softmax_cross_entropy(output.logits, targets)
-            accuracy = jnp.mean(jnp.argmax(output.logits, -1) == batch["labels"])
-            return jnp.mean(losses), LossAux(terms={"accuracy": accuracy}, workload=None)
+            loss, accuracy = task_loss(output.logits, batch, dense.label_smoothing)
+            return loss, LossAux(terms={"accuracy": accuracy}, workload=None)
 
-        def batch_fn(step: int) -> dict[str, NDArray[np.int32]]:
-            chosen = batch_indices(len(train), dense.batch_size, step, experiment.seed)
-            return {"pixels": train.pixels[chosen], "labels": train.labels[chosen]}
-
+        batches = problem.batches(dense.batch_size, experiment.seed)
         saved["state"] = train_loop(
             make_train_step(loss_fn, no_cost, optimize),
             saved["state"],
-            batch_fn,
+            batches.batch,
             constants,
             start=start,
             stop=dense.num_steps,

@@ -12,7 +12,7 @@ from codesign.units import PJ_PER_UJ, US_PER_S
 
 PLAIN_WIDTH = 120
 """Columns of a table that is not written to a terminal."""
-COLUMNS = ("accuracy", "KL, nat", "kept", "energy, µJ", "of dense", "latency, µs", "of dense")
+COLUMNS = ("quality", "KL, nat", "kept", "energy, µJ", "of dense", "latency, µs", "of dense")
 """Headings of `result_cells`."""
 
 
@@ -46,12 +46,12 @@ def result_cells(means: dict[str, Any], scope: str, clock_hz: float) -> list[str
     cost = means[scope]
     quality = [
         value["mean"] if isinstance(value, dict) else value
-        for value in (means["accuracy"], means["kl_nats"])
+        for value in (means["quality"], means["kl_nats"])
     ]
     return [
         f"{quality[0]:.4f}",
         f"{quality[1]:.4f}",
-        f"{means['kept'][-1]:.3f}" if "kept" in means else "-",
+        f"{sum(means['kept']) / len(means['kept']):.3f}" if "kept" in means else "-",
         f"{cost['energy_pj'] / PJ_PER_UJ:.3f}",
         f"{cost['energy_ratio']:.3f}",
         f"{cost['latency_cycles'] / clock_hz * US_PER_S:.2f}",

@@ -1,7 +1,7 @@
 """Training of a policy (and the weights) under a budget, from a problem to a deployable point."""
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,16 +12,22 @@ import optax
 from numpy.typing import NDArray
 
 from codesign.calibration import Calibration
-from codesign.errors import InfeasibleBudgetError
-from codesign.experiments.configs import Budget, Metric, Scope, model_shape
-from codesign.experiments.data import batch_indices
-from codesign.experiments.evaluate import Measurement, Point, deployment, hard_run, metrics_of
-from codesign.experiments.problem import Problem, calibrate, no_cost
+from codesign.experiments.configs import Budget, Metric, Scope
+from codesign.experiments.dense_cost import DenseCost
+from codesign.experiments.evaluate import (
+    Point,
+    deployment,
+    hard_chunks,
+    metrics_of,
+)
+from codesign.experiments.problem import Problem, mean_loss, no_cost, task_loss
+from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import RunDirectory, train_loop
+from codesign.experiments.teacher import calibrate
 from codesign.gates import Relaxation
-from codesign.hw.operating_points import Setting, cheapest_setting, workload_from_fractions
 from codesign.hw.surrogate import SCOPES, cost
-from codesign.models import vit
+from codesign.mechanisms.protocol import ThresholdScale
+from codesign.models.model import apply
 from codesign.optimize import (
     Group,
     LossAux,
@@ -43,74 +49,65 @@ BUDGET_TOLERANCE = 0.005
 """Part of the budget by which the deployed cost may exceed it before thresholds are raised (ours)."""
 
 
-def closed_form_costs(problem: Problem, setting: Setting) -> dict[Scope, dict[Metric, float]]:
-    """Returns pJ and cycles per example of a setting that is alike in all layers and heads."""
-    shape = model_shape(problem.config.structure)
-    price = cost(workload_from_fractions(shape, setting), problem.accelerator)
-    return {
-        scope: {name: float(value[0]) for name, value in metrics_of(price, scope).items()}
-        for scope in SCOPES
-    }
-
-
-def check_reachable(problem: Problem, budget: Budget) -> None:
-    """Raises `InfeasibleBudgetError` if the cheapest legal policy costs more than the budget."""
-    shape = model_shape(problem.config.structure)
-    dense = closed_form_costs(problem, Setting())[budget.scope]
-    cheapest = closed_form_costs(problem, cheapest_setting(shape, num_rounds=problem.num_rounds))[
-        budget.scope
-    ]
-    for metric, fraction in budget.limits.items():
-        least = cheapest[metric] / dense[metric]
-        if fraction < least:
-            raise InfeasibleBudgetError(
-                f"`budget.{metric}` {fraction:g} cannot be reached on preset `{problem.spec.name}`: the cheapest legal "
-                f"policy costs {least:.3f} of dense ({budget.scope}): give at least {math.ceil(least * 1000) / 1000:g}"
-            )
-
-
 def start_policy(problem: Problem, *, linear_bits: float, attention_bits: float) -> Policy:
     """Returns start widths and the mechanism's own start knobs, all layers alike."""
     structure = problem.config.structure
     policy = dense_knobs(
-        structure.num_layers, linear_bits=linear_bits, attention_bits=attention_bits
+        structure.num_layers,
+        linear_bits=linear_bits,
+        attention_bits=attention_bits,
+        end_sites=structure.end_sites,
     )
     own = problem.mechanism.knobs(structure.num_layers, structure.num_heads)
     return Policy(layers=policy.layers | own, ends=policy.ends)
 
 
-def with_alpha(policy: Policy, alpha: NDArray[np.float64]) -> Policy:
-    """Returns the policy with thresholds atanh(alpha), alpha `[L, H, R]` limited to (-0.99, 0.99)."""
-    value = jnp.asarray(np.arctanh(np.clip(alpha, -0.99, 0.99)), jnp.float32)
+def with_threshold(policy: Policy, threshold: NDArray[np.float64]) -> Policy:
+    """Returns the policy with another knob `threshold`."""
+    value = jnp.asarray(threshold, jnp.float32)
     return policy.replace(layers=policy.layers | {"threshold": value})  # type: ignore[attr-defined,no-any-return]
 
 
-def start_point(problem: Problem) -> Point:
-    """Returns where training starts: the dense weights, off-integer widths, thresholds at score quantiles.
+def ranges_of(calibration: Calibration) -> dict[str, NDArray[np.float64]]:
+    """Returns the calibrated ranges of the layers, `[L]` each."""
+    return {name: np.asarray(value, np.float64) for name, value in calibration.layers.items()}
 
-    Each head's alpha is found by bisection on the hard path, round by round, so that the kept fractions on the calibration
-    images are `start_kept`.
+
+def measured_ranges(problem: Problem, params: dict[str, Any]) -> Calibration:
+    """Returns the static ranges of given weights on the calibration examples."""
+    return calibrate(params, problem.calibration_examples, problem.config, problem.buckets)
+
+
+def start_point(problem: Problem) -> Point:
+    """Returns where training starts: the dense weights, off-integer widths, thresholds at quantiles.
+
+    Each threshold is found by bisection of its strength on the hard path, so that the kept fractions on the calibration
+    examples are `start_kept`: entry by entry where one depends on those before it, else all at once.
     """
-    experiment = problem.experiment
-    calibration = calibrate(problem.params, problem.calibration_pixels, problem.config)
+    experiment, scale = problem.experiment, problem.mechanism.thresholds
     policy = start_policy(
         problem,
         linear_bits=experiment.start_linear_bits,
         attention_bits=experiment.start_attention_bits,
     )
+    calibration = measured_ranges(problem, problem.params)
     point = Point(params=problem.params, policy=policy, calibration=calibration)
-    if "threshold" not in policy.layers:
+    if scale is None:
         return point
-    alpha = np.full(policy.layers["threshold"].shape, -0.5)
-    for index, target in enumerate(experiment.start_kept):
-        low, high = np.full(alpha.shape[:2], -1.0), np.full(alpha.shape[:2], 1.0)
+    ranges = ranges_of(calibration)
+    strength = np.full(policy.layers["threshold"].shape, 0.25)
+    targets = np.asarray(experiment.start_kept or scale.start_kept)
+    entries = np.arange(len(targets))
+    for chosen in [entries[index, None] for index in entries] if scale.in_order else [entries]:
+        low, high = np.zeros_like(strength[..., chosen]), np.ones_like(strength[..., chosen])
         for _ in range(BISECTIONS):
-            alpha[..., index] = (low + high) / 2.0
-            kept = calibration_run(problem, _with_policy(point, with_alpha(policy, alpha)))[1]
-            keeps_more = kept[..., index] > target
-            low = np.where(keeps_more, alpha[..., index], low)
-            high = np.where(keeps_more, high, alpha[..., index])
-    return _with_policy(point, with_alpha(policy, alpha))
+            strength[..., chosen] = (low + high) / 2.0
+            tried = with_threshold(policy, scale.from_strength(strength, ranges))
+            kept = calibration_run(problem, _with_policy(point, tried))[1]
+            keeps_more = kept[..., chosen] > targets[chosen]
+            low = np.where(keeps_more, strength[..., chosen], low)
+            high = np.where(keeps_more, high, strength[..., chosen])
+    return _with_policy(point, with_threshold(policy, scale.from_strength(strength, ranges)))
 
 
 def _with_policy(point: Point, policy: Policy) -> Point:
@@ -120,11 +117,26 @@ def _with_policy(point: Point, policy: Policy) -> Point:
 def calibration_run(
     problem: Problem, point: Point
 ) -> tuple[dict[Scope, dict[Metric, float]], NDArray[np.float64]]:
-    """Returns mean costs and kept fractions `[L, H, R]` of a point's hard path on the calibration images."""
-    _, costs, kept = hard_run(
-        deployment(problem, point), problem.calibration_pixels, problem.accelerator
+    """Returns mean costs and kept fractions `[L, ...]` of a point's hard path on the calibration examples."""
+    chunked = list(
+        hard_chunks(
+            deployment(problem, point),
+            problem.calibration_examples,
+            problem.accelerator,
+            problem.buckets,
+        )
     )
-    return jax.tree.map(lambda values: float(np.mean(values)), costs), kept
+    costs: dict[Scope, dict[Metric, float]] = {
+        scope: {
+            metric: float(np.mean(np.concatenate([one.costs[scope][metric] for one in chunked])))
+            for metric in chunked[0].costs[scope]
+        }
+        for scope in SCOPES
+    }
+    kept = np.average(
+        [one.kept for one in chunked], axis=0, weights=[len(one.indices) for one in chunked]
+    )
+    return costs, kept
 
 
 class BudgetedTraining:
@@ -145,12 +157,14 @@ class BudgetedTraining:
         self.metrics = metrics
         self.scope: Scope = scope
         self.step: StepFn = make_train_step(self._loss, self._ratios, settings)
-        self.dense = self.dense_costs(problem, scope)
+        self.dense_cost = DenseCost(problem.config.structure, problem.accelerator)
+        self._batches = problem.batches(problem.experiment.batch_size, problem.experiment.seed + 1)
 
-    @staticmethod
-    def dense_costs(problem: Problem, scope: Scope) -> dict[Metric, float]:
-        """Returns pJ and cycles per example of dense attention with 8-bit linear layers on the same machine."""
-        return closed_form_costs(problem, Setting())[scope]
+    @functools.cached_property
+    def dense(self) -> dict[Metric, float]:
+        """PJ and cycles per calibration example of dense attention with 8-bit linear layers on the same machine."""
+        problem = self.problem
+        return self.dense_cost.mean(problem.calibration_examples, problem.buckets, self.scope)
 
     def _loss(
         self,
@@ -161,64 +175,60 @@ class BudgetedTraining:
         relaxation: Relaxation,
     ) -> tuple[jax.Array, LossAux]:
         problem = self.problem
-        output = vit.apply(
+        output = apply(
             params,
             policy,
             constants["calibration"],
-            batch["pixels"],
+            batch,
             config=problem.config,
             mechanism=problem.mechanism,
             relaxation=relaxation,
         )
-        entropy = jnp.mean(
-            optax.losses.softmax_cross_entropy_with_integer_labels(output.logits, batch["labels"])
+        entropy, accuracy = task_loss(output.logits, batch, 0.0)
+        divergences = optax.losses.kl_divergence(
+            jax.nn.log_softmax(output.logits), jax.nn.softmax(batch["teacher"])
         )
-        kl = jnp.mean(
-            optax.losses.kl_divergence(
-                jax.nn.log_softmax(output.logits), jax.nn.softmax(batch["teacher"])
-            )
-        )
+        kl = mean_loss(divergences, batch)
         share = problem.experiment.distillation
-        kept = output.workload.operations["softmax.exp"].count
-        terms = {
-            "cross_entropy": entropy,
-            "kl_nats": kl,
-            "kept": jnp.mean(kept) / problem.config.structure.num_tokens**2,
-        }
-        loss = share * kl + (1.0 - share) * entropy
-        return loss, LossAux(terms=terms, workload=output.workload)
+        terms = {"cross_entropy": entropy, "accuracy": accuracy, "kl_nats": kl}
+        if problem.mechanism.thresholds is not None:
+            kept = problem.mechanism.thresholds.kept(output.workload)
+            terms["kept"] = jnp.mean(kept[..., -1] if problem.mechanism.has_rounds else kept)
+        costs = {"workload": output.workload, "dense": batch["dense"]}
+        return share * kl + (1.0 - share) * entropy, LossAux(terms=terms, workload=costs)
 
-    def _ratios(self, workload: Any, constants: dict[str, Any], smoothness: jax.Array) -> jax.Array:
+    def _ratios(self, costs: Any, constants: dict[str, Any], smoothness: jax.Array) -> jax.Array:
         if not self.metrics:
-            return no_cost(workload, constants, smoothness)
-        price = cost(workload, constants["accelerator"], smoothness=smoothness)
+            return no_cost(costs, constants, smoothness)
+        price = cost(costs["workload"], constants["accelerator"], smoothness=smoothness)
         values = metrics_of(price, self.scope)
         means = jnp.stack([jnp.mean(values[name]) for name in self.metrics])
-        ratios: jax.Array = means / constants["limits"]
+        ratios: jax.Array = means / (constants["limits"] * jnp.mean(costs["dense"], axis=0))
         return ratios
 
     def batch(self, step: int) -> dict[str, NDArray[Any]]:
-        """Returns the batch of a step, a pure function of it."""
-        experiment, train = self.problem.experiment, self.problem.train
-        chosen = batch_indices(len(train), experiment.batch_size, step, experiment.seed + 1)
-        return {
-            "pixels": train.pixels[chosen],
-            "labels": train.labels[chosen],
-            "teacher": self.problem.teacher[chosen],
+        """Returns the batch of a step, a pure function of it; `dense` `[B, C]` are the dense costs under a budget."""
+        batch = self._batches.batch(step)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        dense = self.dense_cost.of(inputs)[self.scope]
+        costs = [dense[name] for name in self.metrics] or [np.ones(len(batch["labels"]))]
+        return batch | {
+            "teacher": self.problem.teacher.batch_logits(self._batches.key(step), inputs),
+            "dense": np.stack(costs, axis=-1).astype(np.float32),
         }
 
     def limits(self, budget: Budget) -> dict[Metric, float]:
-        """Returns the bounds of a budget in pJ and cycles per example."""
+        """Returns the bounds of a budget in pJ and cycles per calibration example."""
         bounds = budget.limits
         return {metric: bounds[metric] * self.dense[metric] for metric in self.metrics}
 
     def constants(self, calibration: Calibration, budget: Budget) -> dict[str, Any]:
         """Returns what the step reads beside its state and batch."""
-        limits = self.limits(budget)
+        bounds = budget.limits
         return {
             "calibration": calibration,
             "accelerator": self.problem.accelerator,
-            "limits": jnp.asarray([limits[name] for name in self.metrics] or [1.0], jnp.float32),
+            "limits": jnp.asarray([bounds[name] for name in self.metrics] or [1.0], jnp.float32),
         }
 
     def initial(self, point: Point, budget: Budget) -> dict[str, Any]:
@@ -242,7 +252,7 @@ class BudgetedTraining:
         training redistributes instead of descending. Stage 1 anneals everything that is trained. At the hardened step the
         ranges are measured again, on the weights as they are then; widths become whole bits and stay. Stage 2 goes on with
         thresholds and weights on the deployed decisions, the budget still held. At last, should the deployed cost on the
-        calibration images exceed the budget, all thresholds are raised together until it does not.
+        calibration examples exceed the budget, all thresholds are raised together until it does not.
 
         Args:
           point: Where to start.
@@ -281,9 +291,7 @@ class BudgetedTraining:
             tree = until(settings.hardened_step, done, tree)
             done = settings.hardened_step
         if done == settings.hardened_step and "params" in settings.train:
-            tree["constants"]["calibration"] = calibrate(
-                tree["state"].params, self.problem.calibration_pixels, self.problem.config
-            )
+            tree["constants"]["calibration"] = measured_ranges(self.problem, tree["state"].params)
         if done < settings.num_steps:
             tree = until(settings.num_steps, done, tree)
         final = self.repaired(finished_point(tree), budget)
@@ -297,9 +305,9 @@ class BudgetedTraining:
         Widths move towards their lower limits in proportion to their distance from them, thresholds alike upwards: the
         widths first under a budget on energy, the thresholds first under one on latency alone, which widths hardly change.
         """
-        moves: dict[Group, Callable[[Policy, float], Policy]] = {
-            "bits": narrowed,
-            "thresholds": raised,
+        moves: dict[Group, Callable[[Point, float], Policy]] = {
+            "bits": lambda moved, move: narrowed(moved.policy, move),
+            "thresholds": self._raised,
         }
         order: tuple[Group, ...] = ("bits", "thresholds")
         for name in order if "energy" in self.metrics else order[::-1]:
@@ -308,19 +316,20 @@ class BudgetedTraining:
             point = self._moved(point, budget, moves[name])
         return point
 
-    def _moved(
-        self, point: Point, budget: Budget, move: Callable[[Policy, float], Policy]
-    ) -> Point:
+    def _raised(self, point: Point, move: float) -> Policy:
+        return raised(point, move, self.problem.mechanism.thresholds)
+
+    def _moved(self, point: Point, budget: Budget, move: Callable[[Point, float], Policy]) -> Point:
         """Returns the point with the least move in [0, 1] that meets the budget; the whole move if none does."""
         low, high = 0.0, 1.0
         for _ in range(BUDGET_BISECTIONS):
             middle = (low + high) / 2.0
-            candidate = _with_policy(point, move(point.policy, middle))
+            candidate = _with_policy(point, move(point, middle))
             low, high = (middle, high) if self.excess(candidate, budget) > 1.0 else (low, middle)
-        return _with_policy(point, move(point.policy, high))
+        return _with_policy(point, move(point, high))
 
     def excess(self, point: Point, budget: Budget) -> float:
-        """Returns the largest ratio of deployed cost, on the calibration images, to its bound; 0 without a bound."""
+        """Returns the largest ratio of deployed cost, on the calibration examples, to its bound; 0 without a bound."""
         limits = self.limits(budget)
         if not limits:
             return 0.0
@@ -334,7 +343,7 @@ class BudgetedTraining:
             return point
         if self.excess(point, budget) <= 1.0 + BUDGET_TOLERANCE:
             return point
-        mended = self._moved(point, budget, raised)
+        mended = self._moved(point, budget, self._raised)
         # Thresholds that cannot mend it stay as trained; the measured cost is reported as it is.
         return mended if self.excess(mended, budget) <= 1.0 else point
 
@@ -358,12 +367,14 @@ def narrowed(policy: Policy, move: float) -> Policy:
     )
 
 
-def raised(policy: Policy, move: float) -> Policy:
-    """Returns the policy with every alpha, if it has any, moved towards 1: `move` of the way, 0 to 1."""
-    if "threshold" not in policy.layers:
-        return policy
-    alpha = np.tanh(np.asarray(policy.layers["threshold"], np.float64))
-    return with_alpha(policy, alpha + (1.0 - alpha) * move)
+def raised(point: Point, move: float, scale: ThresholdScale | None) -> Policy:
+    """Returns the point's policy with every threshold, if it has any, made stronger: `move` of the way to 1, 0 to 1."""
+    if scale is None:
+        return point.policy
+    ranges = ranges_of(point.calibration)
+    strength = scale.to_strength(np.asarray(point.policy.layers["threshold"], np.float64), ranges)
+    stronger = strength + (1.0 - strength) * move
+    return with_threshold(point.policy, scale.from_strength(stronger, ranges))
 
 
 def finished_point(tree: dict[str, Any]) -> Point:
@@ -372,45 +383,3 @@ def finished_point(tree: dict[str, Any]) -> Point:
     return Point(
         params=state.params, policy=state.policy, calibration=tree["constants"]["calibration"]
     )
-
-
-def soft_measure(
-    problem: Problem, point: Point, pixels: NDArray[np.int32], relaxation: Relaxation
-) -> tuple[NDArray[np.float64], float]:
-    """Returns logits `[N, classes]` and the mean kept fraction of the float path, to set beside the hard path's."""
-    output = _soft_step(
-        point.params,
-        point.policy,
-        point.calibration,
-        pixels,
-        relaxation=relaxation,
-        config=problem.config,
-        mechanism=problem.mechanism,
-    )
-    kept = np.mean(np.asarray(output.workload.operations["softmax.exp"].count))
-    return np.asarray(output.logits, np.float64), float(
-        kept / problem.config.structure.num_tokens**2
-    )
-
-
-_soft_step: Callable[..., Any] = jax.jit(vit.apply, static_argnames=("config", "mechanism"))
-
-
-def drift(problem: Problem, point: Point, hard: Measurement) -> dict[str, float]:
-    """Returns kept fraction and accuracy of the relaxed and straight-through paths beside the hard path's (validation)."""
-    examples = problem.task.parts["validation"]
-    settings = problem.experiment.optimize
-    result = {
-        "hard_kept": float(np.mean(hard.kept[..., -1])),
-        "hard_accuracy": float(np.mean(hard.correct)),
-    }
-    for name, straight_through in (("soft", False), ("straight_through", True)):
-        relaxation = Relaxation(
-            temperature=jnp.asarray(settings.temperature_end),
-            smoothness=jnp.asarray(settings.smoothness_end),
-            straight_through=straight_through,
-        )
-        logits, kept = soft_measure(problem, point, examples.pixels, relaxation)
-        result[f"{name}_kept"] = kept
-        result[f"{name}_accuracy"] = float(np.mean(np.argmax(logits, -1) == examples.labels))
-    return result

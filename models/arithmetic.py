@@ -1,5 +1,7 @@
 """The two arithmetics a block is written over: the protocol, and the float one (plain or fake-quantised)."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 
 from codesign import gates
 from codesign.gates import Relaxation
-from codesign.mechanisms.protocol import Operands
+from codesign.mechanisms.protocol import Hooks, Operands
 from codesign.policy import BITS_RANGE, BLOCK_SITES, bits_range, group
 from codesign.quantize import (
     code_limit,
@@ -16,22 +18,33 @@ from codesign.quantize import (
     quantize,
     quantize_probabilities,
 )
+from codesign.structure import ModelStructure
 
 SOFTMAX_EPSILON = 1e-9
 """Keeps a row without kept mass finite on the soft path (Energon's specification, section 3; dimensionless)."""
-GELU_BITS = 10.0
-"""Width in bit of the code that enters the GELU table (docs/integer_path.md)."""
+TABLE_BITS = 10.0
+"""Width in bit of the code that enters the table of a non-linearity (docs/integer_path.md)."""
+TABLE_INPUTS = {"up": "gelu", "pool": "pooled"}
+"""Sites whose output enters a table, and the name of its calibrated range."""
 RESIDUAL_BITS = 16
 """Width in bit of the residual stream (docs/integer_path.md)."""
 WIDTHS = {"query": "qk_bits", "key": "qk_bits", "value": "v_bits"}
 """The knob that gives an attention operand its width."""
 
+NON_LINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+}
+"""Non-linearities of feed-forward networks and poolers by name."""
+
 
 class Arithmetic(Protocol):
     """What a block needs of numbers; `x` is what a dense product consumes, `r` the residual stream."""
 
-    def norm(self, r: jax.Array, site: str) -> jax.Array:
-        """Normalises the residual stream `[B, T, D]` into the activation that enters `site`."""
+    def read(self, r: jax.Array, site: str) -> jax.Array:
+        """Returns the residual stream `[B, T, D]` as the activation that enters `site`, normalised if pre-norm."""
 
     def linear(self, x: jax.Array, site: str) -> jax.Array:
         """Returns the dense product of `site`, bias included, `[B, T, outputs]`, in the scale of what consumes it."""
@@ -49,7 +62,7 @@ class Arithmetic(Protocol):
         """Returns probabilities times values as the activation that enters `out`, `[B, T, H*d]`."""
 
     def activate(self, x: jax.Array) -> jax.Array:
-        """Returns the GELU of the output of `up` as the activation that enters `down`."""
+        """Returns the non-linearity of the output of `up` as the activation that enters `down`."""
 
     def codes(self, x: jax.Array, site: str) -> jax.Array:
         """See `codesign.mechanisms.protocol.Numbers`, as the next two."""
@@ -61,7 +74,10 @@ class Arithmetic(Protocol):
         """Returns the operands that an estimated accumulator of `qkv` becomes."""
 
     def add(self, r: jax.Array, branch: jax.Array, site: str) -> jax.Array:
-        """Adds the output of `site` to the residual stream."""
+        """Adds the output of `site` to the residual stream, and normalises the sum if post-norm."""
+
+    def weight_densities(self) -> dict[str, jax.Array]:
+        """Returns the fraction of non-zero weights by `<site>.weight`, scalars; empty unless zeros are skipped."""
 
 
 def counted_widths(knobs: dict[str, jax.Array], relaxation: Relaxation) -> dict[str, jax.Array]:
@@ -88,7 +104,7 @@ def normalised(r: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
 class FloatArithmetic:
     """Floating point: plain where `relaxation` is None, else fake-quantised as the policy says.
 
-    It records the absolute maximum, over tokens that exist, of every tensor that calibration needs in `observed`.
+    If `observing`, it records the absolute maximum, over tokens that exist, of every tensor that calibration needs.
     """
 
     def __init__(
@@ -99,25 +115,36 @@ class FloatArithmetic:
         valid: jax.Array,
         relaxation: Relaxation | None,
         *,
-        num_heads: int,
+        structure: ModelStructure,
         norm_epsilon: float,
         residual_range: jax.Array | None = None,
+        hooks: Hooks | None = None,
+        observing: bool = False,
     ):
         self.params = params
         self.knobs = knobs
         self.ranges = ranges
         self.valid = valid
         self.relaxation = relaxation
-        self.num_heads = num_heads
+        self.structure = structure
         self.norm_epsilon = norm_epsilon
         self.residual_range = residual_range
+        self.hooks = hooks or Hooks()
+        self.observing = observing
         self.observed: dict[str, jax.Array] = {}
+        self.densities: dict[str, jax.Array] = {}
 
-    def norm(self, r: jax.Array, site: str) -> jax.Array:
-        """See `Arithmetic.norm`."""
-        layer = self.params[{"qkv": "attention_norm", "up": "ffn_norm", "head": "norm"}[site]]
+    def read(self, r: jax.Array, site: str) -> jax.Array:
+        """See `Arithmetic.read`."""
         self.observe("residual", r)
-        return self.enter(normalised(r, layer["scale"], layer["bias"], self.norm_epsilon), site)
+        if self.structure.norm == "pre":
+            r = self.normalise(r, {"qkv": "attention_norm", "up": "ffn_norm"}.get(site, "norm"))
+        return self.enter(r, site)
+
+    def normalise(self, r: jax.Array, name: str) -> jax.Array:
+        """Returns the layer normalisation `name` of `[B, T, D]`."""
+        layer = self.params[name]
+        return normalised(r, layer["scale"], layer["bias"], self.norm_epsilon)
 
     def enter(self, x: jax.Array, site: str) -> jax.Array:
         """Returns `x` quantised as the activation of `site`, its range the calibrated one times exp(clip)."""
@@ -140,23 +167,33 @@ class FloatArithmetic:
         kernel: jax.Array = self.params[site]["kernel"]
         if self.relaxation is None:
             return kernel
-        return interpolated_quantize(
+        kernel, density = self.hooks.on_weight(self.knobs, kernel, site, self.relaxation)
+        quantised = interpolated_quantize(
             kernel,
             gates.detach(weight_range(kernel, site)) * jnp.exp(self.knobs[f"{site}.weight_clip"]),
             self.knobs[f"{site}.weight_bits"],
             max_bits=BITS_RANGE["linear"][1],
             straight_through=self.relaxation.straight_through,
         )
+        if self.hooks.skips_zeros and site in BLOCK_SITES:
+            stored = jnp.mean((quantised != 0.0).astype(quantised.dtype))
+            self.densities[f"{site}.weight"] = gates.straight_through(stored, density)
+        return quantised
+
+    def weight_densities(self) -> dict[str, jax.Array]:
+        """See `Arithmetic.weight_densities`; of the weights used so far."""
+        return self.densities
 
     def linear(self, x: jax.Array, site: str) -> jax.Array:
         """See `Arithmetic.linear`."""
         product: jax.Array = x @ self.weight(site)
         bias = self.params[site]["bias"]
         product = product + jnp.reshape(bias, (1,) * (product.ndim - 1) + (-1,))
-        if site == "up":
-            self.observe("gelu", product)
+        if site in TABLE_INPUTS:
+            name = TABLE_INPUTS[site]
+            self.observe(name, product)
             if self.relaxation is not None:
-                product = quantize(product, self.ranges["gelu"], GELU_BITS)
+                product = quantize(product, self.ranges[name], TABLE_BITS)
         return product
 
     def heads(self, projected: jax.Array) -> Operands:
@@ -167,7 +204,7 @@ class FloatArithmetic:
         return self._operands(tensors)
 
     def _split(self, projected: jax.Array) -> dict[str, jax.Array]:
-        split = jnp.reshape(projected, (*projected.shape[:2], 3, self.num_heads, -1))
+        split = jnp.reshape(projected, (*projected.shape[:2], 3, self.structure.num_heads, -1))
         names = ("query", "key", "value")
         return {name: jnp.swapaxes(split[:, :, i], 1, 2) for i, name in enumerate(names)}
 
@@ -215,7 +252,7 @@ class FloatArithmetic:
             return jnp.ones((), self.valid.dtype)
         real = gates.detach(self.ranges[name])
         if name == "gelu":
-            largest: jax.Array = code_limit(jnp.asarray(GELU_BITS, real.dtype))
+            largest: jax.Array = code_limit(jnp.asarray(TABLE_BITS, real.dtype))
         elif name in WIDTHS:
             largest = self._limit(WIDTHS[name])
         else:
@@ -251,6 +288,7 @@ class FloatArithmetic:
     def scores(self, operands: Operands) -> jax.Array:
         """See `Arithmetic.scores`."""
         scores: jax.Array = jnp.einsum("bhtd,bhsd->bhts", operands.query, operands.key)
+        self.observe("scores", scores * self.valid[:, None, None, :])
         return scores
 
     def probabilities(self, scores: jax.Array, operands: Operands, weights: jax.Array) -> jax.Array:
@@ -273,14 +311,22 @@ class FloatArithmetic:
 
     def activate(self, x: jax.Array) -> jax.Array:
         """See `Arithmetic.activate`."""
-        return self.enter(jax.nn.gelu(x, approximate=False), "down")
+        return self.enter(NON_LINEARITIES[self.structure.activation](x), "down")
+
+    def pooled(self, r: jax.Array) -> jax.Array:
+        """Returns the first token of the residual stream through the pooler, as what enters `head`, `[B, 1, D]`."""
+        x = self.linear(self.read(r[:, :1], "pool"), "pool")
+        return self.enter(NON_LINEARITIES[self.structure.pooler](x), "head")
 
     def add(self, r: jax.Array, branch: jax.Array, site: str) -> jax.Array:
         """See `Arithmetic.add`."""
-        del site
         total = r + self.on_residual_grid(branch)
+        self.observe({"out": "attention_branch", "down": "ffn_branch"}[site], branch)
         self.observe("residual", total)
-        return total
+        if self.structure.norm == "pre":
+            return total
+        name = {"out": "attention_norm", "down": "ffn_norm"}[site]
+        return self.on_residual_grid(self.normalise(total, name))
 
     def on_residual_grid(self, x: jax.Array) -> jax.Array:
         """Returns `x` in whole codes of the residual stream, whose width is not trained."""
@@ -292,10 +338,11 @@ class FloatArithmetic:
 
     def observe(self, name: str, x: jax.Array) -> None:
         """Records the absolute maximum of `x` (`[B, T, ...]` or `[B, H, T, d]`) over tokens that exist."""
-        if x.ndim == 4:
-            exists = self.valid[:, None, :, None]
-        else:
-            exists = self.valid[:, :, None]
+        if not self.observing:
+            return
+        # Of images, patches alone enter their embedding, and the first token alone a pooler.
+        valid = self.valid[:, : x.shape[-2]]
+        exists = valid[:, None, :, None] if x.ndim == 4 else valid[:, :, None]
         largest = jnp.max(jnp.abs(gates.detach(x)) * exists)
         self.observed[name] = jnp.maximum(self.observed.get(name, largest), largest)
 

@@ -5,6 +5,7 @@ Everything here runs once, in NumPy float64; docs/integer_path.md says how the i
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from codesign.calibration import Calibration
 from codesign.mechanisms.protocol import Mechanism
-from codesign.models.config import VisionConfig
+from codesign.models.config import ModelConfig
 from codesign.models.integer import (
     BIAS_FRACTION_BITS,
     EXP_FRACTION_BITS,
@@ -23,15 +24,15 @@ from codesign.models.integer import (
 )
 from codesign.policy import ATTENTION_BITS, BLOCK_SITES, Policy, deployed_bits, group
 from codesign.quantize import code_limit, multiplier, quantize_codes
-from codesign.structure import GELU_LIMIT, ModelStructure
+from codesign.structure import ACTIVATION_LIMIT, ModelStructure, PatchInput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Deployment:
     """Integer arrays of a deployed model, named as in docs/integer_path.md.
 
-    `layers` have a leading axis L; `logit_scale / num_tokens` turns integer logits into real ones; `scales` are the real
-    values of one code by tensor, for the reader of an export.
+    `layers` have a leading axis L; `logit_scale` over the number of pooled tokens turns integer logits into real ones;
+    `scales` are the real values of one code by tensor, for the reader of an export.
     """
 
     structure: ModelStructure
@@ -44,6 +45,18 @@ class Deployment:
         """Returns what the JAX hard path reads: `layers`, and `ends` with the fixed tables."""
         tables = {"exp_table": exp_table(), "reciprocal_table": reciprocal_table()}
         return self.layers, self.ends | tables
+
+    def real_logits(
+        self, logits: NDArray[np.int64], valid: NDArray[Any] | None
+    ) -> NDArray[np.float64]:
+        """Returns integer logits as real ones; `valid` `[B, T]` are the tokens that exist, None all."""
+        real: NDArray[np.float64] = logits * self.logit_scale
+        if self.structure.pooling != "mean":
+            return real
+        if valid is None:
+            return real / self.structure.max_tokens
+        number: NDArray[np.int64] = np.sum(valid, axis=1)
+        return real / number[:, None]
 
 
 def exp_table() -> NDArray[np.int64]:
@@ -63,11 +76,29 @@ def reciprocal_table() -> NDArray[np.int64]:
     return table
 
 
-def gelu_table(input_scale: float, output_scale: float, output_limit: int) -> NDArray[np.int64]:
-    """Returns GELU from input codes -511..511 to output codes."""
-    x = np.arange(-GELU_LIMIT, GELU_LIMIT + 1) * input_scale
-    erf = np.asarray([math.erf(value / math.sqrt(2.0)) for value in x])
-    codes = np.rint(0.5 * x * (1.0 + erf) / output_scale)
+def _gelu(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 0.5 * x * (1.0 + np.asarray([math.erf(value / math.sqrt(2.0)) for value in x]))
+
+
+def _gelu_tanh(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+NON_LINEARITIES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": lambda x: np.asarray(np.maximum(x, 0.0), np.float64),
+    "tanh": np.tanh,
+}
+"""Non-linearities in float64, from which tables are made."""
+
+
+def activation_table(
+    name: str, input_scale: float, output_scale: float, output_limit: int
+) -> NDArray[np.int64]:
+    """Returns a non-linearity from input codes -511..511 to output codes."""
+    x = np.arange(-ACTIVATION_LIMIT, ACTIVATION_LIMIT + 1) * input_scale
+    codes = np.rint(NON_LINEARITIES[name](x.astype(np.float64)) / output_scale)
     return np.clip(codes, -output_limit, output_limit).astype(np.int64)
 
 
@@ -75,7 +106,7 @@ def harden(
     params: dict[str, Any],
     policy: Policy,
     calibration: Calibration,
-    config: VisionConfig,
+    config: ModelConfig,
     mechanism: Mechanism,
 ) -> Deployment:
     """Returns the integers of a trained model.
@@ -108,6 +139,7 @@ def harden(
             {name: value[index] for name, value in ranges.items()},
             config.structure,
             residual_scale,
+            mechanism,
         )
         for index in range(config.structure.num_layers)
     ]
@@ -124,7 +156,7 @@ def harden(
     structure = dataclasses.replace(
         config.structure,
         mechanism=mechanism.name,
-        num_rounds=codes["threshold"].shape[-1] if "threshold" in codes else 0,
+        num_rounds=codes["threshold"].shape[-1] if mechanism.has_rounds else 0,
     )
     return Deployment(
         structure=structure,
@@ -168,6 +200,12 @@ def _norm(
     return gain.astype(np.int64), bias.astype(np.int64)
 
 
+def _enter(site: str, residual_scale: float, scale: float) -> dict[str, NDArray[np.int64]]:
+    """Returns what turns the residual stream of a post-norm model into the activation of a site."""
+    mantissa, shift = multiplier(residual_scale / scale)
+    return {f"{site}_enter_mantissa": mantissa, f"{site}_enter_shift": shift}
+
+
 def _dense(
     site: str,
     layer: dict[str, NDArray[np.float64]],
@@ -198,6 +236,7 @@ def _harden_layer(
     ranges: dict[str, Any],
     structure: ModelStructure,
     residual_scale: float,
+    mechanism: Mechanism,
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, float]]:
     """Returns the integer arrays and the scales of one layer."""
     scale = {site: _activation_scale(knobs, ranges, site) for site in BLOCK_SITES}
@@ -206,26 +245,35 @@ def _harden_layer(
         ("query", code_limit(qk_bits)),
         ("key", code_limit(qk_bits)),
         ("value", code_limit(v_bits)),
-        ("gelu", GELU_LIMIT),
+        ("gelu", ACTIVATION_LIMIT),
     ):
         scale[name] = float(ranges[name]) / largest
     attention = structure.attention_width
     qkv_scale = np.repeat([scale["query"], scale["key"], scale["value"]], attention)
     arrays: dict[str, NDArray[np.int64]] = {}
-    arrays["attention_gain"], arrays["attention_bias"] = _norm(
-        params["attention_norm"], scale["qkv"]
-    )
-    arrays["ffn_gain"], arrays["ffn_bias"] = _norm(params["ffn_norm"], scale["up"])
-    arrays |= _dense("qkv", params["qkv"], knobs, scale["qkv"], qkv_scale)
-    arrays |= _dense("out", params["out"], knobs, scale["out"], residual_scale)
-    arrays |= _dense("up", params["up"], knobs, scale["up"], scale["gelu"])
-    arrays |= _dense("down", params["down"], knobs, scale["down"], residual_scale)
+    for site, name in (("qkv", "attention"), ("up", "ffn")):
+        is_post = structure.norm == "post"
+        output_scale = residual_scale if is_post else scale[site]
+        gain, bias = _norm(params[f"{name}_norm"], output_scale)
+        arrays |= {f"{name}_gain": gain, f"{name}_bias": bias}
+        if is_post:
+            arrays |= _enter(site, residual_scale, scale[site])
+    for site, output in (
+        ("qkv", qkv_scale),
+        ("out", residual_scale),
+        ("up", scale["gelu"]),
+        ("down", residual_scale),
+    ):
+        kernel = mechanism.prune_weight(knobs, params[site]["kernel"], site)
+        arrays |= _dense(site, params[site] | {"kernel": kernel}, knobs, scale[site], output)
     exponent = scale["query"] * scale["key"] / math.sqrt(structure.head_dim) * math.log2(math.e)
     arrays["exp_mantissa"], arrays["exp_shift"] = multiplier(exponent * 2.0**EXP_FRACTION_BITS)
     context = scale["value"] / (code_limit(qk_bits) * scale["out"])
     arrays["context_mantissa"], arrays["context_shift"] = multiplier(context)
     down_limit: int = code_limit(_bits(knobs, "down.activation_bits"))
-    arrays["gelu_table"] = gelu_table(scale["gelu"], scale["down"], down_limit)
+    arrays["activation_table"] = activation_table(
+        structure.activation, scale["gelu"], scale["down"], down_limit
+    )
     arrays["qk_bits"], arrays["v_bits"] = np.asarray(qk_bits), np.asarray(v_bits)
     return arrays, scale
 
@@ -234,30 +282,79 @@ def _harden_ends(
     params: dict[str, Any],
     knobs: dict[str, Any],
     ranges: dict[str, float],
-    config: VisionConfig,
+    config: ModelConfig,
     residual_scale: float,
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[float] | float], float]:
     """Returns the integer arrays outside the blocks, their scales, and the scale of the logits."""
-    embed_scale = _activation_scale(knobs, ranges, "embed")
-    head_scale = _activation_scale(knobs, ranges, "head")
-    embed = {name: np.asarray(value, np.float64) for name, value in params["embed"].items()}
-    head = {name: np.asarray(value, np.float64) for name, value in params["head"].items()}
-    norm = {name: np.asarray(value, np.float64) for name, value in params["norm"].items()}
-    ends = _dense("embed", embed, knobs, embed_scale, residual_scale)
-    ends["input_offset"] = np.asarray(config.pixel_offset)
-    ends["input_mantissa"], ends["input_shift"] = multiplier(config.pixel_scale / embed_scale)
-    position = np.rint(np.asarray(params["position"], np.float64) / residual_scale)
-    ends["position"] = np.clip(position, -RESIDUAL_LIMIT, RESIDUAL_LIMIT).astype(np.int64)
-    epsilon = config.norm_epsilon * (config.structure.width / residual_scale) ** 2
-    ends["norm_epsilon"] = np.asarray(max(1, round(epsilon)))
-    ends["head_gain"], ends["head_offset"] = _norm(norm, head_scale)
+    structure = config.structure
+    scales = {site: _activation_scale(knobs, ranges, site) for site in structure.end_sites}
+    groups = {
+        name: {key: np.asarray(value, np.float64) for key, value in params[name].items()}
+        for name in params.keys() - {"blocks", "position"}
+    }
+    ends = _harden_input(groups, params["position"], knobs, config, residual_scale, scales)
+    first = "head" if structure.pooler == "none" else "pool"
+    if structure.norm == "pre":
+        ends[f"{first}_gain"], ends[f"{first}_offset"] = _norm(groups["norm"], scales[first])
+    else:
+        ends |= _enter(first, residual_scale, scales[first])
+    if structure.pooler != "none":
+        pooled_scale = ranges["pooled"] / ACTIVATION_LIMIT
+        ends |= _dense("pool", groups["pool"], knobs, scales["pool"], pooled_scale)
+        head_limit: int = code_limit(_bits(knobs, "head.activation_bits"))
+        ends["pool_table"] = activation_table(
+            structure.pooler, pooled_scale, scales["head"], head_limit
+        )
+    head = groups["head"]
     head_bits = _bits(knobs, "head.weight_bits")
     head_clip = float(knobs["head.weight_clip"])
     weight, weight_scale = _weight_codes(head["kernel"], head_bits, head_clip, by_tensor=True)
-    logit_scale = head_scale * float(weight_scale[0]) / 2**BIAS_FRACTION_BITS
+    logit_scale = scales["head"] * float(weight_scale[0]) / 2**BIAS_FRACTION_BITS
     ends["head_weight"] = weight
     ends["head_weight_bits"] = np.asarray(head_bits)
     ends["head_activation_bits"] = np.asarray(_bits(knobs, "head.activation_bits"))
     ends["head_bias"] = np.rint(head["bias"] / logit_scale).astype(np.int64)
-    scales: dict[str, list[float] | float] = {"embed": embed_scale, "head": head_scale}
-    return ends, scales, logit_scale
+    return ends, dict(scales), logit_scale
+
+
+def _harden_input(
+    groups: dict[str, dict[str, NDArray[np.float64]]],
+    position: Any,
+    knobs: dict[str, Any],
+    config: ModelConfig,
+    residual_scale: float,
+    scales: dict[str, float],
+) -> dict[str, NDArray[np.int64]]:
+    """Returns the integer arrays of the input and its embedding."""
+    structure, embed = config.structure, groups["embed"]
+    position = np.asarray(position, np.float64)
+    ends: dict[str, NDArray[np.int64]] = {}
+    embedded_scale = residual_scale
+    if isinstance(structure.input, PatchInput):
+        ends |= _dense("embed", embed, knobs, scales["embed"], residual_scale)
+        ends["input_offset"] = np.asarray(config.pixel_offset)
+        ends["input_mantissa"], ends["input_shift"] = multiplier(
+            config.pixel_scale / scales["embed"]
+        )
+    else:
+        if structure.norm == "post":
+            # The normalisation that follows takes away the scale.
+            largest = max(np.abs(embed["table"]).max(), np.abs(position).max())
+            embedded_scale = float(largest) / RESIDUAL_LIMIT
+        ends["token"] = _residual_codes(embed["table"], embedded_scale)
+    ends["position"] = _residual_codes(position, embedded_scale)
+    ends["norm_epsilon"] = _epsilon(config, residual_scale)
+    if structure.norm == "post":
+        gain, offset = _norm(groups["embed_norm"], residual_scale)
+        ends |= {"embed_gain": gain, "embed_offset": offset}
+        ends["embed_epsilon"] = _epsilon(config, embedded_scale)
+    return ends
+
+
+def _residual_codes(x: NDArray[np.float64], scale: float) -> NDArray[np.int64]:
+    return np.clip(np.rint(x / scale), -RESIDUAL_LIMIT, RESIDUAL_LIMIT).astype(np.int64)
+
+
+def _epsilon(config: ModelConfig, scale: float) -> NDArray[np.int64]:
+    """Returns what is added to D^2 times the variance of codes that are worth `scale`."""
+    return np.asarray(max(1, round(config.norm_epsilon * (config.structure.width / scale) ** 2)))

@@ -1,17 +1,18 @@
 """The integer arithmetic of the deployed path, in JAX with 64-bit types; its contract is docs/integer_path.md.
 
 Codes are int64. Dense products run in floating point where that is exact. Between codes there is no exp, no tanh and no
-division: exponentials, GELU and reciprocals are tables, requantisation is a multiply and a shift, and a normalisation takes
-one square root and one division, both correctly rounded.
+division: exponentials, non-linearities and reciprocals are tables, requantisation is a multiply and a shift, and a
+normalisation takes one square root and one division, both correctly rounded.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from codesign.mechanisms.protocol import Operands
+from codesign.mechanisms.protocol import Hooks, Operands
+from codesign.policy import BLOCK_SITES
 from codesign.quantize import exact_einsum
-from codesign.structure import GELU_LIMIT
+from codesign.structure import ACTIVATION_LIMIT, ModelStructure
 
 RESIDUAL_LIMIT = 32767
 """Largest code of the 16-bit residual stream."""
@@ -29,6 +30,13 @@ LINEAR_LIMIT = 127 * 127
 """Largest product in a dense layer: 8-bit codes."""
 ATTENTION_LIMIT = 32767 * 32767
 """Largest product in exact attention: 16-bit codes."""
+NORMS = {
+    "qkv": ("attention_gain", "attention_bias"),
+    "up": ("ffn_gain", "ffn_bias"),
+    "pool": ("pool_gain", "pool_offset"),
+    "head": ("head_gain", "head_offset"),
+}
+"""Gain and bias of the normalisation before (pre-norm) or after (post-norm) the branch of a site."""
 
 
 def limit(bits: jax.Array) -> jax.Array:
@@ -49,9 +57,9 @@ def requantize(value: jax.Array, mantissa: jax.Array, shift: jax.Array) -> jax.A
 
 
 def normalize(
-    r: jax.Array, gain: jax.Array, bias: jax.Array, bits: jax.Array, epsilon: jax.Array
+    r: jax.Array, gain: jax.Array, bias: jax.Array, largest: jax.Array | int, epsilon: jax.Array
 ) -> jax.Array:
-    """Returns the normalisation of residual codes `[B, T, D]` as activation codes of `bits`."""
+    """Returns the normalisation of codes `[B, T, D]` as codes in [-largest, largest]."""
     width = r.shape[-1]
     total = jnp.sum(r, axis=-1, keepdims=True)
     squares = jnp.sum(r * r, axis=-1, keepdims=True)
@@ -60,7 +68,7 @@ def normalize(
     fixed = jnp.round(unit * 2.0**NORM_FRACTION_BITS).astype(jnp.int64)
     scaled = fixed * gain[None, None, :] + bias[None, None, :]
     code = jnp.round(scaled.astype(jnp.float64) * 2.0**-GAIN_SHIFT).astype(jnp.int64)
-    return saturate(code, limit(bits))
+    return saturate(code, largest)
 
 
 class IntegerArithmetic:
@@ -71,34 +79,27 @@ class IntegerArithmetic:
         arrays: dict[str, jax.Array],
         tables: dict[str, jax.Array],
         *,
-        num_heads: int,
-        tracing: bool,
+        structure: ModelStructure,
+        hooks: Hooks | None = None,
     ):
         self.arrays = arrays
         self.tables = tables
-        self.num_heads = num_heads
-        self.tracing = tracing
-        self.traced: dict[str, jax.Array] = {}
+        self.structure = structure
+        self.hooks = hooks or Hooks()
 
-    def trace(self, name: str, value: jax.Array) -> None:
-        """Records a named tensor of the contract."""
-        if self.tracing:
-            self.traced[name] = value
+    def read(self, r: jax.Array, site: str) -> jax.Array:
+        """See `Arithmetic.read`."""
+        largest = limit(self.arrays[f"{site}_activation_bits"])
+        if self.structure.norm == "pre":
+            return self._normalized(r, NORMS[site], largest)
+        mantissa, shift = (self.arrays[f"{site}_enter_{part}"] for part in ("mantissa", "shift"))
+        return saturate(requantize(r, mantissa, shift), largest)
 
-    def norm(self, r: jax.Array, site: str) -> jax.Array:
-        """See `Arithmetic.norm`."""
-        gain, bias = {
-            "qkv": ("attention_gain", "attention_bias"),
-            "up": ("ffn_gain", "ffn_bias"),
-            "head": ("head_gain", "head_offset"),
-        }[site]
-        return normalize(
-            r,
-            self.arrays[gain],
-            self.arrays[bias],
-            self.arrays[f"{site}_activation_bits"],
-            self.tables["norm_epsilon"],
-        )
+    def _normalized(
+        self, r: jax.Array, names: tuple[str, str], largest: jax.Array | int
+    ) -> jax.Array:
+        gain, bias = (self.arrays[name] for name in names)
+        return normalize(r, gain, bias, largest, self.tables["norm_epsilon"])
 
     def codes(self, x: jax.Array, site: str) -> jax.Array:
         """See `Numbers.codes`: activations are codes."""
@@ -113,7 +114,7 @@ class IntegerArithmetic:
         """See `Arithmetic.linear`: an exact accumulator, requantised."""
         product = exact_einsum("btk,kn->btn", x, self.weight_codes(site), LINEAR_LIMIT)
         code = self._requantized(product.astype(jnp.int64), site)
-        return saturate(code, GELU_LIMIT) if site == "up" else code
+        return saturate(code, ACTIVATION_LIMIT) if site in ("up", "pool") else code
 
     def _requantized(self, accumulator: jax.Array, site: str) -> jax.Array:
         """Returns the accumulator with its bias in the scale of what consumes it."""
@@ -125,17 +126,14 @@ class IntegerArithmetic:
 
     def heads(self, projected: jax.Array) -> Operands:
         """See `Arithmetic.heads`."""
-        operands = self._operands(projected)
-        for name in ("query", "key", "value"):
-            self.trace(name, getattr(operands, name))
-        return operands
+        return self._operands(projected)
 
     def estimate(self, accumulator: jax.Array) -> Operands:
-        """See `Numbers.estimate`; nothing is traced."""
+        """See `Numbers.estimate`."""
         return self._operands(self._requantized(accumulator, "qkv"))
 
     def _operands(self, code: jax.Array) -> Operands:
-        split = jnp.reshape(code, (*code.shape[:2], 3, self.num_heads, -1))
+        split = jnp.reshape(code, (*code.shape[:2], 3, self.structure.num_heads, -1))
         qk_limit, v_limit = limit(self.arrays["qk_bits"]), limit(self.arrays["v_bits"])
         query, key, value = (
             saturate(jnp.swapaxes(split[:, :, index], 1, 2), largest)
@@ -167,9 +165,7 @@ class IntegerArithmetic:
         reciprocal = jnp.take(self.tables["reciprocal_table"], entry)
         one = limit(self.arrays["qk_bits"])
         shift = jnp.broadcast_to(16 + log_total, masses.shape)
-        result = jnp.minimum(requantize(masses, reciprocal * one, shift), one)
-        self.trace("probabilities", result)
-        return result
+        return jnp.minimum(requantize(masses, reciprocal * one, shift), one)
 
     def attend(self, probabilities: jax.Array, operands: Operands) -> jax.Array:
         """See `Arithmetic.attend`."""
@@ -183,18 +179,29 @@ class IntegerArithmetic:
             requantize(sums, self.arrays["context_mantissa"], self.arrays["context_shift"]),
             limit(self.arrays["out_activation_bits"]),
         )
-        context = jnp.reshape(code, (*code.shape[:2], -1))
-        self.trace("context", context)
-        return context
+        return jnp.reshape(code, (*code.shape[:2], -1))
 
     def activate(self, x: jax.Array) -> jax.Array:
         """See `Arithmetic.activate`: a table."""
-        hidden = jnp.take(self.arrays["gelu_table"], x + GELU_LIMIT)
-        self.trace("hidden", hidden)
-        return hidden
+        return jnp.take(self.arrays["activation_table"], x + ACTIVATION_LIMIT)
+
+    def pooled(self, r: jax.Array) -> jax.Array:
+        """Returns the first token of the residual stream through the pooler, as what enters `head`, `[B, 1, D]`."""
+        x = self.linear(self.read(r[:, :1], "pool"), "pool")
+        return jnp.take(self.arrays["pool_table"], x + ACTIVATION_LIMIT)
 
     def add(self, r: jax.Array, branch: jax.Array, site: str) -> jax.Array:
         """See `Arithmetic.add`: saturating 16-bit codes."""
         total = saturate(r + branch, RESIDUAL_LIMIT)
-        self.trace({"out": "attended", "down": "residual"}[site], total)
-        return total
+        if self.structure.norm == "pre":
+            return total
+        return self._normalized(total, NORMS[{"out": "qkv", "down": "up"}[site]], RESIDUAL_LIMIT)
+
+    def weight_densities(self) -> dict[str, jax.Array]:
+        """See `Arithmetic.weight_densities`."""
+        if not self.hooks.skips_zeros:
+            return {}
+        return {
+            f"{site}.weight": jnp.mean((self.weight_codes(site) != 0).astype(jnp.float64))
+            for site in BLOCK_SITES
+        }

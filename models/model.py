@@ -1,66 +1,88 @@
-"""Vision transformer: patch embedding in front of the block, mean pooling and a linear head behind it.
+"""Transformers: an embedding of patches or tokens in front of the blocks, pooling and a linear head behind them.
 
-`apply` is the float path (plain, relaxed or straight-through), `apply_hard` the deployed integer path. Both return logits,
-the workload of the batch, and on request the mechanism's decisions.
+`apply` is the float path (plain, relaxed or straight-through), `apply_hard` the deployed integer path. Both return outputs,
+the workload of the batch, and on request the tensors that docs/integer_path.md names.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from codesign.calibration import Calibration
 from codesign.gates import Relaxation
 from codesign.mechanisms.protocol import Carry, Context, Mechanism
-from codesign.models.arithmetic import FloatArithmetic, counted_widths
-from codesign.models.config import VisionConfig
+from codesign.models.arithmetic import RESIDUAL_BITS, FloatArithmetic, counted_widths
+from codesign.models.config import ModelConfig
 from codesign.models.integer import (
     BIAS_FRACTION_BITS,
     LINEAR_LIMIT,
     RESIDUAL_LIMIT,
     IntegerArithmetic,
     limit,
+    normalize,
     requantize,
     saturate,
 )
 from codesign.models.transformer import BlockOutput, ModelOutput, block, run_layers
 from codesign.policy import Policy, dense_knobs
-from codesign.quantize import exact_einsum
-from codesign.structure import ModelStructure
+from codesign.quantize import exact_einsum, quantize
+from codesign.references import tensor_names
+from codesign.structure import ModelStructure, PatchInput
 from codesign.workload import Gemm, Workload, gemm
 
+Inputs = Mapping[str, ArrayLike]
+"""`pixels` `[B, image, image]` (or with channels last), or `tokens` and `valid` `[B, T]`."""
 
-def windows(pixels: jax.Array, structure: ModelStructure) -> jax.Array:
-    """Cuts images into one vector per token: rows of pixels first, channels last; padding is zero.
+
+def windows(pixels: jax.Array, patches: PatchInput) -> jax.Array:
+    """Cuts images into one vector per patch: rows of pixels first, channels last; padding is zero.
 
     Args:
       pixels: Images, `[B, image, image]` or `[B, image, image, channels]`.
-      structure: Sizes of the model.
+      patches: Sizes of image and patches.
 
     Returns:
-      `[B, T, P]`, dtype of `pixels`.
+      `[B, patches, P]`, dtype of `pixels`.
     """
-    batch = pixels.shape[0]
-    images = jnp.reshape(
-        pixels, (batch, structure.image_size, structure.image_size, structure.channels)
-    )
-    pad = structure.padding
+    batch, size = pixels.shape[0], patches.image_size
+    images = jnp.reshape(pixels, (batch, size, size, patches.channels))
+    pad = patches.padding
     images = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    starts = jnp.arange(structure.grid_size) * structure.stride
-    offsets = jnp.arange(structure.patch_size)
+    starts = jnp.arange(patches.grid_size) * patches.stride
+    offsets = jnp.arange(patches.patch_size)
     index = starts[:, None] + offsets[None, :]
-    patches = images[:, index][:, :, :, index]  # [B, grid, patch, grid, patch, channels]
-    patches = jnp.swapaxes(patches, 2, 3)
-    return jnp.reshape(patches, (batch, structure.num_tokens, structure.patch_values))
+    cut = images[:, index][:, :, :, index]  # [B, grid, patch, grid, patch, channels]
+    cut = jnp.swapaxes(cut, 2, 3)
+    return jnp.reshape(cut, (batch, patches.num_patches, patches.patch_values))
+
+
+def existing_tokens(inputs: Inputs, structure: ModelStructure, dtype: Any) -> jax.Array:
+    """Returns 1 for tokens that exist, `[B, T]`."""
+    if not isinstance(structure.input, PatchInput):
+        return jnp.asarray(inputs["valid"], dtype)
+    valid = jnp.ones((jnp.shape(inputs["pixels"])[0], structure.max_tokens), dtype)
+    # Not a constant to the compiler, which would spend its time on folding masks.
+    held: jax.Array = jax.lax.optimization_barrier(valid)  # type: ignore[no-untyped-call]
+    return held
+
+
+def existing_pairs(valid: jax.Array, structure: ModelStructure) -> jax.Array:
+    """Returns 1 for query-key pairs that exist, `[B, 1, T, S]`; `valid` are the tokens, `[B, T]`."""
+    batch, tokens = valid.shape
+    pairs = jnp.broadcast_to(valid[:, None, None, :], (batch, 1, tokens, tokens))
+    return jnp.tril(pairs) if structure.is_causal else pairs
 
 
 def apply(
     params: dict[str, Any],
     policy: Policy | None,
     calibration: Calibration | None,
-    pixels: jax.Array,
+    inputs: Inputs,
     *,
-    config: VisionConfig,
+    config: ModelConfig,
     mechanism: Mechanism,
     relaxation: Relaxation | None,
     tracing: bool = False,
@@ -72,23 +94,27 @@ def apply(
       params: Parameters as `codesign.models.parameters.init_params` returns them.
       policy: Knobs; None with `relaxation` None.
       calibration: Static ranges; None with `relaxation` None.
-      pixels: Raw pixels, `[B, image, image]` or with channels last.
+      inputs: Raw pixels, or tokens and which of them exist.
       config: Sizes and scaling.
       mechanism: The mechanism whose soft hooks run.
       relaxation: Temperature and path; None: plain floating point, nothing quantised (mechanism must have no knobs).
-      tracing: Whether to return the mechanism's decisions.
-      calibrating: Whether to measure the ranges that the mechanism wants (into `observed`).
+      tracing: Whether to return the tensors of every layer, the mechanism's decisions included.
+      calibrating: Whether to measure the ranges of all tensors, and those that the mechanism wants (into `observed`).
 
     Returns:
-      Real logits `[B, classes]`, the workload, decisions, and absolute maxima.
+      Real logits, the workload, tensors, and absolute maxima.
     """
     structure = config.structure
-    images = (pixels.astype(params["position"].dtype) - config.pixel_offset) * config.pixel_scale
-    tokens = windows(images, structure)
-    valid = jnp.ones(tokens.shape[:2], tokens.dtype)
+    valid = existing_tokens(inputs, structure, params["position"].dtype)
+    pairs = existing_pairs(valid, structure)
     if policy is None or calibration is None:
         assert relaxation is None, "a quantised path needs a policy and a calibration"
-        policy = dense_knobs(structure.num_layers, linear_bits=8.0, attention_bits=16.0)
+        policy = dense_knobs(
+            structure.num_layers,
+            linear_bits=8.0,
+            attention_bits=16.0,
+            end_sites=structure.end_sites,
+        )
         ranges: dict[str, dict[str, jax.Array]] = {"layers": {}, "ends": {}}
     else:
         ranges = {"layers": calibration.layers, "ends": calibration.ends}
@@ -103,14 +129,13 @@ def apply(
         ranges["ends"],
         valid,
         relaxation,
-        num_heads=structure.num_heads,
+        structure=structure,
         norm_epsilon=config.norm_epsilon,
         residual_range=ranges["ends"].get("residual"),
+        observing=calibrating,
     )
-    embedded = ends.on_residual_grid(ends.linear(ends.enter(tokens, "embed"), "embed"))
-    residual = embedded + ends.on_residual_grid(params["position"])[None, :, :]
+    residual = _embedded(ends, inputs, config)
     ends.observe("residual", residual)
-    pairs = valid[:, None, None, :] * jnp.ones_like(valid)[:, None, :, None]
     residual_scale = (
         {} if relaxation is None else {"residual": ranges["ends"]["residual"] / RESIDUAL_LIMIT}
     )
@@ -124,9 +149,11 @@ def apply(
             layer["ranges"],
             valid,
             relaxation,
-            num_heads=structure.num_heads,
+            structure=structure,
             norm_epsilon=config.norm_epsilon,
             residual_range=ranges["ends"].get("residual"),
+            hooks=mechanism.soft,
+            observing=calibrating,
         )
         context = Context(
             knobs=layer["knobs"],
@@ -151,27 +178,72 @@ def apply(
         "widths": widths,
         "ranges": ranges["layers"],
     }
-    carry = mechanism.soft.start(valid.shape[0], structure.num_heads, structure.num_tokens)
+    carry = mechanism.soft.start(valid.shape[0], structure.num_heads, valid.shape[1])
+    residual_in = residual
     residual, left, outputs = run_layers(layer_fn, stacked, residual, valid, carry)
-    features = ends.norm(residual, "head")
-    pooled = jnp.sum(features * left[..., None], axis=1) / jnp.sum(left, axis=1)[:, None]
-    logits = ends.linear(pooled, "head")
+    logits = _outputs(ends, residual, left, structure)
     observed_layers = dict(outputs.observed)
-    ends.observed["residual"] = jnp.maximum(
-        ends.observed["residual"], jnp.max(observed_layers.pop("residual"))
-    )
+    if calibrating:
+        largest = jnp.max(observed_layers.pop("residual"))
+        ends.observed["residual"] = jnp.maximum(ends.observed["residual"], largest)
     return ModelOutput(
         logits=logits,
-        workload=_with_ends(outputs.workload, structure, valid, end_widths),
-        trace=outputs.trace,
+        workload=with_ends(outputs.workload, structure, valid, end_widths),
+        trace=outputs.trace | {"embedded": residual_in} if tracing else {},
         observed={"layers": observed_layers, "ends": ends.observed},
     )
+
+
+def _embedded(ends: FloatArithmetic, inputs: Inputs, config: ModelConfig) -> jax.Array:
+    """Returns the residual stream that enters the first block, `[B, T, D]`."""
+    structure, params = config.structure, ends.params
+    if isinstance(structure.input, PatchInput):
+        position = params["position"]
+        pixels = jnp.asarray(inputs["pixels"], position.dtype)
+        images = (pixels - config.pixel_offset) * config.pixel_scale
+        patches = ends.enter(windows(images, structure.input), "embed")
+        products = ends.on_residual_grid(ends.linear(patches, "embed"))
+        products = jnp.pad(products, ((0, 0), (structure.input.num_prefix, 0), (0, 0)))
+        embedded = products + ends.on_residual_grid(position)[None, :, :]
+    else:
+        table, position = params["embed"]["table"], params["position"]
+        tokens = jnp.asarray(inputs["tokens"])
+        rows = jnp.take(table, tokens, axis=0)
+        steps = position[: tokens.shape[1]]
+        if structure.norm == "post":
+            largest = jnp.maximum(jnp.max(jnp.abs(table)), jnp.max(jnp.abs(position)))
+            if ends.relaxation is not None:
+                range_ = jax.lax.stop_gradient(largest)
+                rows, steps = (quantize(part, range_, RESIDUAL_BITS) for part in (rows, steps))
+        else:
+            rows, steps = ends.on_residual_grid(rows), ends.on_residual_grid(steps)
+        embedded = rows + steps[None, :, :]
+    if structure.norm == "post":
+        embedded = ends.on_residual_grid(ends.normalise(embedded, "embed_norm"))
+    return embedded
+
+
+def _outputs(
+    ends: FloatArithmetic, residual: jax.Array, left: jax.Array, structure: ModelStructure
+) -> jax.Array:
+    """Returns the logits `[B, C]`, or `[B, T, C]` with one output per token; `left` are the tokens left, `[B, T]`."""
+    if structure.pooling == "all":
+        return ends.linear(ends.read(residual, "head"), "head")
+    if structure.pooling == "mean":
+        features = ends.read(residual, "head")
+        number = jnp.sum(left, axis=1)[:, None]
+        return ends.linear(jnp.sum(features * left[..., None], axis=1) / number, "head")
+    if structure.pooler == "none":
+        first = ends.read(residual[:, :1], "head")
+    else:
+        first = ends.pooled(residual)
+    return ends.linear(first[:, 0], "head")
 
 
 def apply_hard(
     layers: dict[str, jax.Array],
     ends: dict[str, jax.Array],
-    pixels: jax.Array,
+    inputs: Inputs,
     *,
     structure: ModelStructure,
     mechanism: Mechanism,
@@ -182,30 +254,24 @@ def apply_hard(
     Args:
       layers: Integer arrays of the deployment, `[L, ...]`, int64.
       ends: Integer arrays outside the blocks and the tables, int64.
-      pixels: Raw integer pixels, `[B, image, image]` or with channels last.
+      inputs: Raw integer pixels, or tokens and which of them exist.
       structure: Sizes of the model.
       mechanism: The mechanism whose hard hooks run.
       tracing: Whether to return every tensor that docs/integer_path.md names.
 
     Returns:
-      Integer logits `[B, classes]`, the workload, decisions and tensors.
+      Integer logits, the workload, and tensors.
     """
-    end = IntegerArithmetic(ends, ends, num_heads=structure.num_heads, tracing=tracing)
-    inputs = requantize(
-        pixels.astype(jnp.int64) - ends["input_offset"], ends["input_mantissa"], ends["input_shift"]
-    )
-    inputs = saturate(inputs, limit(ends["embed_activation_bits"]))
-    tokens = windows(inputs, structure)
-    residual = saturate(end.linear(tokens, "embed") + ends["position"][None, :, :], RESIDUAL_LIMIT)
-    end.trace("embedded", residual)
-    valid = jnp.ones(tokens.shape[:2], jnp.float64)
-    pairs = valid[:, None, None, :] * jnp.ones_like(valid)[:, None, :, None]
+    valid = existing_tokens(inputs, structure, jnp.float64)
+    pairs = existing_pairs(valid, structure)
+    end = IntegerArithmetic(ends, ends, structure=structure)
+    residual = _embedded_hard(end, inputs)
     relaxation = Relaxation(temperature=jnp.zeros(()), smoothness=jnp.zeros(()))
 
     def layer_fn(
         layer: dict[str, jax.Array], residual: jax.Array, valid: jax.Array, carry: Carry
     ) -> tuple[jax.Array, jax.Array, Carry, BlockOutput]:
-        arithmetic = IntegerArithmetic(layer, ends, num_heads=structure.num_heads, tracing=tracing)
+        arithmetic = IntegerArithmetic(layer, ends, structure=structure, hooks=mechanism.hard)
         context = Context(
             knobs=layer,
             widths=_widths(layer),
@@ -215,27 +281,65 @@ def apply_hard(
             pairs=pairs * valid[:, None, None, :],
             tracing=tracing,
         )
-        residual, valid, carry, output = block(
-            arithmetic, mechanism.hard, context, structure, residual, carry
-        )
-        trace = output.trace | arithmetic.traced
-        return residual, valid, carry, BlockOutput(output.workload, trace, {})
+        return block(arithmetic, mechanism.hard, context, structure, residual, carry)
 
-    carry = mechanism.hard.start(valid.shape[0], structure.num_heads, structure.num_tokens)
+    carry = mechanism.hard.start(valid.shape[0], structure.num_heads, valid.shape[1])
+    embedded = residual
     residual, left, outputs = run_layers(layer_fn, layers, residual, valid, carry)
-    features = end.norm(residual, "head")
-    number = jnp.sum(left, axis=1)[:, None].astype(jnp.int64)
-    pooled = jnp.sum(features * left[..., None].astype(jnp.int64), axis=1)
-    product = exact_einsum(
-        "bk,kn->bn", pooled, ends["head_weight"], LINEAR_LIMIT * structure.num_tokens
-    )
-    logits = (product.astype(jnp.int64) << BIAS_FRACTION_BITS) + number * ends["head_bias"][None, :]
+    logits = _outputs_hard(end, residual, left)
+    tensors = outputs.trace | {"embedded": embedded, "logits": logits}
     return ModelOutput(
         logits=logits,
-        workload=_with_ends(outputs.workload, structure, valid, _widths(ends)),
-        trace=(outputs.trace | end.traced) if tracing else {},
+        workload=with_ends(outputs.workload, structure, valid, _widths(ends)),
+        trace={name: tensors[name] for name in tensor_names(structure)} if tracing else {},
         observed={},
     )
+
+
+def _embedded_hard(end: IntegerArithmetic, inputs: Inputs) -> jax.Array:
+    """Returns the residual stream that enters the first block, `[B, T, D]`."""
+    structure, ends = end.structure, end.arrays
+    if isinstance(structure.input, PatchInput):
+        codes = requantize(
+            jnp.asarray(inputs["pixels"], jnp.int64) - ends["input_offset"],
+            ends["input_mantissa"],
+            ends["input_shift"],
+        )
+        codes = saturate(codes, limit(ends["embed_activation_bits"]))
+        products = end.linear(windows(codes, structure.input), "embed")
+        products = jnp.pad(products, ((0, 0), (structure.input.num_prefix, 0), (0, 0)))
+        embedded = products + ends["position"][None, :, :]
+    else:
+        tokens = jnp.asarray(inputs["tokens"])
+        rows = jnp.take(ends["token"], tokens, axis=0)
+        embedded = rows + ends["position"][None, : tokens.shape[1], :]
+    if structure.norm == "pre":
+        return saturate(embedded, RESIDUAL_LIMIT)
+    return normalize(
+        embedded, ends["embed_gain"], ends["embed_offset"], RESIDUAL_LIMIT, ends["embed_epsilon"]
+    )
+
+
+def _outputs_hard(end: IntegerArithmetic, residual: jax.Array, left: jax.Array) -> jax.Array:
+    """Returns the integer logits, `[B, C]` or `[B, T, C]`; `left` are the tokens left, `[B, T]`."""
+    structure = end.structure
+    if structure.pooling == "all":
+        features, number = end.read(residual, "head"), jnp.ones((1, 1, 1), jnp.int64)
+    elif structure.pooling == "mean":
+        features = end.read(residual, "head") * left[..., None].astype(jnp.int64)
+        features = jnp.sum(features, axis=1, keepdims=True)
+        number = jnp.sum(left, axis=1).astype(jnp.int64)[:, None, None]
+    else:
+        number = jnp.ones((1, 1, 1), jnp.int64)
+        if structure.pooler == "none":
+            features = end.read(residual[:, :1], "head")
+        else:
+            features = end.pooled(residual)
+    most = residual.shape[1] if structure.pooling == "mean" else 1
+    product = exact_einsum("btk,kn->btn", features, end.weight_codes("head"), LINEAR_LIMIT * most)
+    bias = number * end.arrays["head_bias"][None, None, :]
+    logits = (product.astype(jnp.int64) << BIAS_FRACTION_BITS) + bias
+    return logits if structure.pooling == "all" else logits[:, 0]
 
 
 def _widths(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -250,22 +354,24 @@ def _widths(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return widths
 
 
-def _with_ends(
+def with_ends(
     workload: Workload,
     structure: ModelStructure,
     valid: jax.Array,
     widths: dict[str, jax.Array],
 ) -> Workload:
-    """Returns the workload with the dense products of the embedding and the head, `[B, 1]` leaves."""
-    tokens = jnp.sum(valid, axis=-1)
-    shapes = {
-        "embed": (tokens, structure.patch_values, structure.width),
-        "head": (jnp.ones_like(tokens), structure.width, structure.num_classes),
-    }
+    """Returns the workload with the dense products outside the blocks, `[B, 1]` leaves."""
+    tokens, one = jnp.sum(valid, axis=-1), jnp.ones_like(valid[:, 0])
+    width = structure.width
+    outputs = tokens if structure.pooling == "all" else one
+    shapes = {"pool": (one, width, width), "head": (outputs, width, structure.num_outputs)}
+    if isinstance(structure.input, PatchInput):
+        patches = structure.input
+        shapes["embed"] = (one * patches.num_patches, patches.patch_values, width)
     gemms: dict[str, Gemm] = {}
-    for site, (rows, inner, outer) in shapes.items():
-        one = gemm(
-            rows, inner, outer, widths[f"{site}.activation_bits"], widths[f"{site}.weight_bits"]
+    for site in structure.end_sites:
+        product = gemm(
+            *shapes[site], widths[f"{site}.activation_bits"], widths[f"{site}.weight_bits"]
         )
-        gemms[site] = jax.tree.map(lambda leaf: leaf[:, None], one)
+        gemms[site] = jax.tree.map(lambda leaf: leaf[:, None], product)
     return workload.replace(end_gemms=gemms)  # type: ignore[attr-defined,no-any-return]

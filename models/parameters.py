@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from codesign.structure import ModelStructure
+from codesign.structure import ModelStructure, PatchInput
 
 
 class Block(nnx.Module):
-    """Parameters of one pre-norm transformer block."""
+    """Parameters of one transformer block."""
 
     def __init__(self, structure: ModelStructure, *, rngs: nnx.Rngs):
         width, attention = structure.width, structure.attention_width
@@ -25,8 +25,15 @@ class Block(nnx.Module):
         self.down = nnx.Linear(structure.hidden, width, rngs=rngs)
 
 
-class VisionTransformer(nnx.Module):
-    """Parameters of a vision transformer: patch embedding, positions, blocks, last norm, head."""
+class Table(nnx.Module):
+    """An embedding table `[rows, width]`, normal with standard deviation 0.02 (BERT, GPT-2, ViT)."""
+
+    def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs):
+        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, width)))
+
+
+class Transformer(nnx.Module):
+    """Parameters of a transformer: embedding, positions, blocks, last norm or that of the embedding, pooler, head."""
 
     def __init__(self, structure: ModelStructure, *, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=structure.num_layers)
@@ -34,12 +41,23 @@ class VisionTransformer(nnx.Module):
         def make_blocks(block_rngs: nnx.Rngs) -> Block:
             return Block(structure, rngs=block_rngs)
 
-        self.embed = nnx.Linear(structure.patch_values, structure.width, rngs=rngs)
-        shape = (structure.num_tokens, structure.width)
+        width = structure.width
+        if isinstance(structure.input, PatchInput):
+            self.embed: nnx.Linear | Table = nnx.Linear(
+                structure.input.patch_values, width, rngs=rngs
+            )
+        else:
+            self.embed = Table(structure.input.vocabulary_size, width, rngs=rngs)
+        shape = (structure.max_tokens, width)
         self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
         self.blocks = make_blocks(rngs)
-        self.norm = nnx.LayerNorm(structure.width, rngs=rngs)
-        self.head = nnx.Linear(structure.width, structure.num_classes, rngs=rngs)
+        if structure.norm == "pre":
+            self.norm = nnx.LayerNorm(width, rngs=rngs)
+        else:
+            self.embed_norm = nnx.LayerNorm(width, rngs=rngs)
+        if structure.pooler != "none":
+            self.pool = nnx.Linear(width, width, rngs=rngs)
+        self.head = nnx.Linear(width, structure.num_outputs, rngs=rngs)
 
 
 def init_params(structure: ModelStructure, *, key: jax.Array) -> dict[str, Any]:
@@ -50,8 +68,10 @@ def init_params(structure: ModelStructure, *, key: jax.Array) -> dict[str, Any]:
       key: Random key.
 
     Returns:
-      `embed`, `position`, `blocks` (leaves `[L, ...]`), `norm`, `head`.
+      `embed` (`kernel` and `bias` of patches, or the `table` of tokens), `position` (its first rows hold the prefix tokens
+      too), `blocks` (leaves `[L, ...]`; post-norm, the two norms follow the sums), `norm` (pre-norm) or `embed_norm`
+      (post-norm), `pool` (with a pooler), `head`.
     """
-    _, state = nnx.split(VisionTransformer(structure, rngs=nnx.Rngs(key)))
+    _, state = nnx.split(Transformer(structure, rngs=nnx.Rngs(key)))
     params: dict[str, Any] = jax.tree.map(jnp.asarray, nnx.to_pure_dict(state))
     return params

@@ -13,6 +13,9 @@ from codesign.structure import ModelStructure
 from codesign.vocabulary import SITES, check_key
 from codesign.workload import Gemm, Workload, gemm, layers_second
 
+TENSORS = {"scores": "raw_scores", "out": "context", "down": "hidden"}
+"""Names in docs/integer_path.md of tensors that enter a site of another name."""
+
 
 @struct.dataclass
 class BlockOutput:
@@ -31,7 +34,7 @@ class ModelOutput:
     """A model's result.
 
     Attributes:
-      logits: `[B, classes]`; on the hard path integers times the number of tokens, see docs/integer_path.md.
+      logits: `[B, C]`, or `[B, T, C]` with one output per token; integers on the hard path, see docs/integer_path.md.
       workload: Counts per example.
       trace: Decisions and tensors of all layers, `[L, ...]`; empty unless traced.
       observed: Absolute maxima for calibration, `layers` `[L]` and `ends`; empty on the hard path.
@@ -51,7 +54,7 @@ def block(
     residual: jax.Array,
     carry: Carry,
 ) -> tuple[jax.Array, jax.Array, Carry, BlockOutput]:
-    """Runs one pre-norm transformer block.
+    """Runs one transformer block, pre-norm or post-norm as the arithmetic reads and adds.
 
     Args:
       arithmetic: Float or integer arithmetic of this layer.
@@ -65,20 +68,23 @@ def block(
       The residual stream, the tokens that live on `[B, T]`, the carry, and this layer's output.
     """
     counts, plan = Counts(), Plan()
+    tensors: dict[str, jax.Array] = {}
 
     def entering(x: jax.Array, site: str) -> jax.Array:
         nonlocal counts
         x, added = hooks.on_activation(context, x, plan, site)
         counts += added
+        tensors[TENSORS.get(site, site)] = x
         return x
 
     def leaving(y: jax.Array, site: str) -> jax.Array:
         nonlocal counts
         y, added = hooks.on_output(context, y, plan, site)
         counts += added
+        tensors[site] = y
         return y
 
-    x = entering(arithmetic.norm(residual, "qkv"), "qkv")
+    x = entering(arithmetic.read(residual, "qkv"), "qkv")
     plan, added = hooks.plan(context, x, arithmetic, carry)
     counts += added
     if plan.tokens is not None:
@@ -99,18 +105,21 @@ def block(
     probabilities = arithmetic.probabilities(scores, operands, selection.weights)
     probabilities, value_weights, added = hooks.on_probabilities(context, probabilities, selection)
     counts += added
+    tensors["probabilities"] = probabilities
     counts += hooks.execution(context, operands, selection, plan, value_weights)
     attended = leaving(arithmetic.attend(probabilities, operands), "attention")
     carry = hooks.carry(context, carry, probabilities, attended)
     branch = leaving(arithmetic.linear(entering(attended, "out"), "out"), "attention_branch")
-    residual = arithmetic.add(residual, branch, "out")
-    x = entering(arithmetic.norm(residual, "up"), "up")
+    residual = tensors["attended"] = arithmetic.add(residual, branch, "out")
+    x = entering(arithmetic.read(residual, "up"), "up")
     hidden = arithmetic.activate(entering(arithmetic.linear(x, "up"), "gelu"))
     branch = leaving(arithmetic.linear(entering(hidden, "down"), "down"), "ffn_branch")
-    residual = arithmetic.add(residual, branch, "down")
+    residual = tensors["residual"] = arithmetic.add(residual, branch, "down")
+    stored = arithmetic.weight_densities()
+    counts += Counts(densities={name: jnp.reshape(value, (1,)) for name, value in stored.items()})
     for key in counts.operations:
         check_key(key)
-    assert counts.densities.keys() <= set(SITES)
+    assert counts.densities.keys() - stored.keys() <= set(SITES)
     workload = Workload(
         operations=counts.operations,
         rows=counts.rows,
@@ -120,7 +129,8 @@ def block(
         head_dim=structure.head_dim,
         densities=counts.densities,
     )
-    output = BlockOutput(workload=workload, trace=selection.trace, observed=counts.observed)
+    trace = selection.trace | tensors if context.tracing else {}
+    output = BlockOutput(workload=workload, trace=trace, observed=counts.observed)
     return residual, context.valid, carry, output
 
 

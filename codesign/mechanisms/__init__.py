@@ -1,11 +1,12 @@
 """Mechanisms by name: one file each, one line here."""
 
 from codesign.errors import UnknownNameError
+from codesign.mechanisms.acceltran import acceltran
 from codesign.mechanisms.dense import dense
 from codesign.mechanisms.energon import energon
 from codesign.mechanisms.protocol import Hooks, Mechanism
 
-MECHANISMS = {mechanism.name: mechanism for mechanism in (dense, energon)}
+MECHANISMS = {mechanism.name: mechanism for mechanism in (dense, energon, acceltran)}
 
 __all__ = ["MECHANISMS", "Hooks", "Mechanism", "mechanism_by_name"]
 

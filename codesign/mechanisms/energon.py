@@ -26,13 +26,18 @@ from codesign.mechanisms.protocol import (
     Operands,
     Plan,
     Selection,
+    ThresholdScale,
 )
 from codesign.policy import bits_range
 from codesign.quantize import deployed_bits, exact_einsum, power_of_two
-from codesign.workload import fetched_vectors, operation, row_statistics, stream
+from codesign.workload import Workload, fetched_vectors, operation, row_statistics, stream
 
 ALPHA_ONE = 128
 """alpha is stored in 1/128 (8 bits, 7 of them fraction)."""
+MAX_ALPHA = 0.99
+"""Largest |alpha| that a start value or a common move gives: the gradient of tanh fades beyond (ours)."""
+OFF_ALPHA = -1.0
+"""alpha of a round that keeps all, in settings."""
 OFF_CODE = -128
 """Storage code of a round that keeps all."""
 NUM_ROUNDS = 2
@@ -74,6 +79,36 @@ def codes(
     scaled = ALPHA_ONE * alpha
     rounded = np.clip(np.rint(scaled), -127, 127)
     return {"threshold": np.where(scaled < OFF_CODE + 0.5, OFF_CODE, rounded).astype(np.int64)}
+
+
+def from_strength(strength: np.ndarray, ranges: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the threshold variable v = atanh(alpha) with alpha = 2 * strength - 1, limited to (-0.99, 0.99)."""
+    del ranges
+    return np.arctanh(np.clip(2.0 * strength - 1.0, -MAX_ALPHA, MAX_ALPHA))
+
+
+def to_strength(threshold: np.ndarray, ranges: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns (alpha + 1) / 2."""
+    del ranges
+    return (np.tanh(np.asarray(threshold, np.float64)) + 1.0) / 2.0
+
+
+def from_setting(
+    setting: tuple[float, ...], shape: tuple[int, ...], ranges: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Returns the threshold variable of one alpha per round; -1 switches a round off (as near as 0.99 comes to it)."""
+    alpha = np.broadcast_to(np.asarray(setting, np.float64), shape)
+    return from_strength((alpha + 1.0) / 2.0, ranges)
+
+
+def kept_fractions(workload: Workload) -> jax.Array:
+    """Returns the kept fraction of pairs after each round, mean over the batch, `[L, H, R]`."""
+    operations = workload.operations
+    rounds = sum(name.endswith(".statistic") for name in operations)
+    after = [operations[f"filter{index}.statistic"].count for index in range(1, rounds)]
+    pairs = operations["filter0.statistic"].count
+    fractions = [count / pairs for count in (*after, operations["softmax.exp"].count)]
+    return jnp.stack([jnp.mean(fraction, axis=0) for fraction in fractions], axis=-1)
 
 
 def hard_round(scores: jax.Array, alive: jax.Array, code: jax.Array) -> jax.Array:
@@ -333,6 +368,17 @@ energon = Mechanism(
     name="energon",
     summary="multi-round low-bit filtering of keys by a row threshold (arXiv 2110.09310)",
     knobs=knobs,
+    thresholds=ThresholdScale(
+        names=tuple(f"round {index}" for index in range(NUM_ROUNDS)),
+        in_order=True,
+        from_strength=from_strength,
+        to_strength=to_strength,
+        from_setting=from_setting,
+        settings=((OFF_ALPHA, OFF_ALPHA), (-0.5, -0.25), (0.0, 0.0)),
+        start_kept=(0.85, 0.6),
+        kept=kept_fractions,
+    ),
+    has_rounds=True,
     codes=codes,
     soft=Hooks(filter=soft_filter),
     hard=Hooks(filter=hard_filter),

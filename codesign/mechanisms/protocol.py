@@ -30,6 +30,7 @@ from codesign.workload import (
     Operation,
     RowStatistics,
     Stream,
+    Workload,
     fetched_vectors,
     operation,
     row_statistics,
@@ -186,6 +187,9 @@ ProbabilitiesFn: TypeAlias = Callable[
     [Context, jax.Array, Selection], tuple[jax.Array, jax.Array, Counts]
 ]
 TensorFn: TypeAlias = Callable[[Context, jax.Array, Plan, str], tuple[jax.Array, Counts]]
+WeightFn: TypeAlias = Callable[
+    [Mapping[str, jax.Array], jax.Array, str, Relaxation], tuple[jax.Array, jax.Array]
+]
 ExecutionFn: TypeAlias = Callable[[Context, Operands, Selection, Plan, jax.Array], Counts]
 CarryFn: TypeAlias = Callable[[Context, Carry, jax.Array, jax.Array], Carry]
 
@@ -237,6 +241,14 @@ def keep_activation(
     """Leaves the activation entering `site` as it is; at `qkv` there is no plan yet."""
     del context, plan, site
     return x, Counts()
+
+
+def keep_weight(
+    knobs: Mapping[str, jax.Array], kernel: jax.Array, site: str, relaxation: Relaxation
+) -> tuple[jax.Array, jax.Array]:
+    """Leaves a weight as it is; the second value is the density that its gradient goes to, scalar."""
+    del knobs, site, relaxation
+    return kernel, jnp.ones((), kernel.dtype)
 
 
 def reuse_rows(context: Context, y: jax.Array, plan: Plan, site: str) -> tuple[jax.Array, Counts]:
@@ -349,8 +361,10 @@ def exact_execution(
 class Hooks:
     """One path's hooks; each default is the identity, or does what the plan and the selection say.
 
+    `on_weight` (soft only: the chip stores pruned weights) sees a kernel `[inputs, outputs]` before it is quantised.
     `generates_keys`: `execution` counts K and V as made on the mechanism's own units
     (`generate.mac`), so that the dense product `qkv` counts Q alone.
+    `skips_zeros`: the block counts the density of weights.
     """
 
     start: StartFn = no_carry
@@ -360,8 +374,10 @@ class Hooks:
     on_activation: TensorFn = keep_activation
     execution: ExecutionFn = exact_execution
     on_output: TensorFn = reuse_rows
+    on_weight: WeightFn = keep_weight
     carry: CarryFn = keep_carry
     generates_keys: bool = False
+    skips_zeros: bool = False
 
 
 def no_knobs(num_layers: int, num_heads: int) -> dict[str, jax.Array]:
@@ -379,6 +395,41 @@ def no_codes(
 
 
 @dataclass(frozen=True, kw_only=True)
+class ThresholdScale:
+    """How grids, common moves and start values see a mechanism's knob `threshold`, `[L, ...]`.
+
+    Ranges are the calibrated ones of all layers by tensor, `[L]`.
+
+    Attributes:
+      names: What the entries of the knob's last axis are: rounds or sites.
+      in_order: Whether an entry's kept fraction depends on the entries before it (rounds).
+      from_strength: Strengths in [0, 1] (0 keeps nearly all, 1 drops most), shaped like the knob, and ranges to the knob.
+      to_strength: The inverse.
+      from_setting: One setting for all layers and heads, the knob's shape, and ranges to the knob.
+      settings: Settings of the default uniform grid, the first of which drops nothing.
+      start_kept: Kept fraction of each entry where training starts.
+      kept: A hard path's workload to the kept fraction of each entry, mean over the batch, shaped like the knob.
+    """
+
+    names: tuple[str, ...]
+    in_order: bool
+    from_strength: Callable[[np.ndarray, Mapping[str, np.ndarray]], np.ndarray]
+    to_strength: Callable[[np.ndarray, Mapping[str, np.ndarray]], np.ndarray]
+    from_setting: Callable[
+        [tuple[float, ...], tuple[int, ...], Mapping[str, np.ndarray]], np.ndarray
+    ]
+    settings: tuple[tuple[float, ...], ...]
+    start_kept: tuple[float, ...]
+    kept: Callable[[Workload], jax.Array]
+
+
+def stored_whole(knobs: Mapping[str, np.ndarray], kernel: np.ndarray, site: str) -> np.ndarray:
+    """Returns the kernel as it is."""
+    del knobs, site
+    return kernel
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mechanism:
     """A way to skip or cheapen work.
 
@@ -386,8 +437,11 @@ class Mechanism:
       name: The registry's name.
       summary: One line for `codesign list`.
       knobs: Start values of the mechanism's own knobs, each with a leading axis L.
+      thresholds: The scale of its knob `threshold`; None if it has none.
+      has_rounds: Whether the last axis of `threshold` counts rounds of a filter.
       codes: Trained knobs to the integers the chip stores, given the real value of one code by
         tensor and the mechanism's calibrated ranges, `[L, ...]` (`residual` a scalar).
+      prune_weight: One layer's trained knobs, kernel and site to the kernel that is quantised and stored.
       soft: Differentiable hooks.
       hard: Integer hooks.
     """
@@ -395,8 +449,11 @@ class Mechanism:
     name: str
     summary: str
     knobs: Callable[[int, int], dict[str, jax.Array]] = no_knobs
+    thresholds: ThresholdScale | None = None
+    has_rounds: bool = False
     codes: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], dict[str, np.ndarray]] = (
         no_codes
     )
+    prune_weight: Callable[[Mapping[str, np.ndarray], np.ndarray, str], np.ndarray] = stored_whole
     soft: Hooks = field(default_factory=Hooks)
     hard: Hooks = field(default_factory=Hooks)

@@ -1,0 +1,83 @@
+"""The training loop for a model of one's own: weights and policy at once, or the weights alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from codesign.applied import AppliedPolicy
+from codesign.gates import Relaxation
+from codesign.optimize import (
+    LossAux,
+    OptimizeSettings,
+    PyTree,
+    ThresholdWatch,
+    check_finite,
+    init_state,
+    make_train_step,
+    relaxation_at,
+)
+from codesign.policy import Policy
+from codesign.workload import Workload
+
+
+def fit(
+    loss_fn: Callable[[PyTree, AppliedPolicy, PyTree], tuple[jax.Array, Workload]],
+    params: PyTree,
+    applied: AppliedPolicy,
+    batches: Sequence[PyTree] | jax.Array,
+    cost_fn: Callable[[Workload, jax.Array], jax.Array] | None = None,
+    limits: jax.Array | Sequence[float] | float = (),
+    **settings: Any,
+) -> tuple[PyTree, AppliedPolicy]:
+    """Returns trained weights, and the policy as it is deployed: widths in whole bits, decisions hard.
+
+    One step per batch, compiled once (`codesign.make_train_step`). Without a policy in `applied` the weights alone train,
+    in floating point.
+
+    Args:
+      loss_fn: `(params, applied, batch) -> (loss, workload)`; padded batches put their own `valid` into `applied`.
+      params: Any pytree of arrays.
+      applied: Policy, calibration and mechanism to start from; its relaxation is that of each step.
+      batches: The batch of every step, all of one shape.
+      cost_fn: `(workload, smoothness) -> cost`, scalar or `[C]`, any unit, differentiable; None: nothing is budgeted.
+      limits: Budgets in the unit of `cost_fn`, scalar or `[C]`, > 0.
+      **settings: Fields of `codesign.OptimizeSettings`; `num_steps` is the number of batches.
+
+    Raises:
+      CodesignError: If a setting is out of range, a threshold has no gradient, or a loss is not finite.
+    """
+    bounds = jnp.atleast_1d(jnp.asarray(limits, jnp.float32))
+    policy, is_float = applied.policy or Policy(layers={}, ends={}), applied.policy is None
+    if is_float:
+        settings = {"train": ("params",), "hardened_fraction": 0.0} | settings
+    resolved = OptimizeSettings(num_steps=len(batches), **settings)
+
+    def at(tried: Policy, relaxation: Relaxation, base: AppliedPolicy) -> AppliedPolicy:
+        if is_float:
+            return base
+        changed: AppliedPolicy = base.replace(policy=tried, relaxation=relaxation)  # type: ignore[attr-defined]
+        return changed
+
+    def task_fn(
+        tried: PyTree, policy: Policy, batch: PyTree, constants: Any, relaxation: Relaxation
+    ) -> tuple[jax.Array, LossAux]:
+        loss, workload = loss_fn(tried, at(policy, relaxation, constants["applied"]), batch)
+        return loss, LossAux(terms={}, workload=workload)
+
+    def ratios_fn(workload: Workload, constants: Any, smoothness: jax.Array) -> jax.Array:
+        if cost_fn is None:
+            return jnp.zeros((0,))
+        return jnp.atleast_1d(cost_fn(workload, smoothness)) / constants["limits"]
+
+    step_fn = make_train_step(task_fn, ratios_fn, resolved)
+    state = init_state(params, policy, resolved, 0 if cost_fn is None else len(bounds))
+    base = applied.replace(policy=None, relaxation=None)  # type: ignore[attr-defined]
+    constants = {"applied": base, "limits": bounds}
+    watch = ThresholdWatch()
+    for step, batch in enumerate(batches):
+        state, metrics = step_fn(state, batch, constants)
+        check_finite(metrics, step)
+        watch.observe(metrics, step)
+    return state.params, at(state.policy, relaxation_at(state.step, resolved), base)

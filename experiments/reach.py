@@ -1,0 +1,57 @@
+"""Whether a budget can be reached at all, before anything is trained."""
+
+import math
+
+import numpy as np
+
+from codesign.errors import InfeasibleBudgetError
+from codesign.experiments.configs import Budget, Metric, Scope
+from codesign.experiments.dense_cost import DenseCost, least_cost
+from codesign.experiments.evaluate import metrics_of
+from codesign.experiments.model_choice import model_shape
+from codesign.experiments.problem import Problem
+from codesign.hw.operating_points import Setting, cheapest_setting, workload_from_fractions
+from codesign.hw.surrogate import cost
+
+
+def cheapest_ratio(problem: Problem, scope: Scope) -> dict[Metric, float]:
+    """Returns a lower bound of every legal policy's cost over the dense cost, on lengths as in the calibration examples."""
+    structure, examples = problem.config.structure, problem.calibration_examples
+    dense, least = (
+        price.mean(examples, problem.buckets, scope)
+        for price in (
+            DenseCost(structure, problem.accelerator),
+            least_cost(structure, problem.accelerator, problem.mechanism),
+        )
+    )
+    ratios: dict[Metric, float] = {metric: least[metric] / dense[metric] for metric in dense}
+    if not problem.mechanism.has_rounds:
+        return ratios
+    # A filter can drop pairs: in closed form, at the mean length.
+    tokens = structure.max_tokens
+    if "valid" in examples.inputs:
+        tokens = max(2, round(float(np.mean(np.sum(examples.inputs["valid"], axis=1)))))
+    shape = model_shape(structure, tokens)
+    assert problem.mechanism.thresholds is not None
+    rounds = len(problem.mechanism.thresholds.names)
+    prices = [
+        cost(workload_from_fractions(shape, setting), problem.accelerator)
+        for setting in (cheapest_setting(shape, num_rounds=rounds), Setting())
+    ]
+    lowest, whole = (
+        {name: float(value[0]) for name, value in metrics_of(price, scope).items()}
+        for price in prices
+    )
+    return {metric: min(ratios[metric], lowest[metric] / whole[metric]) for metric in ratios}
+
+
+def check_reachable(problem: Problem, budget: Budget) -> None:
+    """Raises `InfeasibleBudgetError` if the cheapest legal policy costs more than the budget."""
+    cheapest = cheapest_ratio(problem, budget.scope)
+    for metric, fraction in budget.limits.items():
+        least = cheapest[metric]
+        if fraction < least:
+            raise InfeasibleBudgetError(
+                f"`budget.{metric}` {fraction:g} cannot be reached on preset `{problem.spec.name}`: the cheapest legal "
+                f"policy costs {least:.3f} of dense ({budget.scope}): give at least {math.ceil(least * 1000) / 1000:g}"
+            )
