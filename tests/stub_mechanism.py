@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import tiny_model
 
+from codesign.gates import Relaxation
 from codesign.mechanisms.protocol import (
     Carry,
     Context,
@@ -20,9 +21,10 @@ from codesign.mechanisms.protocol import (
     exact_execution,
     keep_all,
     keep_probabilities,
+    keep_weight,
     reuse_rows,
 )
-from codesign.workload import operation
+from codesign.workload import Operation, operation
 
 BATCH, LAYERS, HEADS, HEAD_DIM, TOKENS = 3, 2, 2, 4, 9
 WIDTH, HIDDEN = 12, 16
@@ -40,7 +42,7 @@ SHAPE = tiny_model.structure(
 CONFIG = tiny_model.config(SHAPE)
 GONE = TOKENS - 1  # the plan drops the last token in every layer, so it is gone from layer 0 on
 COPY = 1  # row 1 takes the results of row 0, in attention and in the feed-forward network
-CUT = 0.2  # activations below this share of their range become 0
+CUT = 0.2  # activations and weights below this share of the largest become 0
 
 
 class Stub:
@@ -52,6 +54,7 @@ class Stub:
     def __init__(self, switches: Mapping[str, jax.Array] | None = None):
         self.switches = switches
         self.calls: list[str] = []
+        self.weights: list[str] = []
 
     def picked(self, use: str, changed: jax.Array, same: jax.Array) -> jax.Array:
         assert self.switches is not None
@@ -105,11 +108,26 @@ class Stub:
         kept = (keys[None, :] != most[:, None]) | (carry["layer"] == 0)
         weights = self.picked("carry", weights * kept[:, None, None, :], weights)
         need = 1.0 - jnp.prod(1.0 - weights, axis=2)
-        trace = {"exact": operands.key, **plan.notes}
         scores = jnp.einsum("bhtd,bhsd->bhts", operands.query, operands.key)
         scores = self.picked("own_scores", scores // 2, scores)
-        selection = selection.replace(weights=weights, keys=need, scores=scores, trace=trace)
-        return selection, counts
+        selection = selection.replace(weights=weights, keys=need, scores=scores)
+        return selection, counts + Counts(operations=self.facts(context, operands, plan))
+
+    def facts(self, context: Context, operands: Operands, plan: Plan) -> dict[str, Operation]:
+        """What the plan saw, as counts `[B, H]`, which both paths return."""
+        codes, weights, estimate = (plan.notes[name] for name in ("codes", "weights", "estimate"))
+        broken = [jnp.max(jnp.abs(value - jnp.round(value))) for value in (codes, weights)]
+        facts = {
+            "encode.encode": jnp.max(jnp.abs(codes)),
+            "encode.multiply": jnp.max(jnp.abs(weights)),
+            "encode.compare": jnp.maximum(*broken),
+            "similarity.compare": jnp.max(jnp.abs(estimate - operands.key)),
+        }
+        dtype = context.valid.dtype
+        return {
+            key: operation(jnp.broadcast_to(fact.astype(dtype), (BATCH, HEADS)), 1.0, 1.0)
+            for key, fact in facts.items()
+        }
 
     def on_probabilities(
         self, context: Context, probabilities: jax.Array, selection: Selection
@@ -152,6 +170,16 @@ class Stub:
             y = self.picked("output", jnp.zeros_like(y), y)
         return y, counts
 
+    def on_weight(
+        self, knobs: Mapping[str, jax.Array], kernel: jax.Array, site: str, relaxation: Relaxation
+    ) -> tuple[jax.Array, jax.Array]:
+        self.weights.append(site)
+        if self.switches is None:
+            return keep_weight(knobs, kernel, site, relaxation)
+        is_large = jnp.abs(kernel) > CUT * jnp.max(jnp.abs(kernel))
+        kept = self.picked("weight", is_large, jnp.ones_like(is_large))
+        return kernel * kept, jnp.mean(kept, dtype=kernel.dtype)
+
     def carry(
         self, context: Context, carry: Carry, probabilities: jax.Array, attended: jax.Array
     ) -> Carry:
@@ -169,6 +197,7 @@ class Stub:
             on_activation=self.on_activation,
             execution=self.execution,
             on_output=self.on_output,
+            on_weight=self.on_weight,
             carry=self.carry,
             **changes,
         )

@@ -28,18 +28,27 @@ LAYERS = {
 ORDER = [
     {"units", "errors", "vocabulary"},
     {"quantize", "gates"},
-    {"workload", "policy", "structure", "calibration", "thresholds"},
+    {"workload", "policy", "structure", "references", "calibration", "thresholds"},
+    {"fake_quantize"},
     {"mechanisms"},
+    {"applied", "layer_counts"},
+    {"layers"},
     {"objective"},
     {"optimize"},
+    {"fitting"},
 ]
 RANK = {f"codesign.{name}": rank for rank, names in enumerate(ORDER) for name in names}
 
 CORE_LIBRARIES = {"jax", "flax", "optax", "numpy", "chex"}
-IMPORT_NAMES = {"orbax-checkpoint": "orbax", "scikit-learn": "sklearn"}  # where they differ
+IMPORT_NAMES = {  # where they differ
+    "huggingface-hub": "huggingface_hub",
+    "orbax-checkpoint": "orbax",
+    "scikit-learn": "sklearn",
+}
+EXTRAS = PROJECT["project"]["optional-dependencies"]
 DECLARED = {
     IMPORT_NAMES.get(name, name)
-    for requirement in PROJECT["project"]["dependencies"]
+    for requirement in [*PROJECT["project"]["dependencies"], *EXTRAS["hub"], *EXTRAS["parquet"]]
     for name in re.findall(r"^[\w-]+", requirement)
 }
 LIBRARIES = {
@@ -49,7 +58,15 @@ LIBRARIES = {
     "codesign.experiments": DECLARED,
 }
 JAX_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "chex"}
-NUMPY_ONLY = ["codesign.hw.emulator", "codesign.hw.simulator", "codesign.hw.spec"]
+NUMPY_ONLY = [
+    "codesign.references",
+    "codesign.hw.acceltran_estimator",
+    "codesign.hw.emulator",
+    "codesign.hw.export",
+    "codesign.hw.loop_order",
+    "codesign.hw.simulator",
+    "codesign.hw.spec",
+]
 
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py"}
 MAX_LINES = 500

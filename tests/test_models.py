@@ -1,22 +1,30 @@
-"""The deployed integer path against the emulator, against itself in another batch, and against training's path."""
+"""The deployed integer path against the emulator, against itself in another batch, and against training's path.
+
+Of every way of building a model: images, padded text, causal text.
+"""
 
 import dataclasses
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_deployment
 import tiny_model
 
 from codesign.calibration import Calibration
 from codesign.hw import emulator
 from codesign.mechanisms import MECHANISMS
-from codesign.models import vit
+from codesign.models import deploy
+from codesign.models.model import apply, apply_hard
 from codesign.models.parameters import init_params
 from codesign.models.transformer import ModelOutput
+from codesign.policy import Policy
+from codesign.references import layer_shapes
 
 # All tests but one share it, so that each path compiles once.
 BATCH = 16
@@ -42,10 +50,9 @@ def num_differences(
 ) -> dict[str, int]:
     """Elements in which the integer path and the emulator differ, by tensor."""
     deployment, output = tiny_model.run_hard(model, policy, pixels, mechanism=mechanism)
-    wanted = emulator.emulate(deployment.structure, deployment.layers, deployment.ends, pixels)
+    inputs = {"pixels": pixels}
+    wanted = emulator.emulate(deployment.structure, deployment.layers, deployment.ends, inputs)
     got = tensors(output)
-    if mechanism == "dense":
-        wanted = {name: value for name, value in wanted.items() if value.size}
     assert got.keys() == wanted.keys()
     assert all(got[name].shape == value.shape for name, value in wanted.items())
     return {name: int(np.sum(got[name] != value)) for name, value in wanted.items()}
@@ -66,8 +73,8 @@ def test_integer_path_equals_the_emulator(digits_model: tiny_model.Model, num_ro
 def test_dense_integer_path_equals_the_emulator(
     digits_model: tiny_model.Model, linear_bits: float, attention_bits: float
 ) -> None:
-    policy = tiny_model.dense_knobs(
-        digits_model.structure.num_layers, linear_bits=linear_bits, attention_bits=attention_bits
+    policy = tiny_model.shared_policy(
+        digits_model.structure, linear_bits=linear_bits, attention_bits=attention_bits
     )
     differences = num_differences(digits_model, policy, digits_model.pixels[:BATCH], "dense")
     assert not any(differences.values()), differences
@@ -85,7 +92,7 @@ def test_ten_million_decisions_equal_the_emulator() -> None:
             deployment.structure,
             deployment.layers,
             deployment.ends,
-            pixels,
+            {"pixels": pixels},
             tensors=("scores", "keep", "logits"),
         )
         for name, value in wanted.items():
@@ -151,7 +158,7 @@ def test_straight_through_forward_is_close_to_the_integer_path(
         setup=digits_model.config,
         mechanism=mechanism,
     )
-    scale = runs[0][0].logit_scale / digits_model.structure.num_tokens
+    scale = runs[0][0].logit_scale / digits_model.structure.max_tokens
     real = np.concatenate([output.logits for _, output in runs]) * scale
     logits = np.asarray(soft.logits)
     assert np.linalg.norm(real - logits) < tolerance * np.linalg.norm(real)
@@ -207,17 +214,18 @@ def test_the_program_does_not_grow_with_depth() -> None:
         shape = tiny_model.structure(num_layers=num_layers)
         setup = tiny_model.config(shape)
         pixels = jax.ShapeDtypeStruct((1, 8, 8), np.int32)
+        inputs = {"pixels": pixels}
         params = jax.eval_shape(
             lambda key, *, shape=shape: init_params(shape, key=key), jax.random.key(0)
         )
         observed = jax.eval_shape(
-            functools.partial(tiny_model.run_float, setup), params, pixels
+            functools.partial(tiny_model.run_float, setup, calibrating=True), params, inputs
         ).observed
 
         def loss(
             policy: Any, weights: Any, ranges: Any, images: Any, *, setup: Any = setup
         ) -> jax.Array:
-            output = vit.apply(
+            output = apply(
                 weights,
                 policy,
                 Calibration(layers=ranges["layers"], ends=ranges["ends"]),
@@ -229,22 +237,234 @@ def test_the_program_does_not_grow_with_depth() -> None:
             return jnp.sum(output.logits)
 
         jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(
-            tiny_model.energon_policy(shape), params, observed, pixels
+            tiny_model.energon_policy(shape), params, observed, inputs
         )
         training.append(num_equations(jaxpr.jaxpr))
 
         filtering = dataclasses.replace(shape, mechanism="energon", num_rounds=2)
-        tables = {"exp_table": (1024,), "reciprocal_table": (4096,)}
+        tables = {
+            "exp_table": deploy.exp_table().shape,
+            "reciprocal_table": deploy.reciprocal_table().shape,
+        }
         with jax.enable_x64(True):
             layers, ends = (
                 {name: jax.ShapeDtypeStruct(size, np.int64) for name, size in shapes.items()}
-                for shapes in (filtering.layer_shapes(), filtering.end_shapes() | tables)
+                for shapes in (layer_shapes(filtering), filtering.end_shapes() | tables)
             )
             jaxpr = jax.make_jaxpr(
-                functools.partial(
-                    vit.apply_hard, structure=filtering, mechanism=MECHANISMS["energon"]
-                )
-            )(layers, ends, pixels)
+                functools.partial(apply_hard, structure=filtering, mechanism=MECHANISMS["energon"])
+            )(layers, ends, inputs)
         deployed.append(num_equations(jaxpr.jaxpr))
     assert training[0] == training[1] > 1000
     assert deployed[0] == deployed[1] > 100
+
+
+def policy_of(model: tiny_model.Model, mechanism: str) -> Policy:
+    """8-bit linear layers, 16-bit attention, the mechanism's own start knobs."""
+    policy = tiny_model.shared_policy(model.structure)
+    own = MECHANISMS[mechanism].knobs(model.structure.num_layers, model.structure.num_heads)
+    return Policy(layers=policy.layers | own, ends=policy.ends)
+
+
+@pytest.mark.parametrize("variant", random_deployment.VARIANTS)
+def test_every_kind_of_model_deploys_as_it_trains(variant: str) -> None:
+    model = tiny_model.random_model(variant)
+    policy = tiny_model.shared_policy(model.structure)
+    deployment, hard = tiny_model.run_hard(model, policy, model.inputs, mechanism="dense")
+    soft = tiny_model.run_soft(
+        model.params,
+        policy,
+        model.calibration,
+        model.inputs,
+        tiny_model.relaxation(),
+        setup=model.config,
+        mechanism="dense",
+    )
+    valid = model.inputs.get("valid")
+    real, logits = deployment.real_logits(hard.logits, valid), np.asarray(soft.logits)
+    if model.structure.pooling == "all":
+        real, logits = real[valid], logits[valid]
+    # Codes on the other side of a rounding: steps of 1/127; a pooler's table has steps of 1/511 of its range in front.
+    assert np.linalg.norm(real - logits) < 0.03 * np.linalg.norm(real)
+    centred = real - real.mean(-1, keepdims=True)
+    assert np.linalg.norm(real - logits) < 0.1 * np.linalg.norm(centred)
+
+
+NUM_EARLIER = 5
+
+
+@pytest.mark.parametrize("path", ["float", "straight-through", "dense", "energon", "acceltran"])
+def test_later_tokens_change_nothing_earlier(path: str) -> None:
+    model = tiny_model.random_model("decoder")
+    valid = np.ones_like(model.inputs["valid"])
+    tokens = model.inputs["tokens"]
+    later = np.concatenate([tokens[:, :NUM_EARLIER], (tokens[:, NUM_EARLIER:] + 7) % 23], axis=1)
+    first, second = (run_on(model, path, {"tokens": t, "valid": valid}) for t in (tokens, later))
+    if path == "float":
+        # Sums over keys whose probability is 0 may be grouped differently: a few units in the last place.
+        np.testing.assert_allclose(first[:, :NUM_EARLIER], second[:, :NUM_EARLIER], rtol=1e-5)
+    else:
+        np.testing.assert_array_equal(first[:, :NUM_EARLIER], second[:, :NUM_EARLIER])
+    assert np.all(np.any(first[:, NUM_EARLIER:] != second[:, NUM_EARLIER:], axis=-1))
+
+
+def run_on(model: tiny_model.Model, path: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Returns the logits of a path: in floating point, straight-through (energon), or of a mechanism's integers."""
+    if path == "float":
+        return np.asarray(tiny_model.run_float(model.config, model.params, inputs).logits)
+    if path != "straight-through":
+        policy = policy_of(model, path)
+        return np.asarray(tiny_model.run_hard(model, policy, inputs, mechanism=path)[1].logits)
+    soft = tiny_model.run_soft(
+        model.params,
+        policy_of(model, "energon"),
+        model.calibration,
+        inputs,
+        tiny_model.relaxation(),
+        setup=model.config,
+    )
+    return np.asarray(soft.logits)
+
+
+@pytest.mark.parametrize(
+    ("variant", "mechanism"),
+    [
+        ("bert", "energon"),
+        ("pooler", "dense"),
+        ("decoder", "energon"),
+        ("decoder", "acceltran"),
+    ],
+)
+def test_padding_changes_no_integer(variant: str, mechanism: str) -> None:
+    """An example alone, without padding, and in a batch of longer ones; the last of them has one token."""
+    model = tiny_model.random_model(variant)
+    policy = policy_of(model, mechanism)
+    deployment, padded = tiny_model.run_hard(model, policy, model.inputs, mechanism=mechanism)
+    batch_axis = {"embedded": 0, "logits": 0, "scores": 2, "keep": 2}
+    lengths = model.inputs["valid"].sum(axis=1)
+    assert lengths[-1] == 1
+    for index in (3, len(lengths) - 1):
+        inputs = {
+            name: value[index : index + 1, : lengths[index]] for name, value in model.inputs.items()
+        }
+        alone = tiny_model.run_hard(model, policy, inputs, mechanism=mechanism)[1]
+        assert alone.trace.keys() == padded.trace.keys()
+        for name, value in tensors(alone).items():
+            whole = np.take(tensors(padded)[name], [index], batch_axis.get(name, 1))
+            cut = whole[tuple(slice(size) for size in value.shape)]
+            np.testing.assert_array_equal(cut, value, err_msg=f"{name} of example {index}")
+        for name, counted in alone.workload.operations.items():
+            in_batch = padded.workload.operations[name].count[index]
+            np.testing.assert_array_equal(in_batch, counted.count[0], err_msg=name)
+    # One token attends to itself alone, with all of its probability.
+    if mechanism != "acceltran":
+        assert np.all(alone.trace["probabilities"] == 2**15 - 1)
+    if mechanism == "energon":
+        assert np.all(alone.trace["keep"])
+    real = deployment.real_logits(alone.logits, inputs["valid"])
+    assert np.all(np.isfinite(real)) and np.ptp(real) > 0.0
+
+
+@pytest.mark.parametrize("variant", ["bert", "pooler", "decoder"])
+def test_padding_changes_no_float(variant: str) -> None:
+    model = tiny_model.random_model(variant)
+    padded = np.asarray(tiny_model.run_float(model.config, model.params, model.inputs).logits)
+    lengths = model.inputs["valid"].sum(axis=1)
+    for index, length in enumerate(lengths):
+        inputs = {name: value[index : index + 1, :length] for name, value in model.inputs.items()}
+        alone = np.asarray(tiny_model.run_float(model.config, model.params, inputs).logits)
+        cut = padded[index : index + 1][tuple(slice(size) for size in alone.shape)]
+        np.testing.assert_allclose(cut, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "mechanism"),
+    [("pooler", "energon"), ("decoder", "energon"), ("decoder", "acceltran")],
+)
+def test_rows_without_any_key_make_no_nan(variant: str, mechanism: str) -> None:
+    """An example without a token has no key in any row; its outputs do not matter, its gradients must not spread."""
+    model = tiny_model.random_model(variant)
+    valid = model.inputs["valid"].copy()
+    valid[3] = False
+    inputs = model.inputs | {"valid": valid}
+    policy = policy_of(model, mechanism)
+    counted = jnp.asarray(valid.any(axis=1), jnp.float32)
+
+    def loss(params: Any, policy: Policy, *, straight_through: bool) -> tuple[jax.Array, jax.Array]:
+        output = apply(
+            params,
+            policy,
+            model.calibration,
+            inputs,
+            config=model.config,
+            mechanism=MECHANISMS[mechanism],
+            relaxation=tiny_model.relaxation(straight_through=straight_through),
+        )
+        values = jnp.reshape(output.logits, (len(valid), -1))
+        return jnp.sum(jnp.square(values) * counted[:, None]), output.logits
+
+    # Moderate logits: the gradient of a key dropped far below its score grows with the exponential of the distance.
+    params = jax.tree.map(lambda leaf: leaf / 3.0, model.params)
+    for straight_through in (True, False):
+        slope = jax.jit(
+            jax.grad(
+                functools.partial(loss, straight_through=straight_through),
+                argnums=(0, 1),
+                has_aux=True,
+            ),
+            compiler_options=tiny_model.FAST_COMPILE,
+        )
+        gradients, logits = slope(params, policy)
+        assert np.all(np.isfinite(logits))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+            assert np.all(np.isfinite(leaf)), jax.tree_util.keystr(path)
+        assert np.any(gradients[0]["blocks"]["qkv"]["kernel"] != 0.0)
+    hard = tiny_model.run_hard(model, policy, inputs, mechanism=mechanism)[1]
+    whole = tiny_model.run_hard(model, policy, model.inputs, mechanism=mechanism)[1]
+    others = np.flatnonzero(valid.any(axis=1))
+    np.testing.assert_array_equal(hard.logits[others], whole.logits[others])
+    for counted_operation in hard.workload.operations.values():
+        np.testing.assert_array_equal(counted_operation.count[3], 0.0)
+
+
+@pytest.mark.parametrize("variant", ["prefix", "decoder"])
+def test_other_values_compile_nothing_again(variant: str) -> None:
+    model = tiny_model.random_model(variant)
+
+    @functools.partial(jax.jit, compiler_options=tiny_model.FAST_COMPILE)
+    @chex.assert_max_traces(n=1)
+    def soft(params: Any, policy: Policy, ranges: Calibration, inputs: Any, heat: Any) -> Any:
+        output = apply(
+            params,
+            policy,
+            ranges,
+            inputs,
+            config=model.config,
+            mechanism=MECHANISMS["energon"],
+            relaxation=tiny_model.relaxation(heat),
+        )
+        return output.logits
+
+    filtering = dataclasses.replace(model.structure, mechanism="energon", num_rounds=2)
+
+    @functools.partial(jax.jit, compiler_options=tiny_model.FAST_COMPILE)
+    @chex.assert_max_traces(n=1)
+    def hard(layers: Any, ends: Any, inputs: Any) -> Any:
+        return apply_hard(
+            layers, ends, inputs, structure=filtering, mechanism=MECHANISMS["energon"]
+        ).logits
+
+    results = []
+    for seed in range(2):
+        policy = tiny_model.random_policy(model.structure, num_rounds=2, seed=seed)
+        params = jax.tree.map(lambda leaf, seed=seed: leaf * (1.0 + 0.1 * seed), model.params)
+        ranges = jax.tree.map(lambda leaf, seed=seed: leaf * (1.0 + 0.1 * seed), model.calibration)
+        inputs = random_deployment.random_inputs(model.structure, seed=seed)
+        heat = jnp.asarray(0.5 - 0.1 * seed)
+        found = [np.asarray(soft(params, policy, ranges, tiny_model.as_inputs(inputs), heat))]
+        deployed = deploy.harden(params, policy, ranges, model.config, MECHANISMS["energon"])
+        with jax.enable_x64(True):
+            found.append(np.asarray(hard(*deployed.hard_arrays(), inputs)))
+        results.append(found)
+    for first, second in zip(*results, strict=True):
+        assert np.any(first != second)

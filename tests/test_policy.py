@@ -34,9 +34,10 @@ def test_groups_follow_from_names() -> None:
 
 
 def test_dense_knobs_cover_every_site_alike() -> None:
-    policy = dense_knobs(3, linear_bits=7.5, attention_bits=15.5)
+    policy = dense_knobs(3, linear_bits=7.5, attention_bits=15.5, end_sites=("pool", "head"))
     knobs = policy.layers | policy.ends
     assert len(policy.layers) == 2 + 4 * 4 and len(policy.ends) == 2 * 4
+    assert {name.partition(".")[0] for name in policy.ends} == {"pool", "head"}
     for name, value in knobs.items():
         assert value.shape == (() if name in policy.ends else (3,))
         expected = 15.5 if name in ("qk_bits", "v_bits") else 7.5
@@ -91,7 +92,7 @@ def test_rounded_key_widths_are_whole_legal_and_rise(num_rounds: int) -> None:
 
 
 def test_rounding_is_to_the_nearest_and_can_be_offset() -> None:
-    policy = dense_knobs(4, linear_bits=4.0, attention_bits=8.0)
+    policy = dense_knobs(4, linear_bits=4.0, attention_bits=8.0, end_sites=())
     widths = jnp.asarray([3.2, 3.5, 3.8, 8.0])
     policy = policy.replace(layers=policy.layers | {"up.weight_bits": widths})  # type: ignore[attr-defined]
 

@@ -22,15 +22,14 @@ from stub_mechanism import (
     Stub,
 )
 
-from codesign import structure
 from codesign.calibration import Calibration
 from codesign.errors import UnknownNameError
 from codesign.mechanisms import MECHANISMS
 from codesign.mechanisms.protocol import Context, Counts, Hooks, Mechanism, Plan
-from codesign.models import deploy, vit
+from codesign.models import deploy, model as models
 from codesign.models.parameters import init_params
 from codesign.models.transformer import ModelOutput
-from codesign.policy import Policy, dense_knobs
+from codesign.policy import BLOCK_SITES, Policy
 from codesign.vocabulary import SITES
 from codesign.workload import operation
 
@@ -57,7 +56,7 @@ def setup() -> tuple[Any, Policy, Calibration, np.ndarray]:
     params = jax.tree.map(lambda leaf: 3.0 * leaf, params)
     pixels = np.random.default_rng(0).integers(0, 17, size=(BATCH, 6, 6))
     calibration = tiny_model.calibrate(CONFIG, params, pixels)
-    policy = dense_knobs(LAYERS, linear_bits=8.0, attention_bits=12.0)
+    policy = tiny_model.shared_policy(SHAPE, attention_bits=12.0)
     return params, policy, calibration, pixels
 
 
@@ -69,11 +68,11 @@ def apply_soft(
     calibrating: bool = False,
 ) -> ModelOutput:
     params, policy, calibration, _ = setup()
-    return vit.apply(
+    return models.apply(
         params,
         policy if knobs is None else knobs,
         calibration,
-        jnp.asarray(pixels),
+        {"pixels": jnp.asarray(pixels)},
         config=CONFIG,
         mechanism=mechanism,
         relaxation=tiny_model.relaxation(),
@@ -91,10 +90,10 @@ def deployment() -> deploy.Deployment:
 def apply_hard(mechanism: Mechanism, pixels: jax.Array | np.ndarray) -> ModelOutput:
     """Call in 64-bit mode."""
     layers, ends = deployment().hard_arrays()
-    return vit.apply_hard(
+    return models.apply_hard(
         {name: jnp.asarray(value) for name, value in layers.items()},
         {name: jnp.asarray(value) for name, value in ends.items()},
-        jnp.asarray(pixels),
+        {"pixels": jnp.asarray(pixels)},
         structure=deployment().structure,
         mechanism=mechanism,
         tracing=True,
@@ -113,7 +112,7 @@ APPLY: dict[str, Callable[..., ModelOutput]] = {"soft": apply_soft, "hard": appl
 SWITCHES = (
     *("tokens", "heads", "queries", "keep", "ffn", "ffn_bits", "filter", "carry"),
     *("probabilities", "output", "own_scores"),
-    *("qkv", "query", "key", "value", "scores", "out", "up", "gelu", "down"),
+    *("qkv", "query", "key", "value", "scores", "out", "up", "gelu", "down", "weight"),
 )
 
 
@@ -165,6 +164,9 @@ def test_hooks_are_called_in_order_once_per_traced_block_and_change_nothing(path
     assert stub.calls[0] == "start"
     # A scan traces its body once or twice, never once per layer.
     assert stub.calls[1:] in (ORDER, 2 * ORDER)
+    # The chip stores the weights that the soft path prunes.
+    assert stub.weights in ([], list(BLOCK_SITES), 2 * list(BLOCK_SITES))
+    assert bool(stub.weights) == (path == "soft")
     sites = {call.split()[1] for call in ORDER if " " in call} | {"probabilities"}
     assert sites == set(SITES)
     jax.tree.map(np.testing.assert_array_equal, output, dense(path))
@@ -186,7 +188,9 @@ def test_weights_of_one_change_nothing(path: str) -> None:
 @pytest.mark.parametrize("use", [use for use in SWITCHES if use != "ffn_bits"])
 def test_every_effect_reaches_the_result(path: str, use: str) -> None:
     changed = np.abs(stubbed(path, use).logits - stubbed(path).logits)
-    assert np.all(np.max(changed, axis=-1) > 0)
+    # The stub stores its weights whole.
+    wanted = (path, use) != ("hard", "weight")
+    assert np.all((np.max(changed, axis=-1) > 0) == wanted)
 
 
 @PATHS
@@ -285,16 +289,27 @@ def test_densities_reach_the_workload(path: str) -> None:
         np.testing.assert_allclose(stubbed(path).workload.densities[site], 1.0)
 
 
+def test_zeros_of_weights_are_counted_where_a_machine_skips_them() -> None:
+    sites = {f"{site}.weight" for site in BLOCK_SITES}
+    assert not sites & stubbed("soft").workload.densities.keys()
+    for path in ("soft", "hard"):
+        skipping = Mechanism(name="stub", summary="", **{path: Hooks(skips_zeros=True)})
+        densities = static(path, skipping).workload.densities
+        assert densities.keys() == sites
+        layers = deployment().layers
+        for site in BLOCK_SITES:
+            wanted = np.mean(layers[f"{site}_weight"] != 0, axis=(1, 2))
+            np.testing.assert_allclose(densities[f"{site}.weight"], wanted[None], rtol=1e-6)
+
+
 @PATHS
 def test_plan_sees_codes_and_estimates_with_the_real_scales(path: str) -> None:
     output = stubbed(path)
-    for name in ("codes", "weights"):
-        values = output.trace[name]
-        np.testing.assert_array_equal(values, np.rint(values))
-        assert 100 < np.abs(values).max() <= 127
+    for largest in ("encode.encode", "encode.multiply"):
+        assert np.all((count(output, largest) > 100) & (count(output, largest) <= 127))
+    assert not np.any(count(output, "encode.compare"))
     # Float32 may round a key's code the other way.
-    difference = np.abs(output.trace["estimate"] - output.trace["exact"])
-    assert difference.max() <= {"soft": 1, "hard": 0}[path]
+    assert np.all(count(output, "similarity.compare") <= {"soft": 1, "hard": 0}[path])
     predicted = np.full((BATCH, LAYERS, HEADS), TOKENS * WIDTH * HEAD_DIM)
     np.testing.assert_array_equal(count(output, "predict.shift_add"), predicted)
 
@@ -330,9 +345,7 @@ def test_gradient_passes_through_every_hook() -> None:
         assert np.all(np.isfinite(leaf)) and np.any(np.asarray(leaf) != 0), name
 
 
-def test_mechanism_calibrates_a_range_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(structure, "DEPLOYED_MECHANISMS", ("dense", "stub"))
-
+def test_mechanism_calibrates_a_range_of_its_own() -> None:
     def plan(context: Context, x: jax.Array, *_: Any) -> tuple[Plan, Counts]:
         _, counts = context.calibrated("stub_key", jnp.max(jnp.abs(x)))
         return Plan(), counts

@@ -46,7 +46,7 @@ CONSTANTS = {"budget": np.asarray(2.0, np.float32)}
 
 
 def initial_state(width: int = 3) -> TrainState:
-    knobs = dense_knobs(2, linear_bits=7.5, attention_bits=15.5)
+    knobs = dense_knobs(2, linear_bits=7.5, attention_bits=15.5, end_sites=("embed", "head"))
     policy = knobs.replace(layers=knobs.layers | {"threshold": jnp.zeros((2, 2, 1))})
     return init_state({"weight": jnp.ones((2, width))}, policy, SETTINGS, num_constraints=1)
 

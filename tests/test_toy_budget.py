@@ -10,7 +10,7 @@ import tiny_model
 
 from codesign.gates import Relaxation
 from codesign.mechanisms import MECHANISMS
-from codesign.models import vit
+from codesign.models.model import apply
 from codesign.optimize import (
     LossAux,
     OptimizeSettings,
@@ -38,7 +38,7 @@ def kept_fraction(workload: Workload, num_tokens: int) -> jax.Array:
 
 
 def test_thresholds_reach_a_quarter_and_deploy_as_trained(digits_model: tiny_model.Model) -> None:
-    model, num_tokens = digits_model, digits_model.structure.num_tokens
+    model, num_tokens = digits_model, digits_model.structure.max_tokens
     start = tiny_model.energon_policy(model.structure, threshold=-0.5)
     teacher = np.asarray(tiny_model.run_float(model.config, model.params, model.pixels).logits)
     traces = 0
@@ -48,11 +48,11 @@ def test_thresholds_reach_a_quarter_and_deploy_as_trained(digits_model: tiny_mod
     ) -> tuple[jax.Array, LossAux]:
         nonlocal traces
         traces += 1
-        output = vit.apply(
+        output = apply(
             params,
             policy,
             constants["calibration"],
-            batch["pixels"],
+            {"pixels": batch["pixels"]},
             config=model.config,
             mechanism=MECHANISMS["energon"],
             relaxation=relaxation,

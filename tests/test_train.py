@@ -1,29 +1,34 @@
 """From a problem to a start point and to one that meets its budget, before any step is taken."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_experiment import tiny
 
+from codesign.calibration import Calibration
 from codesign.errors import CodesignError, InfeasibleBudgetError
-from codesign.experiments.configs import Budget, model_shape
+from codesign.experiments.configs import Budget
 from codesign.experiments.evaluate import Point
-from codesign.experiments.problem import Problem, calibrate, float_path, outline
+from codesign.experiments.problem import Problem, load_problem, outline
+from codesign.experiments.reach import cheapest_ratio, check_reachable
+from codesign.experiments.teacher import calibrate, float_path
 from codesign.experiments.train import (
     FILTER_WIDTHS,
     BudgetedTraining,
     calibration_run,
-    check_reachable,
-    closed_form_costs,
     narrowed,
     raised,
     start_point,
     start_policy,
-    with_alpha,
+    with_threshold,
 )
-from codesign.hw.operating_points import Setting, cheapest_setting
+from codesign.mechanisms import MECHANISMS
 from codesign.policy import ATTENTION_BITS, Policy, bits_range, group
+from codesign.references.acceltran import PRUNED_SITES
+
+SCALE = MECHANISMS["energon"].thresholds
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,16 @@ def widths(policy: Policy) -> dict[str, np.ndarray]:
 
 def alpha(policy: Policy) -> np.ndarray:
     return np.tanh(np.asarray(policy.layers["threshold"], np.float64))
+
+
+def with_alpha(policy: Policy, wanted: np.ndarray) -> Policy:
+    """Strength 0 to 1 is alpha -1 to 1."""
+    return with_threshold(policy, SCALE.from_strength((wanted + 1.0) / 2.0, {}))
+
+
+def raised_alpha(policy: Policy, move: float) -> Policy:
+    calibration = Calibration(layers={}, ends={})
+    return raised(Point(params={}, policy=policy, calibration=calibration), move, SCALE)
 
 
 def test_alpha_is_stored_and_limited(policy: Policy) -> None:
@@ -82,11 +97,14 @@ def test_raising_goes_to_the_largest_alpha(policy: Policy) -> None:
     policy = with_alpha(policy, np.linspace(-0.9, 0.9, np.prod(shape)).reshape(shape))
     before = alpha(policy)
     # A quarter of the way from a to 1 is a + (1 - a) / 4.
-    np.testing.assert_allclose(alpha(raised(policy, 0.25)), before + (1 - before) / 4, atol=1e-6)
-    np.testing.assert_allclose(alpha(raised(policy, 1.0)), 0.99, atol=1e-6)
-    np.testing.assert_allclose(alpha(raised(policy, 0.0)), before, atol=1e-6)
+    np.testing.assert_allclose(
+        alpha(raised_alpha(policy, 0.25)), before + (1 - before) / 4, atol=1e-6
+    )
+    np.testing.assert_allclose(alpha(raised_alpha(policy, 1.0)), 0.99, atol=1e-6)
+    np.testing.assert_allclose(alpha(raised_alpha(policy, 0.0)), before, atol=1e-6)
     for name, value in widths(policy).items():
-        np.testing.assert_array_equal(widths(raised(policy, 0.5))[name], value)
+        np.testing.assert_array_equal(widths(raised_alpha(policy, 0.5))[name], value)
+    assert raised(Point(params={}, policy=policy, calibration=None), 0.5, None) is policy
 
 
 def test_unreachable_budget_is_refused_with_the_least_that_is_not() -> None:
@@ -101,23 +119,14 @@ def test_unreachable_budget_is_refused_with_the_least_that_is_not() -> None:
 
 def test_without_a_filter_the_cheapest_policy_keeps_all_pairs() -> None:
     problem = outline(dataclasses.replace(tiny(), mechanism="dense"))
-    assert problem.num_rounds == 0
-    all_pairs = cheapest_setting_cost(problem, 0)
-    assert all_pairs > cheapest_setting_cost(problem, 2)
+    all_pairs = cheapest_ratio(problem, "attention")["latency"]
+    assert all_pairs > cheapest_ratio(outline(tiny()), "attention")["latency"]
     with pytest.raises(InfeasibleBudgetError):
         check_reachable(problem, Budget(latency=all_pairs - 0.002, scope="attention"))
 
 
-def cheapest_setting_cost(problem: Problem, num_rounds: int) -> float:
-    """Returns attention's latency of the cheapest setting over that of dense."""
-    shape = model_shape(problem.config.structure)
-    cheapest = closed_form_costs(problem, cheapest_setting(shape, num_rounds=num_rounds))
-    dense = closed_form_costs(problem, Setting())
-    return cheapest["attention"]["latency"] / dense["attention"]["latency"]
-
-
 def test_start_kept_needs_one_entry_per_round() -> None:
-    with pytest.raises(CodesignError, match="one entry for each of the 2 rounds of `energon`"):
+    with pytest.raises(CodesignError, match="one entry for each of round 0, round 1 of `energon`"):
         outline(dataclasses.replace(tiny(), start_kept=(0.8, 0.7, 0.6)))
 
 
@@ -125,9 +134,7 @@ def test_start_point_keeps_what_is_asked_for(tiny_problem: Problem, start: Point
     kept = calibration_run(tiny_problem, start)[1]
     assert kept.shape == (2, 2, 2)
     # alpha is found to 1/32; where it passes 0 the threshold passes the mean, around which scores lie close.
-    np.testing.assert_allclose(
-        kept, np.broadcast_to(tiny_problem.experiment.start_kept, kept.shape), atol=0.05
-    )
+    np.testing.assert_allclose(kept, np.broadcast_to(SCALE.start_kept, kept.shape), atol=0.05)
     assert start.params is tiny_problem.params
     found = widths(start.policy)
     np.testing.assert_array_equal(found["qk_bits"], 15.5)
@@ -136,18 +143,51 @@ def test_start_point_keeps_what_is_asked_for(tiny_problem: Problem, start: Point
 
 def test_calibration_covers_every_image(tiny_problem: Problem) -> None:
     """Ranges are those of all images, however they are divided into calls; a filled-up last call adds nothing."""
-    images = tiny_problem.train.pixels[:300]
+    images = tiny_problem.task.part("train").first(300)
     params, config = tiny_problem.params, tiny_problem.config
-    whole = calibrate(params, images, config)
-    parts = [calibrate(params, part, config) for part in (images[:100], images[100:])]
+    whole = calibrate(params, images, config, ())
+    parts = [
+        calibrate(params, images.take(part), config, ()) for part in (slice(100), slice(100, None))
+    ]
     for group_name in ("layers", "ends"):
         ranges = getattr(whole, group_name)
         for name, value in ranges.items():
             largest = np.maximum(*(np.asarray(getattr(part, group_name)[name]) for part in parts))
             np.testing.assert_allclose(value, largest, rtol=1e-6)
-    observed = float_path(params, images[:256], config)[1]
+    observed = float_path(params, images.first(256).inputs, config, calibrating=True)[1]
+    assert observed["layers"].keys() == whole.layers.keys()
     for name, value in observed["layers"].items():
         assert np.all(np.asarray(whole.layers[name]) >= np.asarray(value)), name
+
+
+@pytest.fixture(scope="module")
+def pruning(tiny_problem: Problem, dense_cache: Path) -> Problem:
+    """The same dense model with a threshold for each of AccelTran's sites."""
+    experiment = dataclasses.replace(
+        tiny_problem.experiment, mechanism="acceltran", preset="acceltran-edge"
+    )
+    before = sorted(dense_cache.iterdir())
+    problem = load_problem(experiment, cache=dense_cache, progress=False)
+    assert sorted(dense_cache.iterdir()) == before  # a mechanism changes nothing in the dense model
+    return problem
+
+
+def test_sites_start_and_move_together(pruning: Problem) -> None:
+    start = start_point(pruning)
+    kept = calibration_run(pruning, start)[1]
+    assert kept.shape == (2, len(PRUNED_SITES))
+    # Strength is found to 1/64 of 12 octaves, a tenth of the threshold.
+    np.testing.assert_allclose(kept, 0.7, atol=0.06)
+    budget = Budget(latency=0.85)
+    groups = ("thresholds", "bits")
+    optimize = dataclasses.replace(pruning.experiment.optimize, train=groups)
+    training = BudgetedTraining(pruning, optimize, ("latency",), budget.scope)
+    assert training.excess(start, budget) > 1.0
+    fitted = training.fitted(start, budget)
+    assert 0.85 < training.excess(fitted, budget) <= 1.0
+    before, after = (np.asarray(p.policy.layers["threshold"]) for p in (start, fitted))
+    assert np.all(after > before)
+    np.testing.assert_array_less(calibration_run(pruning, fitted)[1], kept)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
-"""Small vision transformers on the bundled digits, briefly trained, with policies to run them under."""
+"""Small transformers with policies to run them under: images of digits, briefly trained, and random ones of every kind."""
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import random_deployment
 from sklearn.datasets import load_digits
 
 from codesign.calibration import Calibration, floored
@@ -15,12 +17,12 @@ from codesign.gates import Relaxation
 from codesign.mechanisms import MECHANISMS
 from codesign.mechanisms.energon import hard_filter, knobs, soft_filter
 from codesign.mechanisms.protocol import Context, Operands, Plan, Selection
-from codesign.models import deploy, vit
-from codesign.models.config import VisionConfig
+from codesign.models import deploy, model as models
+from codesign.models.config import ModelConfig
 from codesign.models.parameters import init_params
 from codesign.models.transformer import ModelOutput
 from codesign.policy import Policy, dense_knobs, project
-from codesign.structure import ModelStructure
+from codesign.structure import ModelStructure, PatchInput
 
 BATCH_SIZE = 32
 NUM_CALIBRATION = 128
@@ -32,63 +34,79 @@ OFF = -4.0
 """Threshold variable of a round that keeps all: 128 tanh(-4) = -127.9."""
 
 
+PATCH_FIELDS = {field.name for field in dataclasses.fields(PatchInput)}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A trained model, its static ranges, and images and labels that it has not seen."""
+    """A model, its static ranges, and inputs (and labels) that it has not seen."""
 
-    config: VisionConfig
+    config: ModelConfig
     params: dict[str, Any]
     calibration: Calibration
-    pixels: np.ndarray
-    labels: np.ndarray
+    inputs: dict[str, np.ndarray]
+    labels: np.ndarray | None = None
 
     @property
     def structure(self) -> ModelStructure:
         return self.config.structure
 
+    @property
+    def pixels(self) -> np.ndarray:
+        return self.inputs["pixels"]
+
 
 def structure(**changes: Any) -> ModelStructure:
-    """Two layers and two heads on 8 x 8 pixels: 16 tokens."""
+    """Two layers and two heads on 8 x 8 pixels: 16 tokens; `changes` may name fields of the patches too."""
+    patches = {"image_size": 8, "channels": 1, "patch_size": 4, "stride": 2, "padding": 1}
+    patches |= {name: changes.pop(name) for name in PATCH_FIELDS & changes.keys()}
     fields = {
         "num_layers": 2,
         "num_heads": 2,
         "head_dim": 8,
         "width": 24,
         "hidden": 48,
-        "image_size": 8,
-        "channels": 1,
-        "patch_size": 4,
-        "stride": 2,
-        "padding": 1,
-        "num_classes": 10,
-        "mechanism": "dense",
-        "num_rounds": 0,
+        "input": PatchInput(**patches),
+        "num_outputs": 10,
     }
     return ModelStructure(**(fields | changes))
 
 
-def config(shape: ModelStructure) -> VisionConfig:
+def config(shape: ModelStructure) -> ModelConfig:
     """Digits have pixels 0 to 16."""
-    return VisionConfig(structure=shape, pixel_offset=8, pixel_scale=1 / 8)
+    return ModelConfig(structure=shape, pixel_offset=8, pixel_scale=1 / 8)
+
+
+def as_inputs(inputs: Mapping[str, Any] | np.ndarray | jax.Array) -> dict[str, jax.Array]:
+    """A model's inputs; an array alone is pixels."""
+    named = inputs if isinstance(inputs, Mapping) else {"pixels": inputs}
+    return {name: jnp.asarray(value) for name, value in named.items()}
 
 
 def run_float(
-    setup: VisionConfig, params: dict[str, Any], pixels: np.ndarray | jax.Array
+    setup: ModelConfig,
+    params: dict[str, Any],
+    inputs: Mapping[str, Any] | np.ndarray | jax.Array,
+    *,
+    calibrating: bool = False,
 ) -> ModelOutput:
-    return vit.apply(
+    return models.apply(
         params,
         None,
         None,
-        jnp.asarray(pixels),
+        as_inputs(inputs),
         config=setup,
         mechanism=MECHANISMS["dense"],
         relaxation=None,
+        calibrating=calibrating,
     )
 
 
-def calibrate(setup: VisionConfig, params: dict[str, Any], pixels: np.ndarray) -> Calibration:
-    run = jax.jit(functools.partial(run_float, setup), compiler_options=FAST_COMPILE)
-    observed = run(params, pixels).observed
+def calibrate(
+    setup: ModelConfig, params: dict[str, Any], inputs: Mapping[str, Any] | np.ndarray
+) -> Calibration:
+    run = functools.partial(run_float, setup, calibrating=True)
+    observed = jax.jit(run, compiler_options=FAST_COMPILE)(params, as_inputs(inputs)).observed
     return floored(Calibration(layers=observed["layers"], ends=observed["ends"]))
 
 
@@ -118,7 +136,33 @@ def trained(shape: ModelStructure, num_steps: int = 300) -> Model:
         chosen = rng.integers(num_train, size=BATCH_SIZE)
         params, state = step(params, state, pixels[chosen], labels[chosen])
     calibration = calibrate(setup, params, pixels[:NUM_CALIBRATION])
-    return Model(setup, params, calibration, pixels[num_train:], labels[num_train:])
+    return Model(setup, params, calibration, {"pixels": pixels[num_train:]}, labels[num_train:])
+
+
+@functools.cache
+def random_model(variant: str, batch_size: int = 8) -> Model:
+    """Returns a model that was never trained, of one of `random_deployment.VARIANTS`.
+
+    `patches`, `prefix` (class token); over padded sequences `bert` and `pooler` (post-norm) and `decoder` (causal).
+    """
+    shape = random_deployment.structure(variant, "dense")
+    setup = config(shape)
+    # Far from the identity, so that every row, head and key matters.
+    params = jax.tree.map(lambda leaf: 3.0 * leaf, init_params(shape, key=jax.random.key(3)))
+    inputs = random_deployment.random_inputs(shape, batch_size=batch_size)
+    return Model(setup, params, calibrate(setup, params, inputs), inputs)
+
+
+def shared_policy(
+    shape: ModelStructure, *, linear_bits: float = 8.0, attention_bits: float = 16.0
+) -> Policy:
+    """The knobs that every mechanism has, every layer alike."""
+    return dense_knobs(
+        shape.num_layers,
+        linear_bits=linear_bits,
+        attention_bits=attention_bits,
+        end_sites=shape.end_sites,
+    )
 
 
 def energon_policy(
@@ -130,7 +174,7 @@ def energon_policy(
     threshold: float = 0.0,
 ) -> Policy:
     """Every layer and head alike, published filter widths."""
-    policy = dense_knobs(shape.num_layers, linear_bits=linear_bits, attention_bits=attention_bits)
+    policy = shared_policy(shape, linear_bits=linear_bits, attention_bits=attention_bits)
     own = knobs(shape.num_layers, shape.num_heads, num_rounds)
     own["threshold"] = own["threshold"] + threshold
     return Policy(layers=policy.layers | own, ends=policy.ends)
@@ -179,18 +223,18 @@ def run_soft(
     params: Any,
     policy: Policy,
     calibration: Calibration,
-    pixels: jax.Array,
+    inputs: Any,
     relaxed: Relaxation,
     *,
-    setup: VisionConfig,
+    setup: ModelConfig,
     mechanism: str = "energon",
     tracing: bool = True,
 ) -> ModelOutput:
-    return vit.apply(
+    return models.apply(
         params,
         policy,
         calibration,
-        pixels,
+        as_inputs(inputs),
         config=setup,
         mechanism=MECHANISMS[mechanism],
         relaxation=relaxed,
@@ -200,15 +244,19 @@ def run_soft(
 
 @functools.partial(jax.jit, static_argnames=("shape", "mechanism"), compiler_options=FAST_COMPILE)
 def _apply_hard(
-    layers: Any, ends: Any, pixels: jax.Array, *, shape: ModelStructure, mechanism: str
+    layers: Any, ends: Any, inputs: Any, *, shape: ModelStructure, mechanism: str
 ) -> ModelOutput:
-    return vit.apply_hard(
-        layers, ends, pixels, structure=shape, mechanism=MECHANISMS[mechanism], tracing=True
+    return models.apply_hard(
+        layers, ends, inputs, structure=shape, mechanism=MECHANISMS[mechanism], tracing=True
     )
 
 
 def run_hard(
-    model: Model, policy: Policy, pixels: np.ndarray, *, mechanism: str = "energon"
+    model: Model,
+    policy: Policy,
+    inputs: Mapping[str, Any] | np.ndarray,
+    *,
+    mechanism: str = "energon",
 ) -> tuple[deploy.Deployment, ModelOutput]:
     """Hardens and runs the integer path; every array of the result is NumPy's."""
     deployment = deploy.harden(
@@ -217,11 +265,7 @@ def run_hard(
     layers, ends = deployment.hard_arrays()
     with jax.enable_x64(True):
         output = _apply_hard(
-            layers,
-            ends,
-            np.asarray(pixels),
-            shape=deployment.structure,
-            mechanism=mechanism,
+            layers, ends, as_inputs(inputs), shape=deployment.structure, mechanism=mechanism
         )
         return deployment, jax.tree.map(np.asarray, output)
 
