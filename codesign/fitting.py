@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from codesign.applied import AppliedPolicy
+from codesign.errors import CodesignError
 from codesign.gates import Relaxation
 from codesign.optimize import (
     LossAux,
@@ -46,9 +47,11 @@ def fit(
       **settings: Fields of `codesign.OptimizeSettings`; `num_steps` is the number of batches.
 
     Raises:
-      CodesignError: If a setting is out of range, a threshold has no gradient, or a loss is not finite.
+      CodesignError: If a setting is out of range, a cost has no limit, a threshold no gradient, or a loss is not finite.
     """
     bounds = jnp.atleast_1d(jnp.asarray(limits, jnp.float32))
+    if (cost_fn is None) != (len(bounds) == 0):
+        raise CodesignError("`cost_fn` and `limits` go together: give both or neither")
     policy, is_float = applied.policy or Policy(layers={}, ends={}), applied.policy is None
     if is_float:
         settings = {"train": ("params",), "hardened_fraction": 0.0} | settings
@@ -69,7 +72,8 @@ def fit(
     def ratios_fn(workload: Workload, constants: Any, smoothness: jax.Array) -> jax.Array:
         if cost_fn is None:
             return jnp.zeros((0,))
-        return jnp.atleast_1d(cost_fn(workload, smoothness)) / constants["limits"]
+        ratios: jax.Array = jnp.atleast_1d(cost_fn(workload, smoothness)) / constants["limits"]
+        return ratios
 
     step_fn = make_train_step(task_fn, ratios_fn, resolved)
     state = init_state(params, policy, resolved, 0 if cost_fn is None else len(bounds))

@@ -16,8 +16,9 @@ from codesign.hw.accelerator import Accelerator
 from codesign.hw.surrogate import SCOPES
 from codesign.mechanisms import Mechanism
 from codesign.models.counting import dense_workload
-from codesign.policy import BITS_RANGE
+from codesign.policy import BITS_RANGE, BLOCK_SITES
 from codesign.structure import ModelStructure, PatchInput
+from codesign.vocabulary import SITES
 
 CHUNK_PAIRS = 2**23
 """Most query-key pairs of all heads and examples of one call."""
@@ -47,10 +48,7 @@ def _costs(
     return costs_of(workload, accelerator)
 
 
-SKIPPED = (
-    *("query", "key", "value", "probabilities", "qkv", "out", "up", "down"),
-    *("qkv.weight", "out.weight", "up.weight", "down.weight"),
-)
+SKIPPED = (*SITES, *(f"{site}.weight" for site in BLOCK_SITES))
 """Tensors whose zeros a machine can skip."""
 
 

@@ -5,9 +5,9 @@ Of every way of building a model: images, padded text, causal text.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
-import chex
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -354,15 +354,22 @@ def test_padding_changes_no_integer(variant: str, mechanism: str) -> None:
             cut = whole[tuple(slice(size) for size in value.shape)]
             np.testing.assert_array_equal(cut, value, err_msg=f"{name} of example {index}")
         for name, counted in alone.workload.operations.items():
-            in_batch = padded.workload.operations[name].count[index]
-            np.testing.assert_array_equal(in_batch, counted.count[0], err_msg=name)
-    # One token attends to itself alone, with all of its probability.
+            in_batch, own = padded.workload.operations[name].count[index], counted.count[0]
+            if name == "index.bits":  # an index is as wide as the padded row is long
+                in_batch = in_batch / index_bits(model.structure.max_tokens)
+                own = own / index_bits(lengths[index])
+            np.testing.assert_array_equal(in_batch, own, err_msg=name)
+    # One token attends to itself alone; the table of reciprocals is right to a code of 16 bits.
     if mechanism != "acceltran":
-        assert np.all(alone.trace["probabilities"] == 2**15 - 1)
+        np.testing.assert_allclose(alone.trace["probabilities"], 2**15 - 1, atol=1)
     if mechanism == "energon":
         assert np.all(alone.trace["keep"])
     real = deployment.real_logits(alone.logits, inputs["valid"])
     assert np.all(np.isfinite(real)) and np.ptp(real) > 0.0
+
+
+def index_bits(num_keys: int) -> int:
+    return math.ceil(math.log2(max(num_keys, 2)))
 
 
 @pytest.mark.parametrize("variant", ["bert", "pooler", "decoder"])
@@ -370,18 +377,27 @@ def test_padding_changes_no_float(variant: str) -> None:
     model = tiny_model.random_model(variant)
     padded = np.asarray(tiny_model.run_float(model.config, model.params, model.inputs).logits)
     lengths = model.inputs["valid"].sum(axis=1)
-    for index, length in enumerate(lengths):
-        inputs = {name: value[index : index + 1, :length] for name, value in model.inputs.items()}
+    for index in (3, len(lengths) - 1):
+        inputs = {
+            name: value[index : index + 1, : lengths[index]] for name, value in model.inputs.items()
+        }
         alone = np.asarray(tiny_model.run_float(model.config, model.params, inputs).logits)
         cut = padded[index : index + 1][tuple(slice(size) for size in alone.shape)]
         np.testing.assert_allclose(cut, alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("variant", "mechanism"),
-    [("pooler", "energon"), ("decoder", "energon"), ("decoder", "acceltran")],
+    ("variant", "mechanism", "straight_through"),
+    [
+        ("pooler", "energon", True),
+        ("decoder", "energon", True),
+        ("decoder", "energon", False),
+        ("decoder", "acceltran", True),
+    ],
 )
-def test_rows_without_any_key_make_no_nan(variant: str, mechanism: str) -> None:
+def test_rows_without_any_key_make_no_nan(
+    variant: str, mechanism: str, straight_through: bool
+) -> None:
     """An example without a token has no key in any row; its outputs do not matter, its gradients must not spread."""
     model = tiny_model.random_model(variant)
     valid = model.inputs["valid"].copy()
@@ -390,7 +406,9 @@ def test_rows_without_any_key_make_no_nan(variant: str, mechanism: str) -> None:
     policy = policy_of(model, mechanism)
     counted = jnp.asarray(valid.any(axis=1), jnp.float32)
 
-    def loss(params: Any, policy: Policy, *, straight_through: bool) -> tuple[jax.Array, jax.Array]:
+    @functools.partial(jax.jit, compiler_options=tiny_model.FAST_COMPILE)
+    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def slope(params: Any, policy: Policy) -> tuple[jax.Array, jax.Array]:
         output = apply(
             params,
             policy,
@@ -405,20 +423,11 @@ def test_rows_without_any_key_make_no_nan(variant: str, mechanism: str) -> None:
 
     # Moderate logits: the gradient of a key dropped far below its score grows with the exponential of the distance.
     params = jax.tree.map(lambda leaf: leaf / 3.0, model.params)
-    for straight_through in (True, False):
-        slope = jax.jit(
-            jax.grad(
-                functools.partial(loss, straight_through=straight_through),
-                argnums=(0, 1),
-                has_aux=True,
-            ),
-            compiler_options=tiny_model.FAST_COMPILE,
-        )
-        gradients, logits = slope(params, policy)
-        assert np.all(np.isfinite(logits))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
-            assert np.all(np.isfinite(leaf)), jax.tree_util.keystr(path)
-        assert np.any(gradients[0]["blocks"]["qkv"]["kernel"] != 0.0)
+    gradients, logits = slope(params, policy)
+    assert np.all(np.isfinite(logits))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.all(np.isfinite(leaf)), jax.tree_util.keystr(path)
+    assert np.any(gradients[0]["blocks"]["qkv"]["kernel"] != 0.0)
     hard = tiny_model.run_hard(model, policy, inputs, mechanism=mechanism)[1]
     whole = tiny_model.run_hard(model, policy, model.inputs, mechanism=mechanism)[1]
     others = np.flatnonzero(valid.any(axis=1))
@@ -431,8 +440,9 @@ def test_rows_without_any_key_make_no_nan(variant: str, mechanism: str) -> None:
 def test_other_values_compile_nothing_again(variant: str) -> None:
     model = tiny_model.random_model(variant)
 
+    traced = []
+
     @functools.partial(jax.jit, compiler_options=tiny_model.FAST_COMPILE)
-    @chex.assert_max_traces(n=1)
     def soft(params: Any, policy: Policy, ranges: Calibration, inputs: Any, heat: Any) -> Any:
         output = apply(
             params,
@@ -443,13 +453,14 @@ def test_other_values_compile_nothing_again(variant: str) -> None:
             mechanism=MECHANISMS["energon"],
             relaxation=tiny_model.relaxation(heat),
         )
+        traced.append("soft")
         return output.logits
 
     filtering = dataclasses.replace(model.structure, mechanism="energon", num_rounds=2)
 
     @functools.partial(jax.jit, compiler_options=tiny_model.FAST_COMPILE)
-    @chex.assert_max_traces(n=1)
     def hard(layers: Any, ends: Any, inputs: Any) -> Any:
+        traced.append("hard")
         return apply_hard(
             layers, ends, inputs, structure=filtering, mechanism=MECHANISMS["energon"]
         ).logits
@@ -466,5 +477,6 @@ def test_other_values_compile_nothing_again(variant: str) -> None:
         with jax.enable_x64(True):
             found.append(np.asarray(hard(*deployed.hard_arrays(), inputs)))
         results.append(found)
+    assert traced == ["soft", "hard"]
     for first, second in zip(*results, strict=True):
         assert np.any(first != second)

@@ -121,7 +121,7 @@ def test_nnx_module_trains_under_its_policy() -> None:
 
     before = loss_fn(params, codesign.AppliedPolicy(), x)[0]
     trained, applied = codesign.fit(
-        loss_fn, params, start, [x] * 20, bits, 4.0, weight_rate=0.01, bits_rate=0.3
+        loss_fn, params, start, [x] * 40, bits, 4.0, weight_rate=0.01, bits_rate=0.3
     )
     after, workload = loss_fn(trained, applied, x)
     assert after < before
@@ -164,6 +164,8 @@ def test_fit_names_what_is_wrong() -> None:
     x, kernels = inputs()
     with pytest.raises(CodesignError, match="`bits_rate` must be > 0"):
         codesign.fit(float_loss, kernels, codesign.AppliedPolicy(), [x], bits_rate=-1.0)
+    with pytest.raises(CodesignError, match="`cost_fn` and `limits` go together"):
+        codesign.fit(float_loss, kernels, codesign.AppliedPolicy(), [x], limits=4.0)
     with pytest.raises(NonFiniteError, match="step 0"):
         codesign.fit(float_loss, kernels, codesign.AppliedPolicy(), [jnp.nan * x])
 

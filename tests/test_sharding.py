@@ -43,6 +43,7 @@ def test_two_devices_give_the_metrics_of_one(results: Any, kind: str) -> None:
     assert len(one["steps"]) == NUM_STEPS
     for alone, together in zip(one["steps"], mesh["steps"], strict=True):
         assert alone.keys() == together.keys() and {"task", "ratio", "outputs"} <= alone.keys()
+        assert alone["is_finite"] and together["is_finite"]
         for name in alone:
             np.testing.assert_allclose(
                 together[name], alone[name], rtol=RELATIVE, atol=ABSOLUTE, err_msg=name

@@ -1,8 +1,8 @@
 """What the AccelTran study measures with: its sparsity, its fixed point, and the top-k it compares with.
 
 References:
-  Tuli, Jha, "AccelTran", IEEE TCAD 42(11), 2023, arXiv 2302.14705; read in its public code, but for the sign bit of the fixed
-  point.
+  Tuli, Jha, "AccelTran", IEEE TCAD 42(11), 2023, arXiv 2302.14705; read in its public code, but for the sign bit of
+  the fixed point.
 """
 
 from collections.abc import Mapping
