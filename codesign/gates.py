@@ -10,6 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from codesign.backward import kept
+
 # A row of equal scores has no spread to measure a temperature in; below this it counts as 1.
 MIN_SPREAD = 1e-6
 # Keeps exp finite in float32 (exp(60) = 1e26) for dropped keys far above the kept ones.
@@ -106,6 +108,11 @@ def hard_gate(scores: jax.Array, threshold: jax.Array, *, temperature: jax.Array
     return (scores > threshold).astype(scores.dtype)
 
 
+def gate_width(spread: jax.Array) -> jax.Array:
+    """Returns the unit of a gate's temperature: the spread of the scores, 1 where they have none."""
+    return jnp.where(spread > MIN_SPREAD, spread, 1.0)
+
+
 def gate(
     scores: jax.Array, threshold: jax.Array, relaxation: Relaxation, *, spread: jax.Array
 ) -> jax.Array:
@@ -124,8 +131,7 @@ def gate(
       Bonnaerens and Dambre, "Learned Thresholds Token Merging and Pruning for Vision
       Transformers", arXiv 2307.10780 (straight-through form).
     """
-    width = jnp.where(spread > MIN_SPREAD, spread, 1.0).astype(scores.dtype)
-    temperature = relaxation.temperature * detach(width)
+    temperature = relaxation.temperature * detach(gate_width(spread).astype(scores.dtype))
     soft = soft_gate(scores, threshold, temperature=temperature)
     if not relaxation.straight_through:
         return soft
@@ -249,12 +255,49 @@ def masked_softmax(
     top_alive = jnp.max(jnp.where(weights >= 0.5, logits, -jnp.inf), axis=-1, keepdims=True)
     top_any = jnp.max(logits, axis=-1, keepdims=True)
     top = jnp.where(jnp.isfinite(top_alive), top_alive, top_any)
-    top = detach(jnp.where(jnp.isfinite(top), top, 0.0))
-    masses = weights * jnp.exp(jnp.minimum(logits - top, MAX_EXPONENT))
+    top = kept(detach(jnp.where(jnp.isfinite(top), top, 0.0)))
     share = epsilon / jnp.maximum(num_keys, 1.0)
-    spread_masses = masses + (share if mask is None else jnp.where(mask, share, 0.0))
-    total = jnp.sum(masses, axis=-1, keepdims=True) + epsilon
-    return spread_masses / jnp.where(total > 0.0, total, 1.0)
+    if mask is not None:
+        share = jnp.where(mask, share, 0.0)
+    return _probabilities(logits, weights, top, detach(share), jnp.asarray(epsilon, logits.dtype))
+
+
+def _masses(logits: jax.Array, weights: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+    exponentials = jnp.exp(jnp.minimum(logits - top, MAX_EXPONENT))
+    return exponentials, weights * exponentials
+
+
+@jax.custom_vjp
+def _probabilities(
+    logits: jax.Array, weights: jax.Array, top: jax.Array, share: jax.Array, epsilon: jax.Array
+) -> jax.Array:
+    """Returns `(w exp(x - top) + share) / (sum w exp(x - top) + epsilon)`; `top`, `share` and `epsilon` are constants."""
+    return _probabilities_forward(logits, weights, top, share, epsilon)[0]
+
+
+def _probabilities_forward(
+    logits: jax.Array, weights: jax.Array, top: jax.Array, share: jax.Array, epsilon: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    _, masses = _masses(logits, weights, top)
+    total = kept(jnp.sum(masses, axis=-1, keepdims=True) + epsilon)
+    inverse = 1.0 / jnp.where(total > 0.0, total, 1.0)
+    return (masses + share) * inverse, (logits, weights, top, share, total, inverse)
+
+
+# The true derivatives, written out: fewer passes over pairs than automatic differentiation takes.
+def _probabilities_backward(
+    stored: tuple[jax.Array, ...], slope: jax.Array
+) -> tuple[jax.Array, ...]:
+    logits, weights, top, share, total, inverse = stored
+    exponentials, masses = _masses(logits, weights, top)
+    mean = jnp.sum(slope * (masses + share), axis=-1, keepdims=True) * inverse
+    to_masses = (slope - jnp.where(total > 0.0, mean, 0.0)) * inverse
+    to_logits = jnp.where(logits - top < MAX_EXPONENT, to_masses * masses, 0.0)
+    constants = (jnp.zeros_like(top), jnp.zeros_like(share), jnp.zeros((), logits.dtype))
+    return to_logits, to_masses * exponentials, *constants
+
+
+_probabilities.defvjp(_probabilities_forward, _probabilities_backward)
 
 
 def smooth_max(values: jax.Array, p: jax.Array | float, axis: int = -1) -> jax.Array:

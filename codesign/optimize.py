@@ -1,6 +1,7 @@
 """One compiled training step on weights and policy at once, and what the host watches while it runs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -222,13 +223,42 @@ def relaxation_at(step: jax.Array, settings: OptimizeSettings) -> Relaxation:
     )
 
 
-def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings) -> StepFn:
-    """Returns the compiled training step.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """A training step, called as a `StepFn`.
+
+    Attributes:
+      compiled: The step of every stage, compiled once; its widths are whole in the hardened stage if they came in whole.
+      ratios: Cost over budget `[C]` of a state, batch and constants after rounding widths with an offset, compiled when
+        the hardened stage begins; None if widths are not trained.
+      hardened_step: First step of that stage.
+    """
+
+    compiled: jax.stages.Wrapped
+    ratios: Callable[..., jax.Array] | None
+    hardened_step: int
+
+    def __call__(
+        self, state: TrainState, batch: PyTree, constants: PyTree
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Takes a step; see `make_train_step`."""
+        if self.ratios is not None and int(state.step) == self.hardened_step:
+            policy = _hardened(
+                state.policy, functools.partial(self.ratios, state, batch, constants)
+            )
+            state = state.replace(policy=policy)  # type: ignore[attr-defined]
+        after: tuple[TrainState, dict[str, jax.Array]] = self.compiled(state, batch, constants)
+        return after
+
+
+def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings) -> TrainStep:
+    """Returns the training step.
 
     A step descends on task loss plus penalties, only through the groups that are trained, then
     moves widths into their legal range. At `settings.hardened_step` trained widths are rounded, so
     that no cost rises where that can be had, and held from then on. Stages, schedules and budgets
-    are traced: the step compiles once. The state passed in is consumed.
+    are traced: the step compiles once, and the costs that the rounding compares once more. The state
+    passed in is consumed. Reading which step it is, the host waits for the one before.
 
     Args:
       loss_fn: Task loss of a batch; must not use the metric names below.
@@ -251,23 +281,14 @@ def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings
         relaxation = relaxation_at(state.step, settings)
         price_scale = _price_scale(state.step, settings)
 
-        def loss_and_ratios(params: PyTree, policy: Policy) -> tuple[jax.Array, jax.Array, Any]:
-            task, aux = loss_fn(params, policy, batch, constants, relaxation)
-            return task, cost_fn(aux.workload, constants, relaxation.smoothness), aux.terms
-
         policy = state.policy
-        if trains_bits:
-            policy = jax.lax.cond(
-                state.step == settings.hardened_step,
-                lambda: _hardened(policy, lambda tried: loss_and_ratios(state.params, tried)[1]),
-                lambda: policy,
-            )
 
         def objective(trained: dict[str, PyTree]) -> tuple[jax.Array, Any]:
             params = trained.get("params", state.params)
-            task, ratios, terms = loss_and_ratios(params, _merged(policy, trained))
+            task, aux = loss_fn(params, _merged(policy, trained), batch, constants, relaxation)
+            ratios = cost_fn(aux.workload, constants, relaxation.smoothness)
             penalty = price_scale * constraint_penalty(state.constraint, ratios, settings.method)
-            return task + penalty, (task, penalty, ratios, terms)
+            return task + penalty, (task, penalty, ratios, aux.terms)
 
         trained = _trained(state.params, policy, settings)
         (value, (task, penalty, ratios, terms)), gradients = jax.value_and_grad(
@@ -315,7 +336,19 @@ def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings
         )
         return after, metrics
 
-    return jax.jit(step_fn, donate_argnums=0)
+    def ratios_fn(
+        state: TrainState, batch: PyTree, constants: PyTree, offset: jax.Array
+    ) -> jax.Array:
+        relaxation = relaxation_at(state.step, settings)
+        policy = deployed_bits(state.policy, offset=offset)
+        _, aux = loss_fn(state.params, policy, batch, constants, relaxation)
+        return cost_fn(aux.workload, constants, relaxation.smoothness)
+
+    return TrainStep(
+        compiled=jax.jit(step_fn, donate_argnums=0),
+        ratios=jax.jit(ratios_fn) if trains_bits else None,
+        hardened_step=settings.hardened_step,
+    )
 
 
 def check_finite(metrics: Mapping[str, Any], step: int) -> None:
@@ -433,7 +466,7 @@ def _trained(params: PyTree, policy: Policy, settings: OptimizeSettings) -> dict
     }
 
 
-def _hardened(policy: Policy, ratios_fn: Callable[[Policy], jax.Array]) -> Policy:
+def _hardened(policy: Policy, ratios_fn: Callable[[jax.Array], jax.Array]) -> Policy:
     """Returns the policy with widths in whole bits that meets its budgets with the most bits.
 
     One offset shifts the rounding of all widths, found by bisection between rounding up and rounding down; widths are
@@ -441,24 +474,19 @@ def _hardened(policy: Policy, ratios_fn: Callable[[Policy], jax.Array]) -> Polic
 
     Args:
       policy: Fractional widths.
-      ratios_fn: Cost over budget of a policy, `[C]`.
+      ratios_fn: Cost over budget `[C]` by the offset.
 
     References:
       Yang and Jin, "FracBits", arXiv 2007.02017 (offset of the rounding). Differs: both directions.
     """
-
-    def halve(_: int, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = interval
+    low, high = -ROUNDING_OFFSET, ROUNDING_OFFSET
+    for _ in range(ROUNDING_BISECTIONS):
         middle = (low + high) / 2.0
-        ratios = ratios_fn(deployed_bits(policy, offset=middle))
-        if ratios.shape[0] == 0:  # no budget: to the nearest integer
-            return low, jnp.zeros_like(high)
-        is_met = jnp.all(ratios <= 1.0)
-        return jnp.where(is_met, low, middle), jnp.where(is_met, middle, high)
-
-    ends = (jnp.asarray(-ROUNDING_OFFSET), jnp.asarray(ROUNDING_OFFSET))
-    _, offset = jax.lax.fori_loop(0, ROUNDING_BISECTIONS, halve, ends)
-    return deployed_bits(policy, offset=offset)
+        ratios = np.asarray(ratios_fn(jnp.asarray(middle, jnp.float32)))
+        if ratios.size == 0:  # no budget: to the nearest integer
+            return deployed_bits(policy)
+        low, high = (low, middle) if np.all(ratios <= 1.0) else (middle, high)
+    return deployed_bits(policy, offset=high)
 
 
 def _merged(policy: Policy, trained: dict[str, PyTree]) -> Policy:

@@ -80,16 +80,30 @@ def deployed_bits(bits: jax.Array, min_bits: ArrayLike, max_bits: ArrayLike) -> 
     return jnp.clip(jnp.floor(bits + 0.5), min_bits, max_bits)
 
 
-def _quantize(x: jax.Array, range_: jax.Array, bits: jax.Array) -> jax.Array:
-    """Returns Q_b(x) for integer-valued `bits`; below 2 bits only the code 0 exists."""
-    limit = jnp.maximum(code_limit(bits), 0.0)
-    scale = range_ / jnp.maximum(limit, 1.0)
+def _rounded(x: jax.Array, range_: jax.Array, bits: jax.Array) -> jax.Array:
+    """Returns the nearest value of integer-valued `bits`; below 2 bits only the code 0 exists."""
+    limit = code_limit(bits)
     # Not x / scale: where range and limit divide evenly, ties stay ties, as in the integer path.
-    ratio = x * (jnp.maximum(limit, 1.0) / range_)
-    # Clipped before rounding: beyond the range x gets no gradient and the range gets +-1.
+    codes = jnp.round(x * (jnp.maximum(limit, 1.0) / range_))
+    return _scale(range_, limit) * jnp.clip(codes, -limit, limit)
+
+
+def _quantize(x: jax.Array, range_: jax.Array, bits: jax.Array) -> jax.Array:
+    """Returns Q_b(x) for integer-valued `bits`.
+
+    True derivatives: zero almost everywhere. Substituted: those of `x` plus a rounding error that grows with the range,
+    and beyond the range those of its end.
+    """
+    value = _rounded(x, range_, bits)
     # A comparison instead of clip(), whose derivative at the largest element would be 1/2.
-    clipped = jnp.where(jnp.abs(ratio) <= limit, ratio, jnp.sign(ratio) * limit)
-    return scale * round_ste(clipped)
+    inside = x + range_ * gates.detach((value - x) / range_)
+    soft = jnp.where(jnp.abs(x) <= range_, inside, jnp.sign(x) * range_)
+    return gates.straight_through(value, jnp.where(code_limit(bits) >= 1.0, soft, 0.0))
+
+
+def _scale(range_: jax.Array, limit: jax.Array) -> jax.Array:
+    """Returns the value of one code; 0 where only the code 0 exists."""
+    return jnp.where(limit >= 1.0, range_ / jnp.maximum(limit, 1.0), 0.0)
 
 
 def quantize(x: jax.Array, range_: ArrayLike, bits: ArrayLike) -> jax.Array:
@@ -141,13 +155,60 @@ def interpolated_quantize(
     range_ = jnp.asarray(range_, x.dtype)
     bits = jnp.asarray(bits, x.dtype)
     low_bits = jnp.minimum(jnp.floor(bits), jnp.asarray(max_bits, x.dtype) - 1.0)
+    if straight_through:
+        return _quantize_as_deployed(x, range_, bits, low_bits)
     fraction = bits - low_bits
     low = _quantize(x, range_, low_bits)
     high = _quantize(x, range_, low_bits + 1.0)
-    soft = (1.0 - fraction) * low + fraction * high
-    if not straight_through:
-        return soft
-    return gates.straight_through(jnp.where(fraction >= 0.5, high, low), soft)
+    return (1.0 - fraction) * low + fraction * high
+
+
+@jax.custom_vjp
+def _quantize_as_deployed(
+    x: jax.Array, range_: jax.Array, bits: jax.Array, low_bits: jax.Array
+) -> jax.Array:
+    """Returns Q_b(x) at the deployed width, with the derivatives of the interpolation between `low_bits` and one more.
+
+    True derivatives: zero almost everywhere. Substituted, in closed form: those of
+    `(1-p) Q_lo(x) + p Q_(lo+1)(x)` as automatic differentiation finds them, where rounding counts as the identity:
+    1 to `x` inside the range, `Q_(lo+1) - Q_lo` to `bits`, and to `range_` the rest of the value over the range,
+    `(Q - x) / range_` inside and `Q / range_` outside.
+    """
+    return _rounded(x, range_, low_bits + (bits - low_bits >= 0.5).astype(x.dtype))
+
+
+def _quantize_forward(
+    x: jax.Array, range_: jax.Array, bits: jax.Array, low_bits: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _quantize_as_deployed(x, range_, bits, low_bits), (x, range_, bits, low_bits)
+
+
+def _quantize_backward(
+    stored: tuple[jax.Array, ...], slope: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    x, range_, bits, low_bits = stored
+    fraction = bits - low_bits
+    low, high = _rounded(x, range_, low_bits), _rounded(x, range_, low_bits + 1.0)
+    # Below 2 bits there is no code but 0, whatever x is.
+    has_codes = (low_bits >= 2.0) * (1.0 - fraction) + (low_bits >= 1.0) * fraction
+    to_x = jnp.where(jnp.abs(x) <= range_, slope * has_codes, 0.0)
+    to_range = slope * (low + fraction * (high - low)) - to_x * x
+    return (
+        to_x,
+        sum_to_shape(to_range, range_.shape) / range_,
+        sum_to_shape(slope * (high - low), bits.shape),
+        jnp.zeros_like(low_bits),
+    )
+
+
+_quantize_as_deployed.defvjp(_quantize_forward, _quantize_backward)
+
+
+def sum_to_shape(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns the sums of `x` over the axes along which an array of `shape` was broadcast to it."""
+    first = x.ndim - len(shape)
+    axes = [*range(first), *(first + i for i, n in enumerate(shape) if n != x.shape[first + i])]
+    return jnp.reshape(jnp.sum(x, axis=axes), shape)
 
 
 def quantize_probabilities(
@@ -164,9 +225,48 @@ def quantize_probabilities(
     Returns:
       Quantised probabilities, same shape; they need not sum to 1.
     """
+    if straight_through:
+        bits = jnp.asarray(bits, probabilities.dtype)
+        most = jnp.asarray(max_bits, probabilities.dtype)
+        return _deployed_probabilities(
+            probabilities, bits, jnp.minimum(jnp.floor(bits), most - 1.0)
+        )
     return interpolated_quantize(
-        probabilities, 1.0, bits, max_bits=max_bits, straight_through=straight_through
+        probabilities, 1.0, bits, max_bits=max_bits, straight_through=False
     )
+
+
+def _nearest(fractions: jax.Array, bits: jax.Array) -> jax.Array:
+    """Returns the nearest value of integer-valued `bits`, at least 2, of what lies inside the range 1."""
+    limit = code_limit(bits)
+    nearest: jax.Array = jnp.round(fractions * limit) * (1.0 / limit)
+    return nearest
+
+
+@jax.custom_vjp
+def _deployed_probabilities(
+    probabilities: jax.Array, bits: jax.Array, low_bits: jax.Array
+) -> jax.Array:
+    """Returns what `_quantize_as_deployed` does with the range 1, which a probability never leaves: nothing to compare."""
+    return _nearest(probabilities, low_bits + (bits - low_bits >= 0.5).astype(bits.dtype))
+
+
+def _probabilities_forward(
+    probabilities: jax.Array, bits: jax.Array, low_bits: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    value = _deployed_probabilities(probabilities, bits, low_bits)
+    return value, (probabilities, bits, low_bits)
+
+
+def _probabilities_backward(
+    stored: tuple[jax.Array, ...], slope: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    probabilities, bits, low_bits = stored
+    gap = _nearest(probabilities, low_bits + 1.0) - _nearest(probabilities, low_bits)
+    return slope, sum_to_shape(slope * gap, bits.shape), jnp.zeros_like(low_bits)
+
+
+_deployed_probabilities.defvjp(_probabilities_forward, _probabilities_backward)
 
 
 def error_scaling_quantize(x: jax.Array, fraction_bits: jax.Array) -> jax.Array:

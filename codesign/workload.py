@@ -16,6 +16,7 @@ Every leaf has the batch axis first (length B, or 1 where all examples agree). A
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ import numpy as np
 from flax import struct
 
 from codesign import gates
+from codesign.backward import kept
 from codesign.vocabulary import KINDS, LINEAR_SITES, STAGES, check_key
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Stream",
     "Trace",
     "Workload",
+    "binary_fetched_vectors",
     "check_key",
     "fetched_vectors",
     "gemm",
@@ -182,24 +185,34 @@ def row_statistics(keys: jax.Array, valid_rows: jax.Array, num_keys: int) -> Row
       num_keys: S, which sets the grid.
     """
     sizes = jnp.asarray([2.0**g for g in range(grid_levels(num_keys))], keys.dtype)
-    ratio = keys[..., None] / sizes[None, None, None, :]
-    segments = jnp.sum(gates.straight_through(jnp.ceil(ratio), ratio), axis=2)
+    hard = jnp.sum(jnp.ceil(gates.detach(keys)[..., None] / sizes[None, None, None, :]), axis=2)
+    # The sum before the division: on the way back every row of a head gets the same.
+    segments = gates.straight_through(hard, jnp.sum(keys, axis=2)[..., None] / sizes[None, None, :])
     queries = jnp.broadcast_to(jnp.sum(valid_rows, axis=-1), keys.shape[:2])
     return RowStatistics(segments=segments, queries=queries, maximum=jnp.max(keys, axis=-1))
 
 
-def fetched_vectors(weights: jax.Array) -> jax.Array:
+def fetched_vectors(
+    weights: jax.Array, rows: jax.Array | None = None, *, is_binary: bool = False
+) -> jax.Array:
     """Returns how many key vectors are fetched, by the number of queries that share a fetch.
 
     For blocks of 2**g queries: the sum over blocks and keys of 1 - prod over the block's queries of (1 - w); exact for
     hard masks, differentiable for soft ones (Energon's union of a query block).
 
     Args:
-      weights: Keep decisions in [0, 1], `[B, H, T, S]`; 0 for padded queries and keys.
+      weights: Keep decisions in [0, 1], `[B, H, T, S]`; 0 for padded keys.
+      rows: 1 for queries that exist, `[B, 1, T]` or `[B, H, T]`; None: all.
+      is_binary: Whether all are 0 or 1: the same values and derivatives from packed bits, at a fraction of the time.
 
     Returns:
       Vectors `[B, H, G]`, G = grid_levels(T).
     """
+    if rows is None:
+        rows = jnp.ones((1, 1, weights.shape[2]), weights.dtype)
+    if is_binary:
+        return binary_fetched_vectors(weights, rows)[1]
+    weights = weights * rows[..., None]
     levels = grid_levels(weights.shape[2])
     padding = 2 ** (levels - 1) - weights.shape[2]
     unwanted = jnp.pad(1.0 - weights, ((0, 0), (0, 0), (0, padding), (0, 0)), constant_values=1.0)
@@ -208,6 +221,122 @@ def fetched_vectors(weights: jax.Array) -> jax.Array:
         unwanted = unwanted[:, :, 0::2] * unwanted[:, :, 1::2]
         fetched.append(jnp.sum(1.0 - unwanted, axis=(2, 3)))
     return jnp.stack(fetched, axis=-1)
+
+
+WORD_LEVELS = 4
+"""Queries packed into a word: 2**4, so that float32 holds a word exactly."""
+
+
+def _packed(weights: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns decisions of consecutive queries as bits of words, uint32 `[B, H, W, S]`, the first query lowest.
+
+    A product with powers of two does it: faster than shifts and sums over part of an axis.
+    """
+    queries = weights.shape[2]
+    levels = grid_levels(queries) - 1
+    length = 2 ** min(levels, WORD_LEVELS)
+    powers = np.zeros((2**levels // length, queries))
+    powers[np.arange(queries) // length, np.arange(queries)] = 2.0 ** (np.arange(queries) % length)
+    shape = (*weights.shape[:2], *powers.shape)
+    words = jnp.matmul(
+        jnp.broadcast_to(jnp.asarray(powers, weights.dtype)[None, None] * rows[:, :, None], shape),
+        weights,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return words.astype(jnp.uint32)
+
+
+def _block_masks(words: jax.Array, levels: int) -> list[tuple[jax.Array, jax.Array]]:
+    """Returns for blocks of 2**g queries where one or more, and where two or more, want a key: all bits of the block.
+
+    Every mask is `[B, H, W, S]` like the words.
+    """
+    number = words.shape[2]
+    some, several = words, jnp.zeros_like(words)
+    masks = [(some, several)]
+    for level in range(min(levels - 1, WORD_LEVELS)):
+        shift = jnp.uint32(2**level)
+        lowest = jnp.uint32(sum(1 << bit for bit in range(0, 2**WORD_LEVELS, 2 ** (level + 1))))
+        other, others = some >> shift, several >> shift
+        some, several = (some | other) & lowest, (several | others | (some & other)) & lowest
+        fill = jnp.uint32(2 ** (2 ** (level + 1)) - 1)
+        masks.append((some * fill, several * fill))
+    if number > 1:
+        # Longer blocks: how many want a key, capped at two by word, added up over the block's words by one product.
+        lengths = [2 ** (level - WORD_LEVELS) for level in range(WORD_LEVELS + 1, levels)]
+        word = np.arange(number)
+        same = np.concatenate([word[:, None] // n == word[None, :] // n for n in lengths])
+        capped = jnp.minimum(jax.lax.population_count(words), 2).astype(jnp.float32)
+        shape = (*words.shape[:2], *same.shape)
+        wanted = jnp.matmul(
+            jnp.broadcast_to(jnp.asarray(same, jnp.float32)[None, None], shape), capped
+        )
+        full = jnp.uint32(2 ** (2**WORD_LEVELS) - 1)
+        for index in range(len(lengths)):
+            own = wanted[:, :, index * number : (index + 1) * number]
+            masks.append(tuple((own > least).astype(jnp.uint32) * full for least in (0.5, 1.5)))
+    return masks
+
+
+@jax.custom_vjp
+def binary_fetched_vectors(weights: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns decisions as they are, and `fetched_vectors` of them.
+
+    Whatever else uses the decisions should take them from here: on the way back its slope and that of the counts are
+    added up in one pass.
+
+    Args:
+      weights: Keep decisions, 0 or 1, `[B, H, T, S]`; 0 for padded keys.
+      rows: 1 for queries that exist, `[B, 1, T]` or `[B, H, T]`; a constant for differentiation.
+    """
+    return _binary_forward(weights, rows)[0]
+
+
+def _binary_forward(
+    weights: jax.Array, rows: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    words = kept(_packed(weights, rows))
+    masks = _block_masks(words, grid_levels(weights.shape[2]))
+    bits = [jnp.sum(jax.lax.population_count(some), axis=(2, 3)) for some, _ in masks]
+    sizes = jnp.asarray(2.0 ** np.arange(len(masks)), weights.dtype)
+    vectors = jnp.stack(bits, axis=-1).astype(weights.dtype) / sizes[None, None, :]
+    return (weights, vectors), (words, rows)
+
+
+# The true derivative of the product form: 1 to a decision if no other query of its block wants the key, else 0.
+def _binary_backward(
+    stored: tuple[jax.Array, jax.Array], slopes: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    words, rows = stored
+    to_weights, to_vectors = slopes
+    queries = rows.shape[2]
+    length = 2 ** min(grid_levels(queries) - 1, WORD_LEVELS)
+    bit = jnp.asarray(1 << (np.arange(queries) % length), jnp.uint32)[None, None, :, None]
+    alone = [
+        (words & ~several) | ~(words | some)
+        for some, several in _block_masks(words, to_vectors.shape[-1])
+    ]
+
+    def added(
+        to_weights: jax.Array, to_vectors: jax.Array, alone: list[jax.Array], rows: jax.Array
+    ) -> jax.Array:
+        to_vectors = to_vectors[:, :, None, :] * rows[..., None]
+        for level, flags in enumerate(alone):
+            is_alone = (jnp.repeat(flags, length, axis=2)[:, :, :queries] & bit) != 0
+            to_weights = to_weights + jnp.where(is_alone, to_vectors[..., level, None], 0.0)
+        return to_weights
+
+    def as_it_is(to_weights: jax.Array, *others: Any) -> jax.Array:
+        del others
+        return to_weights
+
+    # A branch skips what nobody pays for; it also keeps compilers from repeating the above wherever the sum is read.
+    has_price = jnp.any(to_vectors != 0.0)
+    total = jax.lax.cond(has_price, added, as_it_is, to_weights, to_vectors, alone, rows)
+    return total, jnp.zeros_like(rows)
+
+
+binary_fetched_vectors.defvjp(_binary_forward, _binary_backward)
 
 
 @struct.dataclass

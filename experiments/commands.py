@@ -199,10 +199,11 @@ def report(path: tyro.conf.Positional[Path], *, as_json: Json = False) -> int:
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         is_curve = "means" in record
-        record["clock_hz"], record["means" if is_curve else "trained"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        point = record["means"][0] if is_curve else record["trained"]
+        record["clock_hz"], point["quality"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise CodesignError(
-            f"'{path}' holds no result ({type(error).__name__}): give a curve.json, a result.json, "
+            f"'{path}' holds no result of this version ({type(error).__name__}): give a curve.json, a result.json, "
             "or the directory of a finished curve or run"
         ) from error
     if as_json:

@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from codesign.errors import CodesignError, UnknownNameError
 from codesign.experiments.data import DataSettings, Task, TextInput
@@ -136,8 +138,10 @@ class Experiment:
 
     # Name of a task in `codesign.experiments.tasks.TASKS`.
     task: str = "digits"
-    # Where the data comes from and how it is cut.
-    data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    # Where the data comes from and how it is cut; its options have no prefix: `--data`, `--text-column`.
+    data: Annotated[DataSettings, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=DataSettings
+    )
     # Pretrained model: a folder, `minilm` (the [text] extra), or a name on the Hugging Face hub; None: `model`'s sizes.
     checkpoint: str | None = None
     # Accelerator: a shipped preset's name, or the path of a TOML file.
@@ -275,6 +279,13 @@ def spamassassin512() -> Experiment:
     )
 
 
+def user_text() -> Experiment:
+    """Your own labelled text, given with `--data FILE`, up to 128 word pieces: MiniLM (6 layers, width 384), fine-tuned."""
+    return dataclasses.replace(
+        _minilm(), task="user_text", data=DataSettings(max_tokens=128), buckets=(32, 64, 128)
+    )
+
+
 def _minilm() -> Experiment:
     return Experiment(
         checkpoint="minilm",
@@ -297,7 +308,15 @@ def _minilm() -> Experiment:
 
 EXPERIMENTS = {
     function.__name__: function
-    for function in (digits, mnist, tinyshakespeare, sst2, spamassassin, spamassassin512)
+    for function in (
+        digits,
+        mnist,
+        tinyshakespeare,
+        sst2,
+        spamassassin,
+        spamassassin512,
+        user_text,
+    )
 }
 
 

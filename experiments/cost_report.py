@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import numpy as np
 import tyro
 
 from codesign.errors import CodesignError
@@ -17,6 +16,7 @@ from codesign.hw.operating_points import ModelShape, operating_points
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.surrogate import SCOPES, Cost, Scope, cost
 from codesign.units import PJ_PER_UJ, US_PER_S
+
 
 def cost_report(
     preset: tyro.conf.Positional[Path],

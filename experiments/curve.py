@@ -95,6 +95,7 @@ def run_curve(
       RunDirectoryError: If `out` exists and neither flag is given, or it was made with other settings.
     """
     outlined = checked_curve(experiment, settings, seeds)
+    outlined.task.part(part)
     config = {
         "experiment": experiment.plain(),
         "curve": dataclasses.asdict(settings),

@@ -26,7 +26,7 @@ LAYERS = {
 
 # Inside `codesign`: a module imports from its own line or from those above, never from below.
 ORDER = [
-    {"units", "errors", "vocabulary"},
+    {"units", "errors", "vocabulary", "backward"},
     {"quantize", "gates"},
     {"workload", "policy", "structure", "references", "calibration", "thresholds"},
     {"fake_quantize"},

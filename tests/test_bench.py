@@ -10,14 +10,36 @@ import numpy as np
 import pytest
 
 from codesign.errors import UnknownNameError
-from codesign.experiments import bench
+from codesign.experiments import (
+    bench,
+    bench_cost,
+    bench_deployed,
+    bench_peers,
+    bench_sizes,
+    bench_steps,
+    timing,
+)
 from codesign.experiments.configs import MODES, Experiment, ModelSettings, digits
 from codesign.experiments.evaluate import Point
 from codesign.experiments.problem import Problem
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.spec import load_preset
+from codesign.structure import ModelStructure, TokenInput
 
-TINY = bench.BenchSizes(
+TEXT = bench_sizes.TextShape(
+    structure=ModelStructure(
+        num_layers=1,
+        num_heads=1,
+        head_dim=4,
+        width=8,
+        hidden=8,
+        input=TokenInput(vocabulary_size=16, max_tokens=8),
+        num_outputs=2,
+    ),
+    batch_size=2,
+    num_tokens=4,
+)
+TINY = bench_sizes.BenchSizes(
     experiment=Experiment(
         model=ModelSettings(
             num_layers=1,
@@ -41,6 +63,11 @@ TINY = bench.BenchSizes(
     num_images=4,
     layers=(1, 2),
     compilations=3,
+    short=TEXT,
+    long=TEXT,
+    small=TEXT,
+    num_trials=2,
+    num_gradients=2,
 )
 ACCELERATOR = accelerator_from_spec(load_preset("energon"))
 
@@ -48,10 +75,10 @@ ACCELERATOR = accelerator_from_spec(load_preset("energon"))
 @pytest.fixture(scope="module")
 def started() -> tuple[Problem, Point]:
     # Without a filter, which takes most of the time of compiling.
-    return bench.bench_problem(dataclasses.replace(TINY.experiment, mechanism="dense"))
+    return bench_steps.bench_problem(dataclasses.replace(TINY.experiment, mechanism="dense"))
 
 
-def check_records(records: list[bench.Record]) -> None:
+def check_records(records: list[timing.Record]) -> None:
     for record in records:
         assert record.keys() == {"name", "value", "unit", "baseline", "ratio"}
         assert record["baseline"].keys() == {"name", "value"}
@@ -61,11 +88,15 @@ def check_records(records: list[bench.Record]) -> None:
 
 
 class FakeStep:
-    """Stands for a step whose compilation a test does not need."""
+    """Stands for a step, compiled or not, whose compilation a test does not need."""
 
-    def __init__(self, seconds: tuple[float, float] = (1.0, 1.0)):
+    def __init__(self, trace_seconds: float = 1.0, compile_seconds: float = 1.0):
         self.taken = 0
-        self.seconds = seconds
+        self.trace_seconds = trace_seconds
+        self.compile_seconds = compile_seconds
+
+    def compiled(self) -> Any:
+        return self
 
     def steps(self, number: int) -> Any:
         def call() -> None:
@@ -73,18 +104,15 @@ class FakeStep:
 
         return call
 
-    def compile_seconds(self) -> tuple[float, float]:
-        return self.seconds
-
 
 def test_design_points_are_bert_layers_that_all_differ() -> None:
-    workload, sizes = bench.design_points(ACCELERATOR, TINY)
+    workload, sizes = bench_cost.design_points(ACCELERATOR, TINY)
     assert workload.head_dim == 64
     assert workload.block_gemms["up"].outer == 3072
     assert np.all(workload.rows["attention"].queries == 12 * 128)
     assert workload.rows["filter0"].segments.shape == (2, 3, 1, 1, 1, 8)
     assert sizes.keys() == ACCELERATOR.sizes.keys()
-    assert bench.FULL.num_chunks * bench.FULL.chunk >= 100_000
+    assert bench_sizes.FULL.num_chunks * bench_sizes.FULL.chunk >= 100_000
 
     def num_values(leaf: np.ndarray) -> int:
         assert leaf.shape[:2] == (2, 3)
@@ -107,9 +135,9 @@ def test_design_points_are_bert_layers_that_all_differ() -> None:
 
 
 def test_batched_cost_is_that_of_each_point() -> None:
-    points = jax.tree.map(jnp.asarray, bench.design_points(ACCELERATOR, TINY))
-    function = bench.cost_functions(ACCELERATOR)["cost"]
-    together = bench.batched(function)(points)
+    points = jax.tree.map(jnp.asarray, bench_cost.design_points(ACCELERATOR, TINY))
+    function = bench_cost.cost_functions(ACCELERATOR)["cost"]
+    together = bench_cost.batched(function)(points)
     single = jax.jit(function)
     for chunk, index in ((0, 0), (1, 2)):
         alone = single(jax.tree.map(lambda leaf, at=(chunk, index): leaf[at], points))
@@ -119,9 +147,9 @@ def test_batched_cost_is_that_of_each_point() -> None:
 
 
 def test_gradient_is_by_every_size_and_workload_leaf() -> None:
-    points = bench.design_points(ACCELERATOR, TINY)
+    points = bench_cost.design_points(ACCELERATOR, TINY)
     point = jax.tree.map(lambda leaf: jnp.asarray(leaf[0, 0]), points)
-    function = bench.cost_functions(ACCELERATOR)["cost_gradient"]
+    function = bench_cost.cost_functions(ACCELERATOR)["cost_gradient"]
     value, gradient = jax.eval_shape(function, point)
     assert value.shape == ()
     assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, point)
@@ -135,7 +163,7 @@ def changed(before: Any, after: Any) -> bool:
 
 
 def test_float_step_trains_weights_without_a_policy(started: tuple[Problem, Point]) -> None:
-    timed = bench.float_step(*started)
+    timed = bench_steps.float_step(*started)
     assert not jax.tree.leaves(timed.state.policy)
     before = jax.tree.map(np.array, timed.state.params)
     state, metrics = timed.step(timed.state, timed.batch, timed.constants)
@@ -144,7 +172,7 @@ def test_float_step_trains_weights_without_a_policy(started: tuple[Problem, Poin
 
 
 def test_budgeted_step_trains_what_its_mode_names(started: tuple[Problem, Point]) -> None:
-    timed = bench.budgeted_step(*started, ("clips",))
+    timed = bench_steps.budgeted_step(*started, ("clips",))
     before = jax.tree.map(np.array, (timed.state.params, timed.state.policy))
     state, metrics = timed.step(timed.state, timed.batch, timed.constants)
     assert not changed(before[0], state.params) and changed(before[1], state.policy)
@@ -154,13 +182,13 @@ def test_budgeted_step_trains_what_its_mode_names(started: tuple[Problem, Point]
 
 def test_steps_go_on_from_the_last_one() -> None:
     step = jax.jit(lambda state, batch, constants: (state + batch * constants, state))
-    call = bench.TimedStep(step, jnp.zeros(()), jnp.ones(()), jnp.ones(())).steps(3)
+    call = timing.TimedStep(step, jnp.zeros(()), jnp.ones(()), jnp.ones(())).steps(3)
     assert [float(call()), float(call())] == [2.0, 5.0]
 
 
 def test_compilation_is_measured_apart_from_tracing() -> None:
     step = jax.jit(lambda state, batch, constants: (state * batch, constants))
-    timed = bench.TimedStep(step, jnp.ones(()), jnp.ones(()), jnp.ones(()))
+    timed = timing.TimedStep(step, jnp.ones(()), jnp.ones(()), jnp.ones(()))
     assert all(seconds > 0.0 for seconds in timed.compile_seconds())
 
 
@@ -168,16 +196,16 @@ def test_training_compares_every_mode_with_the_float_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain, asked = FakeStep(), []
-    monkeypatch.setattr(bench, "calibrate", lambda *model: None)
+    monkeypatch.setattr(bench_steps, "measured_ranges", lambda *model: None)
 
     def budgeted(problem: Problem, point: Point, train: Any, *, has_cost: bool = True) -> FakeStep:
         step = FakeStep()
         asked.append((problem.mechanism.name, train, has_cost, step))
         return step
 
-    monkeypatch.setattr(bench, "float_step", lambda *problem: plain)
-    monkeypatch.setattr(bench, "budgeted_step", budgeted)
-    records = bench.bench_training(TINY)
+    monkeypatch.setattr(bench_steps, "float_step", lambda *problem: plain)
+    monkeypatch.setattr(bench_steps, "budgeted_step", budgeted)
+    records = bench_steps.bench_training(TINY)
     check_records(records)
     assert [record["name"] for record in records] == ["train_joint", "train_policy"]
     assert [call[:3] for call in asked] == [
@@ -189,7 +217,7 @@ def test_training_compares_every_mode_with_the_float_step(
     assert plain.taken == taken and all(call[3].taken == taken for call in asked)
 
     asked.clear()
-    records = bench.bench_parts(TINY)
+    records = bench_steps.bench_parts(TINY)
     check_records(records)
     assert [call[:3] for call in asked] == [
         ("dense", MODES["joint"], False),
@@ -201,14 +229,14 @@ def test_training_compares_every_mode_with_the_float_step(
 def test_compile_takes_medians_of_both_depths(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([(1.0, 10.0), (2.0, 30.0), (9.0, 11.0), (3.0, 22.0), (3.0, 90.0), (7.0, 21.0)])
     depths = []
-    monkeypatch.setattr(bench, "calibrate", lambda *model: None)
+    monkeypatch.setattr(bench_steps, "measured_ranges", lambda *model: None)
 
     def budgeted(problem: Problem, point: Point, train: Any) -> FakeStep:
         depths.append(problem.config.structure.num_layers)
-        return FakeStep(next(seconds))
+        return FakeStep(*next(seconds))
 
-    monkeypatch.setattr(bench, "budgeted_step", budgeted)
-    compiled, traced = bench.bench_compile(TINY)
+    monkeypatch.setattr(bench_steps, "budgeted_step", budgeted)
+    compiled, traced = bench_steps.bench_compile(TINY)
     check_records([compiled, traced])
     assert depths == [1, 2] * 3
     assert (compiled["value"], compiled["baseline"]["value"]) == (22.0, 11.0)
@@ -225,7 +253,7 @@ def test_records_of_deployed_benchmarks(name: str) -> None:
 
 def test_calls_take_turns_after_an_untimed_round() -> None:
     order = []
-    medians = bench.interleaved_seconds(
+    medians = timing.interleaved_seconds(
         [lambda: order.append("a"), lambda: order.append("b")], repeats=3
     )
     assert order == ["a", "b"] * 4
@@ -236,18 +264,18 @@ def test_run_bench_picks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def fake(name: str) -> Any:
-        def measure(sizes: bench.BenchSizes) -> list[bench.Record]:
+        def measure(sizes: bench_sizes.BenchSizes) -> list[timing.Record]:
             seen.append((name, sizes))
-            return [bench._record(name, 3.0, "ms", "other", 2.0)]
+            return [timing.make_record(name, 3.0, "ms", "other", 2.0)]
 
         return measure
 
     monkeypatch.setattr(bench, "BENCHMARKS", {name: fake(name) for name in bench.BENCHMARKS})
     assert [record["name"] for record in bench.run_bench()] == list(bench.DEFAULT_NAMES)
-    assert {sizes for _, sizes in seen} == {bench.FULL}
+    assert {sizes for _, sizes in seen} == {bench_sizes.FULL}
     seen.clear()
     assert [record["name"] for record in bench.run_bench(quick=True)] == list(bench.QUICK_NAMES)
-    assert {sizes for _, sizes in seen} == {bench.QUICK}
+    assert {sizes for _, sizes in seen} == {bench_sizes.QUICK}
     (record,) = bench.run_bench(names=["parts"])
     assert record["ratio"] == 1.5
     assert record["device"].keys() == {"name", "backend", "num_cores", "load"}
@@ -260,14 +288,14 @@ def test_unknown_benchmark_is_named() -> None:
 
 
 def test_table_has_a_row_per_record() -> None:
-    record = bench._record("cost", 1_234_567.0, "evaluation/s", "loop", 1_000.0)
-    title, columns, rows = bench.bench_table([record | {"device": bench.device()}])
+    record = timing.make_record("cost", 1_234_567.0, "evaluation/s", "loop", 1_000.0)
+    title, columns, rows = bench.bench_table([record | {"device": timing.device()}])
     assert "cores" in title
     assert rows == [("cost", "1,234,567", "1,000", "evaluation/s", "1,235", "loop")]
     assert len(columns) == len(rows[0])
 
 
 def test_defaults_are_the_digits_experiment() -> None:
-    assert bench.FULL.experiment == digits()
-    assert bench.FULL.layers == (6, 12)
+    assert bench_sizes.FULL.experiment == digits()
+    assert bench_sizes.FULL.layers == (6, 12)
     assert set(bench.DEFAULT_NAMES) | {"parts"} == set(bench.BENCHMARKS)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from codesign.errors import CodesignError
-from codesign.experiments import commands, data, finished
+from codesign.experiments import commands, finished, tasks
 from codesign.experiments.cli import COMMANDS, main
 from codesign.experiments.configs import (
     Budget,
@@ -22,11 +22,15 @@ from codesign.experiments.configs import (
     ModelSettings,
     digits,
 )
+from codesign.experiments.curve import checked_curve
+from codesign.experiments.curve_record import SCHEMA_VERSION
 from codesign.experiments.curve_settings import CurveSettings
+from codesign.experiments.data import DataSettings, Task
 from codesign.experiments.estimate import estimate_seconds
 from codesign.experiments.problem import outline
 from codesign.experiments.run import RunDirectory
 from codesign.hw.spec import PRESET_FOLDER
+from codesign.mechanisms import MECHANISMS
 
 TEXT = (PRESET_FOLDER / "energon.toml").read_text()
 LANES = next(line for line in TEXT.splitlines() if line.startswith("lanes = "))
@@ -93,11 +97,13 @@ def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("list", "--json") == 0
     names = json.loads(capsys.readouterr().out)
-    assert [one["name"] for one in names["mechanisms"]] == ["dense", "energon"]
+    assert [one["name"] for one in names["mechanisms"]] == list(MECHANISMS)
     assert names["presets"]["energon"] == "energon"
+    assert names["presets"]["acceltran-edge"] == "acceltran"
     assert "digits" in names["tasks"] and "digits" in names["experiments"]
     assert run("list") == 0
-    assert "arXiv 2110.09310" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "arXiv 2110.09310" in table and "arXiv 2302.14705" in table
 
 
 @pytest.mark.smoke
@@ -188,7 +194,7 @@ def test_faulty_preset_is_one_line(
         ),
         (
             ("train", "digits", "--out", "{}", *BUDGET, "--experiment.mechanism", "nope"),
-            "mechanism `nope` does not exist: choose one of dense, energon",
+            "mechanism `nope` does not exist: choose one of acceltran, dense, energon",
         ),
         (
             ("train", "digits", "--out", "{}", *BUDGET, "--experiment.model.num-layers", "0"),
@@ -204,7 +210,7 @@ def test_faulty_preset_is_one_line(
         ),
         (
             ("train", "digits", "--out", "{}", *BUDGET, "--experiment.start-kept", "0.5"),
-            "one entry for each of the 2 rounds of `energon`",
+            "one entry for each of round 0, round 1 of `energon`",
         ),
         (
             ("train", "digits", "--out", "{}", *BUDGET, "--experiment.model.patch-size", "11"),
@@ -249,15 +255,18 @@ def test_bad_input_is_one_line_and_writes_nothing(
         (Experiment, "distillation", 1.1),
         (Experiment, "distillation", math.nan),
         (Experiment, "reach", -1),
-        (Experiment, "start_kept", (0.5, 0.6)),
+        (Experiment, "start_kept", (0.5, 1.1)),
         (Experiment, "start_kept", (0.5, 0.0)),
         (Experiment, "start_linear_bits", 8.5),
         (Experiment, "start_attention_bits", 7.5),
         (CurveSettings, "budgets", ()),
         (CurveSettings, "budgets", (0.5, 0.5)),
         (CurveSettings, "budgets", (0.5, 0.0)),
-        (CurveSettings, "curve.uniform_alphas", ((0.0, 1.0),)),
-        (CurveSettings, "curve.uniform_alphas", ()),
+        (Experiment, "buckets", (64, 32)),
+        (Experiment, "buckets", (32, 32)),
+        (CurveSettings, "curve.uniform_thresholds", ((0.0, math.nan),)),
+        (CurveSettings, "curve.uniform_thresholds", ((),)),
+        (CurveSettings, "curve.uniform_bits", ()),
         (CurveSettings, "curve.uniform_bits", ((8, 9, 16),)),
         (CurveSettings, "curve.uniform_bits", ((8, 8, 4),)),
         (CurveSettings, "curve.num_selection", 0),
@@ -272,13 +281,13 @@ def test_settings_outside_their_range_are_named(make: Any, field: str, value: An
 def test_nan_in_the_data_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken() -> data.Task:
+    def broken(settings: DataSettings) -> Task:
         pixels = np.zeros((3, 8, 8))
         pixels[1, 2, 3] = np.nan
-        data.checked(pixels, np.zeros(3, int), 10, "broken, train")
+        tasks.checked(pixels, np.zeros(3, int), 10, "broken, train")
         raise AssertionError("a NaN was let through")
 
-    monkeypatch.setitem(data.TASKS, "broken", broken)
+    monkeypatch.setitem(tasks.TASKS, "broken", broken)
     out = tmp_path / "run"
     message = refused(
         capsys, "train", "digits", "--out", out, *BUDGET, "--experiment.task", "broken"
@@ -313,6 +322,12 @@ def test_existing_directory_is_refused_and_left_alone(
     refused(capsys, "quickstart", "--out", stranger)
     assert "is not finished (0 of" in refused(capsys, "evaluate", out)
     assert files_of(tmp_path) == before
+
+
+def test_uniform_settings_have_the_mechanisms_length() -> None:
+    settings = CurveSettings(uniform_thresholds=((0.0, 0.0), (0.1,)))
+    with pytest.raises(CodesignError, match="`curve.uniform_thresholds` must have 2 values"):
+        checked_curve(digits(), settings, (0,))
 
 
 def test_config_of_another_kind_is_refused(
@@ -373,19 +388,21 @@ def test_estimate_grows_with_the_work_and_runs_nothing(
     assert estimate_seconds(problem, num_seeds=3) == pytest.approx(3 * estimate_seconds(problem))
 
 
-def point(accuracy: Any, energy_pj: float) -> dict[str, Any]:
+def point(quality: Any, energy_pj: float) -> dict[str, Any]:
     costs = {
         "energy_pj": energy_pj,
         "energy_ratio": energy_pj / 4e6,
         "latency_cycles": 2500.0,
         "latency_ratio": 0.5,
     }
-    return {"accuracy": accuracy, "kl_nats": accuracy, "attention": costs, "end_to_end": costs}
+    return {"quality": quality, "kl_nats": quality, "attention": costs, "end_to_end": costs}
 
 
 def test_report_reads_a_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     interval = {"mean": 0.875, "low": 0.8, "high": 0.9}
-    record = {
+    record: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "quality_name": "accuracy",
         "task": "digits",
         "preset": "withdrawn",
         "clock_hz": 2e9,
@@ -410,6 +427,21 @@ def test_report_reads_a_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert f" {cell} " in trained
     assert run("report", tmp_path / "curve.json", "--json") == 0
     assert json.loads(capsys.readouterr().out) == record
+    # A file of an earlier version has accuracies.
+    for entry in record["means"]:
+        entry["accuracy"] = entry.pop("quality")
+    (tmp_path / "curve.json").write_text(json.dumps(record))
+    assert "holds no result" in refused(capsys, "report", tmp_path)
+
+
+def test_shipped_results_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    results = Path(__file__).parents[1] / "docs" / "results"
+    paths = [path for path in results.glob("*.json") if "means" in json.loads(path.read_text())]
+    assert results / "digits-energy.json" in paths
+    for path in paths:
+        assert run("report", path) == 0
+        table = capsys.readouterr().out
+        assert "quality" in table and "dense" in table and "uniform tuned" in table
 
 
 def test_bench_prints_what_it_measured(

@@ -10,15 +10,16 @@ import tiny_model
 from tiny_model import WIDTHS, all_pairs, run_filter
 
 from codesign.gates import Relaxation
-from codesign.hw import emulator
-from codesign.mechanisms.energon import (
+from codesign.mechanisms.energon import alpha_code, codes
+from codesign.mechanisms.energon_round import (
     OFF_CODE,
-    alpha_code,
-    codes,
+    deployed_round,
+    exact_total,
     filter_operand,
     hard_round,
     soft_round,
 )
+from codesign.references.energon import reference_filter
 
 # Hand example of the specification: d = 2, S = 6.
 HAND_QUERY = [24576, -12288]
@@ -314,6 +315,58 @@ def test_soft_path_tends_to_the_hard_one_on_real_activations(
 
 
 @pytest.mark.parametrize("seed", range(2))
+def test_deployed_round_has_decisions_of_the_hard_and_derivatives_of_the_soft_one(
+    seed: int,
+) -> None:
+    """Ties, rows with one key or none, rounds that are off, and both signs of alpha included."""
+    with jax.enable_x64(True):
+        rows, alive = random_rows(seed, num_rows=200)
+        alive[:20] = False
+        rng = np.random.default_rng(seed + 9)
+        code = rng.integers(-128, 128, size=len(rows))
+        scores, weights = (jnp.asarray(by_head(x), jnp.float64) for x in (rows, alive))
+        a, slope = jnp.asarray(np.clip(code, -127, 127) / 128), rng.normal(size=scores.shape)
+        relaxed = tiny_model.relaxation(0.4, straight_through=False)
+        total = jnp.asarray(np.sum(np.where(alive, rows, 0), -1)[None, :, None, None], jnp.int32)
+
+        def deployed(scores: jax.Array, weights: jax.Array, alpha: jax.Array) -> jax.Array:
+            stored = jnp.asarray(code, jnp.int32)
+            keep = deployed_round(scores, weights, alpha, stored, relaxed.temperature, total)
+            return jnp.sum(slope * keep), keep
+
+        def soft(scores: jax.Array, weights: jax.Array, alpha: jax.Array) -> jax.Array:
+            gate = soft_round(scores, weights, weights, alpha, relaxed)
+            gate = jnp.where((code == OFF_CODE)[None, :, None, None], 1.0, gate)
+            return jnp.sum(slope * weights * gate)
+
+        got, keep = jax.jit(jax.grad(deployed, argnums=(0, 1, 2), has_aux=True))(scores, weights, a)
+        wanted = jax.jit(jax.grad(soft, argnums=(0, 1, 2)))(scores, weights, a)
+        np.testing.assert_array_equal(keep[0, 20:, 0], rational_keep(rows, alive, code)[20:])
+        assert not np.any(keep[0, :20])
+        for x, y in zip(got, wanted, strict=True):
+            rows_with_keys = (slice(None), slice(20, None)) if x.ndim > 1 else slice(20, None)
+            np.testing.assert_allclose(x[rows_with_keys], y[rows_with_keys], rtol=1e-9, atol=1e-9)
+            assert np.all(np.isfinite(x)) and np.any(x != 0.0)
+
+
+def test_totals_of_the_widest_scores_are_exact() -> None:
+    """8-bit operands in single precision: the plain sum of the scores rounds."""
+    rng = np.random.default_rng(0)
+    query, key = (rng.integers(100, 128, size=(1, 2, n, 64)) for n in (20, 512))
+    alive = rng.random((1, 2, 20, 512)) < 0.9
+    scores = np.einsum("bhtd,bhsd->bhts", query, key)
+    wanted = np.sum(np.where(alive, scores, 0), axis=-1, keepdims=True)
+    single = np.sum(np.where(alive, scores, 0).astype(np.float32), axis=-1, keepdims=True)
+    assert np.any(single != wanted)
+    total = exact_total(
+        jnp.asarray(query, jnp.float32),
+        jnp.asarray(np.swapaxes(key, 2, 3), jnp.float32),
+        jnp.asarray(alive, jnp.float32),
+    )
+    np.testing.assert_array_equal(total, wanted)
+
+
+@pytest.mark.parametrize("seed", range(2))
 def test_straight_through_forward_equals_the_hard_filter(seed: int) -> None:
     rng = np.random.default_rng(seed)
     bits = int(rng.integers(8, 17))
@@ -337,7 +390,7 @@ def test_padded_keys_are_not_seen() -> None:
     threshold = np.asarray([[0, 20], [-30, 0], [60, OFF_CODE]])
     pairs = np.broadcast_to(valid[:, None, None, :], (2, 1, 20, 33))
     got = run_filter(query, key, threshold, pairs=pairs)
-    scores, keep = emulator.reference_filter(query, key, valid, threshold, 4, [2, 4], 16)
+    scores, keep = reference_filter(query, key, pairs, threshold, 4, [2, 4], 16)
     np.testing.assert_array_equal(got.trace["scores"], scores)
     np.testing.assert_array_equal(got.trace["keep"], keep)
     # Padded keys may hold anything.

@@ -36,7 +36,9 @@ RATIO_TOLERANCE = 0.02
 
 def toy_policy() -> Policy:
     """Widths of 7.5 bit and the thresholds of two layers, two heads and one round."""
-    knobs = dense_knobs(NUM_LAYERS, linear_bits=7.5, attention_bits=15.5)
+    knobs = dense_knobs(
+        NUM_LAYERS, linear_bits=7.5, attention_bits=15.5, end_sites=("embed", "head")
+    )
     return knobs.replace(layers=knobs.layers | {"threshold": jnp.zeros((NUM_LAYERS, 2, 1))})
 
 
@@ -105,7 +107,8 @@ def test_one_compilation_over_stages_budgets_and_the_first_step() -> None:
     for step in range(8):
         state, metrics = step_fn(state, toy_batch(step), toy_constants(0.3 + 0.1 * step))
     assert int(state.step) == 8
-    assert step_fn._cache_size() == 1  # type: ignore[attr-defined]
+    assert step_fn.compiled._cache_size() == 1  # type: ignore[attr-defined]
+    assert step_fn.ratios._cache_size() == 1  # type: ignore[union-attr]
     assert bool(metrics["is_finite"])
 
 
@@ -136,7 +139,7 @@ def test_frozen_weights_cost_no_backward_pass() -> None:
 
         settings = OptimizeSettings(train=groups)
         state = init_state({"weight": jnp.ones((NUM_LAYERS, 3))}, toy_policy(), settings, 0)
-        jaxpr = jax.make_jaxpr(make_train_step(loss, cost, settings))(state, {}, {})
+        jaxpr = jax.make_jaxpr(make_train_step(loss, cost, settings).compiled)(state, {}, {})
         return str(jaxpr).count("dot_general")
 
     # Forward, and the product for the clips; training the weights adds theirs.

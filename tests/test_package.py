@@ -29,7 +29,8 @@ def test_unknown_name_is_an_attribute_error():
 
 def test_every_module_imports():
     modules = [m.name for m in pkgutil.walk_packages(codesign.__path__, "codesign.")]
-    assert {"codesign.models", "codesign.hw", "codesign.experiments"} <= set(modules)
+    packages = ("mechanisms", "references", "models", "hw", "experiments")
+    assert {f"codesign.{name}" for name in packages} <= set(modules)
     for name in modules:
         importlib.import_module(name)
 

@@ -121,25 +121,57 @@ def test_interpolated_gradient_against_finite_differences(getkey, monkeypatch) -
         error = frozen.setdefault(calls, jax.lax.stop_gradient(hard - soft))
         return soft + error
 
+    def freeze_constant(x: jax.Array) -> jax.Array:
+        nonlocal calls
+        calls += 1
+        return frozen.setdefault(calls, jax.lax.stop_gradient(x))
+
     x, ranges, bits = (
         jax.random.uniform(getkey(), (2, 16), minval=-2.0, maxval=2.0),
         jnp.asarray([[1.1], [1.6]]),
         jnp.asarray([[4.5], [3.3]]),
     )
 
-    def value(x: jax.Array, r: jax.Array, b: jax.Array) -> jax.Array:
+    def value(x: jax.Array, r: jax.Array, b: jax.Array, mode: bool = False) -> jax.Array:
         nonlocal calls
         calls = 0
-        return quantize.interpolated_quantize(x, r, b, max_bits=8, straight_through=True)
+        return quantize.interpolated_quantize(x, r, b, max_bits=8, straight_through=mode)
 
     with monkeypatch.context() as patch:
         patch.setattr(gates, "straight_through", freeze)
+        patch.setattr(gates, "detach", freeze_constant)
         value(x, ranges, bits)
         check_grads(value, (x, ranges, bits), 1, rtol=1e-5)
         expected = jax.jacobian(value, argnums=(0, 1, 2))(x, ranges, bits)
-    got = jax.jacobian(value, argnums=(0, 1, 2))(x, ranges, bits)
-    for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-12)
+    for mode in (False, True):
+        got = jax.jacobian(value, argnums=(0, 1, 2))(x, ranges, bits, mode)
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 6), (4, 1)])
+@pytest.mark.parametrize("bits", [0.4, 1.7, 2.0, 4.5, 7.9, 8.0])
+def test_straight_through_derivatives_are_those_of_the_interpolation(
+    shape: tuple[int, ...], bits: float, getkey
+) -> None:
+    """However ranges and widths are broadcast, from no code at all to the upper rail."""
+    x, slope = (jax.random.normal(getkey(), (4, 6)) for _ in range(2))
+    ranges = jnp.broadcast_to(jnp.asarray(1.1), shape)
+    x = x.at[0, 0].set(1.1)  # exactly at the end of the range
+
+    def total(x: jax.Array, r: jax.Array, b: jax.Array, mode: bool) -> jax.Array:
+        r, b = (jnp.reshape(v, (1,) * (2 - v.ndim) + v.shape) for v in (r, b))
+        return jnp.sum(
+            slope * quantize.interpolated_quantize(x, r, b, max_bits=8, straight_through=mode)
+        )
+
+    for widths in (jnp.asarray(bits), jnp.broadcast_to(jnp.asarray(bits), shape)):
+        soft, hard = (
+            jax.grad(total, argnums=(0, 1, 2))(x, ranges, widths, mode) for mode in (False, True)
+        )
+        for got, wanted in zip(hard, soft, strict=True):
+            assert got.shape == wanted.shape
+            np.testing.assert_allclose(got, wanted, atol=1e-12)
 
 
 def test_interpolated_with_bits_and_ranges_per_row_and_one_trace(getkey) -> None:

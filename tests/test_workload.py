@@ -19,6 +19,7 @@ from codesign.vocabulary import (
 from codesign.workload import (
     Trace,
     Workload,
+    binary_fetched_vectors,
     fetched_vectors,
     gemm,
     grid_levels,
@@ -56,6 +57,32 @@ def test_fetched_vectors_of_random_masks_are_unions_of_blocks(
         blocks = [masks[:, :, start : start + 2**level] for start in range(0, 11, 2**level)]
         expected = sum(np.sum(np.any(block, axis=2), axis=-1) for block in blocks)
         np.testing.assert_array_equal(vectors[..., level], expected)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 5, 16, 20, 32, 33, 70])
+def test_packed_decisions_have_values_and_derivatives_of_the_products(queries: int) -> None:
+    """Whole and partial words, blocks of one word and of many, padded queries."""
+    rng = np.random.default_rng(queries)
+    # Many keys wanted by one query, few by most: all cases of a derivative occur.
+    chance = rng.choice([0.01, 0.1, 0.9], size=(2, 3, 1, 24))
+    weights = jnp.asarray(rng.random((2, 3, queries, 24)) < chance, jnp.float32)
+    rows = jnp.asarray(rng.random((2, 1, queries)) < 0.8, jnp.float32)
+    slope = jnp.asarray(rng.normal(size=(2, 3, grid_levels(queries))), jnp.float32)
+    other = jnp.asarray(rng.normal(size=weights.shape), jnp.float32)
+
+    def total(weights: jax.Array, price: jax.Array, is_binary: bool) -> jax.Array:
+        if is_binary:
+            weights, vectors = binary_fetched_vectors(weights, rows)
+        else:
+            vectors = fetched_vectors(weights, rows)
+        return jnp.sum(price * vectors) + jnp.sum(other * weights)
+
+    np.testing.assert_array_equal(
+        fetched_vectors(weights, rows, is_binary=True), fetched_vectors(weights, rows)
+    )
+    for price in (slope, jnp.zeros_like(slope)):
+        got, wanted = (jax.grad(total)(weights, price, is_binary) for is_binary in (True, False))
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 def test_fetched_vectors_of_soft_weights() -> None:

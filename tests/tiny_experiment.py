@@ -1,13 +1,23 @@
 """Experiments that train in seconds, and problems on made-up data whose models were never trained."""
 
+import csv
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from codesign.experiments.configs import DenseSettings, Experiment, ModelSettings
-from codesign.experiments.data import Examples, ImageInput, Part, Task, TextInput
+from codesign.experiments.data import (
+    DataSettings,
+    Examples,
+    ImageInput,
+    Part,
+    Task,
+    TextInput,
+)
 from codesign.experiments.model_choice import sized_config
 from codesign.experiments.problem import Problem
 from codesign.experiments.teacher import Teacher
@@ -19,7 +29,9 @@ from codesign.optimize import OptimizeSettings
 
 NUM_STEPS = 6
 VOCABULARY, MAX_TOKENS = 23, 12
-BUCKETS = (4, 8)
+BUCKETS = (6,)
+NUM_VALIDATION = 20
+"""Examples in the validation part of what is written here; as many calibrate, so that less is compiled."""
 KINDS = ("images", "text", "decoder")
 
 
@@ -37,6 +49,32 @@ def tiny() -> Experiment:
         ),
         dense=DenseSettings(num_steps=20),
         optimize=OptimizeSettings(num_steps=NUM_STEPS, bits_rate=0.3),
+    )
+
+
+def tiny_text() -> Experiment:
+    """One's own reviews: up to 12 tokens, two layers of two heads; the files are given on the command line."""
+    data = DataSettings(max_tokens=MAX_TOKENS, text_column="review", label_column="verdict")
+    return dataclasses.replace(
+        tiny(),
+        task="user_text",
+        data=data,
+        buckets=BUCKETS,
+        dense=DenseSettings(num_steps=60, batch_size=16, rate=1e-2),
+        batch_size=8,
+        num_calibration=NUM_VALIDATION,
+    )
+
+
+def tiny_decoder() -> Experiment:
+    """Characters of a text in windows of 16; its folder is given on the command line."""
+    return dataclasses.replace(
+        tiny(),
+        task="tinyshakespeare",
+        data=DataSettings(max_tokens=16),
+        dense=DenseSettings(num_steps=60, batch_size=16, rate=1e-2, label_smoothing=0.0),
+        batch_size=8,
+        num_calibration=NUM_VALIDATION,
     )
 
 
@@ -92,3 +130,48 @@ def untrained(
         params=params,
         teacher=Teacher(params, config),
     )
+
+
+GOOD, BAD = ("good", "fine", "great", "warm"), ("bad", "dull", "poor", "cold")
+OTHER = ("the", "a", "film", "plot", "cast", "is", "was", "and", "so", "very")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+
+def write_tokenizer(path: Path, num_more: int = 0) -> Path:
+    """Writes a tokenizer of the words of `write_reviews` and `num_more` others, 22 in all without these."""
+    words = (*SPECIAL, *GOOD, *BAD, *OTHER, *(f"word{index}" for index in range(num_more)))
+    numbers = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(word, numbers[word]) for word in SPECIAL[2:]]
+    )
+    tokenizer.save(str(path))
+    return path
+
+
+def write_reviews(path: Path, number: int = 5 * NUM_VALIDATION) -> Path:
+    """Writes made-up reviews of 2 to 9 words, all different: one word in each, at any place, decides."""
+    rng = np.random.default_rng(0)
+    rows: dict[str, str] = {}
+    while len(rows) < number:
+        verdict = ("praise", "blame")[len(rows) % 2]
+        words = list(rng.choice(OTHER, size=rng.integers(1, 9)))
+        words.insert(rng.integers(len(words) + 1), rng.choice(GOOD if verdict == "praise" else BAD))
+        rows.setdefault(" ".join(words), verdict)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(
+            [("verdict", "review"), *((v, text) for text, v in rows.items())]
+        )
+    return path
+
+
+def write_plays(folder: Path) -> Path:
+    """Writes a text of which a tenth is `NUM_VALIDATION` windows of 16 characters."""
+    folder.mkdir()
+    reviews = write_reviews(folder / "reviews.csv").read_text().splitlines()
+    text = "\n".join(line.partition(",")[2] for line in reviews)
+    number = 10 * 16 * NUM_VALIDATION
+    assert len(text) * 3 > number
+    (folder / "input.txt").write_text((3 * text)[:number], encoding="utf-8")
+    return folder

@@ -17,6 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from codesign import gates
+from codesign.mechanisms.energon_round import (
+    ALPHA_ONE,
+    FILTER_LIMIT,
+    OFF_CODE,
+    deployed_round,
+    exact_total,
+    filter_operand,
+    hard_round,
+    soft_round,
+)
 from codesign.mechanisms.protocol import (
     Carry,
     Context,
@@ -27,25 +37,27 @@ from codesign.mechanisms.protocol import (
     Plan,
     Selection,
     ThresholdScale,
+    fetched_whole,
 )
 from codesign.policy import bits_range
-from codesign.quantize import deployed_bits, exact_einsum, power_of_two
-from codesign.workload import Workload, fetched_vectors, operation, row_statistics, stream
+from codesign.quantize import deployed_bits, exact_einsum
+from codesign.workload import (
+    Workload,
+    binary_fetched_vectors,
+    fetched_vectors,
+    operation,
+    row_statistics,
+    stream,
+)
 
-ALPHA_ONE = 128
-"""alpha is stored in 1/128 (8 bits, 7 of them fraction)."""
 MAX_ALPHA = 0.99
 """Largest |alpha| that a start value or a common move gives: the gradient of tanh fades beyond (ours)."""
 OFF_ALPHA = -1.0
 """alpha of a round that keeps all, in settings."""
-OFF_CODE = -128
-"""Storage code of a round that keeps all."""
 NUM_ROUNDS = 2
 """Rounds of the published machine."""
 KEY_BITS = (2.0, 4.0)  # filter widths in bit: INT2, then INT4 keys (arXiv 2110.09310)
 QUERY_BITS = 4.0  # against INT4 queries (arXiv 2110.09310)
-FILTER_LIMIT = 128**2
-"""Largest product of two filter codes: both have at most 8 bits."""
 
 
 def knobs(num_layers: int, num_heads: int, num_rounds: int = NUM_ROUNDS) -> dict[str, jax.Array]:
@@ -111,121 +123,6 @@ def kept_fractions(workload: Workload) -> jax.Array:
     return jnp.stack([jnp.mean(fraction, axis=0) for fraction in fractions], axis=-1)
 
 
-def hard_round(scores: jax.Array, alive: jax.Array, code: jax.Array) -> jax.Array:
-    """Returns which alive keys survive a round, by the integer threshold of the row.
-
-    `theta = floor((|a| m + (128-|a|) mean) / 128)` with m the maximum (a >= 0) or the minimum of the alive scores,
-    computed without a product or division per pair; strict comparison; the alive key of lowest index that has the
-    maximum stays.
-
-    Args:
-      scores: Integer scores, int32 `[B, H, T, S]`; `S * max|score|` must stay below 2^31.
-      alive: Keys alive at the start of the round, bool `[B, H, T, S]`.
-      code: Storage codes, int32 `[H]`.
-
-    Returns:
-      Survivors, bool `[B, H, T, S]`.
-
-    References:
-      Energon's specification, section 2, "integer threshold": equal to the rational definition.
-    """
-    limits = np.iinfo(scores.dtype)
-    number = jnp.sum(alive, axis=-1, dtype=scores.dtype)
-    total = jnp.sum(jnp.where(alive, scores, 0), axis=-1)
-    top = jnp.max(jnp.where(alive, scores, limits.min), axis=-1)
-    bottom = jnp.min(jnp.where(alive, scores, limits.max), axis=-1)
-    has_any = number > 0
-    safe_number = jnp.maximum(number, 1)
-    a = code.astype(scores.dtype)[None, :, None]
-    weight = jnp.abs(a)
-    extreme = jnp.where(has_any, jnp.where(a >= 0, top, bottom), 0)
-    quotient = jnp.floor_divide(total, safe_number)
-    rest = total - quotient * safe_number
-    mean_part = (ALPHA_ONE - weight) * quotient + jnp.floor_divide(
-        (ALPHA_ONE - weight) * rest, safe_number
-    )
-    theta = jnp.right_shift(weight * extreme + mean_part, 7)
-    first_top = jnp.argmax(jnp.where(alive, scores, limits.min), axis=-1)
-    is_first_top = jnp.arange(scores.shape[-1])[None, None, None, :] == first_top[..., None]
-    survives = (scores > theta[..., None]) | is_first_top | (a == OFF_CODE)[..., None]
-    return alive & survives
-
-
-def soft_round(
-    scores: jax.Array,
-    weights: jax.Array,
-    pairs: jax.Array,
-    alpha: jax.Array,
-    relaxation: gates.Relaxation,
-) -> jax.Array:
-    """Returns the gate of a round, differentiable in alpha and in the scores.
-
-    `sigmoid((S - theta) / (temperature * std))` with the threshold of `hard_round` before its floor; statistics are
-    weighted by the alive weights; maximum and minimum run over keys with w >= 0.5; only the std is held constant.
-
-    Args:
-      scores: Scores, `[B, H, T, S]`.
-      weights: Alive weights at the start of the round, `[B, H, T, S]`.
-      pairs: 1 for pairs that exist, `[B, 1, T, S]`.
-      alpha: Threshold parameter in (-1, 1), `[H]`.
-      relaxation: Temperature, in units of the row's standard deviation.
-    """
-    alive = weights >= 0.5
-    alive = jnp.where(jnp.any(alive, axis=-1, keepdims=True), alive, pairs > 0.5)
-    has_any = jnp.any(alive, axis=-1, keepdims=True)
-    total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-6)
-    mean = jnp.sum(weights * scores, axis=-1, keepdims=True) / total
-    variance = jnp.sum(weights * jnp.square(scores - mean), axis=-1, keepdims=True) / total
-    top = jnp.max(jnp.where(alive, scores, -jnp.inf), axis=-1, keepdims=True)
-    bottom = jnp.min(jnp.where(alive, scores, jnp.inf), axis=-1, keepdims=True)
-    # Finite in a row without any key too: infinity times a zero gradient would be NaN.
-    top, bottom = jnp.where(has_any, top, 0.0), jnp.where(has_any, bottom, 0.0)
-    a = alpha[None, :, None, None]
-    # Written so that it is exact in a row of equal scores, which then get half a gate each.
-    theta = mean + a * jnp.where(a >= 0.0, top - mean, mean - bottom)
-    soft = gates.Relaxation(
-        temperature=relaxation.temperature, smoothness=relaxation.smoothness, straight_through=False
-    )
-    spread = jnp.sqrt(gates.detach(variance))
-    return gates.gate(scores, theta, soft, spread=spread)
-
-
-def filter_operand(
-    code: jax.Array,
-    bits: jax.Array,
-    width: jax.Array,
-    code_bits: jax.Array,
-    *,
-    straight_through: bool,
-) -> jax.Array:
-    """Returns the top bits of a code, floor(code * 2^(b - b_a)), differentiable in the code and in b.
-
-    Derivatives: 2^(b - b_a) to the code (true: 0); to the bits the difference of the two neighbouring truncations.
-
-    Args:
-      code: Codes of `code_bits` bits, `[..., d]`.
-      bits: Trainable width of the filter, scalar.
-      width: Deployed width of the filter, scalar.
-      code_bits: Deployed width of `code`, scalar.
-      straight_through: Whether the forward value is the deployed one.
-    """
-    bits = jnp.asarray(bits, code.dtype)
-    high_limit = bits_range("query_bits")[1]
-    low = jnp.minimum(jnp.floor(bits), high_limit - 1.0)
-    fraction = bits - low
-
-    def truncated(b: jax.Array) -> jax.Array:
-        step = gates.detach(power_of_two(code_bits - b))
-        ratio = code / step
-        return gates.straight_through(jnp.floor(ratio), ratio) * step
-
-    unit = gates.detach(power_of_two(width - code_bits))
-    soft = ((1.0 - fraction) * truncated(low) + fraction * truncated(low + 1.0)) * unit
-    if not straight_through:
-        return soft
-    return gates.straight_through(jnp.floor(code * unit), soft)
-
-
 def soft_filter(
     context: Context, operands: Operands, plan: Plan, carry: Carry
 ) -> tuple[Selection, Counts]:
@@ -233,7 +130,9 @@ def soft_filter(
     del plan, carry
     relaxation = context.relaxation
     straight_through = relaxation.straight_through
-    query, key = operands.query, operands.key
+    query = operands.query
+    # Transposed, the products below need no other copy of the keys, neither forward nor backward.
+    key = jnp.swapaxes(operands.key, 2, 3)
     alpha = jnp.tanh(context.knobs["threshold"])
     stored = alpha_code(gates.detach(alpha))
     alpha = (
@@ -254,9 +153,9 @@ def soft_filter(
         code_bits,
         straight_through=straight_through,
     )
-    weights = jnp.broadcast_to(context.pairs, (*query.shape[:3], key.shape[2])).astype(query.dtype)
-    keep = weights > 0.5
-    all_weights = [weights]
+    weights = jnp.broadcast_to(context.pairs, (*query.shape[:3], key.shape[3])).astype(query.dtype)
+    all_weights, fetched = [weights], []
+    rows = context.valid[:, None]
     trace: dict[str, list[jax.Array]] = {"scores": [], "keep": []}
     for index in range(alpha.shape[-1]):
         key_low = filter_operand(
@@ -266,21 +165,27 @@ def soft_filter(
             code_bits,
             straight_through=straight_through,
         )
-        scores = jnp.einsum("bhtd,bhsd->bhts", query_low, key_low)
-        gate = soft_round(scores, weights, context.pairs, alpha[:, index], relaxation)
-        is_off = (stored[:, index] == OFF_CODE)[None, :, None, None]
-        gate = jnp.where(is_off, 1.0, gate)
+        scores = jnp.matmul(query_low, key_low)
         if straight_through:
-            codes_in = jnp.round(gates.detach(scores)).astype(jnp.int32)
-            keep = hard_round(codes_in, keep, stored[:, index].astype(jnp.int32))
-            weights = gates.straight_through(keep.astype(weights.dtype), weights * gate)
+            weights = deployed_round(
+                scores,
+                weights,
+                alpha[:, index],
+                stored[:, index].astype(jnp.int32),
+                relaxation.temperature,
+                exact_total(query_low, key_low, weights),
+            )
+            weights, vectors = binary_fetched_vectors(weights, rows)
         else:
-            weights = weights * gate
-            keep = weights > 0.5
+            gate = soft_round(scores, weights, context.pairs, alpha[:, index], relaxation)
+            is_off = (stored[:, index] == OFF_CODE)[None, :, None, None]
+            weights = weights * jnp.where(is_off, 1.0, gate)
+            vectors = fetched_vectors(weights, rows)
         all_weights.append(weights)
+        fetched.append(vectors)
         trace["scores"].append(scores)
-        trace["keep"].append(keep)
-    return _selection(context, operands, all_weights, trace)
+        trace["keep"].append(weights > 0.5)
+    return _selection(context, operands, all_weights, fetched, trace)
 
 
 def hard_filter(
@@ -293,25 +198,30 @@ def hard_filter(
     code_bits = context.widths["qk_bits"]
     query_low = jnp.right_shift(query, code_bits - context.widths["query_bits"])
     keep = jnp.broadcast_to(context.pairs > 0.5, (*query.shape[:3], key.shape[2]))
-    all_weights = [keep.astype(context.valid.dtype)]
+    all_weights, fetched = [keep.astype(context.valid.dtype)], []
     trace: dict[str, list[jax.Array]] = {"scores": [], "keep": []}
     for index in range(thresholds.shape[-1]):
         key_low = jnp.right_shift(key, code_bits - context.widths["key_bits"][index])
         scores = exact_einsum("bhtd,bhsd->bhts", query_low, key_low, FILTER_LIMIT).astype(jnp.int32)
         keep = hard_round(scores, keep, thresholds[:, index].astype(jnp.int32))
         all_weights.append(keep.astype(context.valid.dtype))
+        fetched.append(fetched_vectors(all_weights[-1], context.valid[:, None], is_binary=True))
         trace["scores"].append(scores)
         trace["keep"].append(keep)
-    return _selection(context, operands, all_weights, trace)
+    return _selection(context, operands, all_weights, fetched, trace)
 
 
 def _selection(
     context: Context,
     operands: Operands,
     all_weights: list[jax.Array],
+    fetched: list[jax.Array],
     trace: dict[str, list[jax.Array]],
 ) -> tuple[Selection, Counts]:
-    """Returns the last round's selection and the counts of all rounds; `all_weights[r]` enter round r."""
+    """Returns the last round's selection and the counts of all rounds.
+
+    `all_weights[r]` enter round r, after which `fetched[r]` vectors are wanted.
+    """
     head_dim, num_keys = operands.query.shape[-1], operands.key.shape[2]
     exists = context.valid[:, None, :, None]
     widths = context.widths
@@ -322,14 +232,11 @@ def _selection(
     resident = keys * head_dim * widths["qk_bits"]
     index_bits = float(np.ceil(np.log2(max(num_keys, 2))))
     listed = jnp.zeros((), context.valid.dtype)
-    fetched = fetched_vectors(context.pairs * exists)
-    fetched = jnp.broadcast_to(
-        fetched, (fetched.shape[0], operands.query.shape[1], fetched.shape[2])
-    )
+    before = [fetched_whole(context, operands.query.shape[1]), *fetched]
     for index, plane in enumerate(planes):
-        row_keys = jnp.sum(all_weights[index] * exists, axis=-1)
+        row_keys = jnp.sum(all_weights[index], axis=-1) * exists[..., 0]
         alive = jnp.sum(row_keys, axis=-1)
-        row_survivors = jnp.sum(all_weights[index + 1] * exists, axis=-1)
+        row_survivors = jnp.sum(all_weights[index + 1], axis=-1) * exists[..., 0]
         listed = listed + jnp.sum(row_survivors, axis=-1)
         name = f"filter{index}"
         counts += Counts(
@@ -341,11 +248,10 @@ def _selection(
             rows={name: row_statistics(row_keys, exists[..., 0], num_keys)},
             streams={
                 f"key{index}": stream(
-                    fetched, plane, head_dim, buffer="key", resident_bits=resident
+                    before[index], plane, head_dim, buffer="key", resident_bits=resident
                 )
             },
         )
-        fetched = fetched_vectors(all_weights[index + 1] * exists)
     queries = jnp.broadcast_to(jnp.sum(exists[..., 0], axis=-1), listed.shape)
     counts += Counts(
         operations={
@@ -355,7 +261,7 @@ def _selection(
     )
     selection = Selection(
         weights=all_weights[-1],
-        fetched=fetched,
+        fetched=fetched[-1],
         fetched_bits=key_bits[-1],
         trace={name: jnp.stack(values) for name, values in trace.items()}
         if context.tracing
