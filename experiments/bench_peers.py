@@ -40,8 +40,8 @@ from codesign.policy import BLOCK_SITES
 from codesign.structure import ModelStructure
 from codesign.workload import Workload
 
-WIDTH_SPAN = 1.25
-"""Widths are searched from 1 / WIDTH_SPAN to WIDTH_SPAN times the published ones: 6.4 to 10 of 8 bit."""
+WIDTH_SPAN = 1.6
+"""Widths are searched from 1 / WIDTH_SPAN times the published ones to these: 5 to 8 bit, 10 to 16 bit."""
 NUM_WIDTHS = len(BLOCK_SITES) + 2
 """Widths of a layer that are searched: of each linear site's weights, of Q and K, of V."""
 DESCENT_RATE = 1e-2
@@ -87,6 +87,12 @@ class Twin(nn.Module):
         return nn.Dense(sizes.num_outputs)(jnp.mean(nn.LayerNorm()(x), axis=1))
 
 
+def int8_twin(qwix: Any, twin: Twin) -> Any:
+    """Returns the twin as Qwix trains it: every product on int8 operands."""
+    rule = qwix.QtRule(module_path=".*", weight_qtype="int8", act_qtype="int8")
+    return qwix.quantize_model(twin, qwix.QtProvider([rule]))
+
+
 def twin_step(model: nn.Module, shape: TextShape) -> TimedStep:
     """Returns the training step of a Flax model: cross-entropy, AdamW."""
     examples = random_text(shape).part("train")
@@ -118,12 +124,11 @@ def bench_qwix(sizes: BenchSizes) -> list[Record]:
     if qwix is None:
         return []
     shape = sizes.small
-    rules = [qwix.QtRule(module_path=".*", weight_qtype="int8", act_qtype="int8")]
     twin = Twin(structure=shape.structure)
     problem, point = text_problem(shape, "energon")
     steps = {
         "plain Flax twin": twin_step(twin, shape),
-        "Qwix int8": twin_step(qwix.quantize_model(twin, qwix.QtProvider(rules)), shape),
+        "Qwix int8": twin_step(int8_twin(qwix, twin), shape),
         PLAIN: float_step(problem, point),
         "joint": budgeted_step(problem, point, MODES["joint"]),
     }
@@ -176,15 +181,14 @@ def bench_optuna(sizes: BenchSizes) -> list[Record]:
     accelerator = accelerator_from_spec(spec)
     shape = model_shape(MINILM, sizes.short.num_tokens)
     workload = workload_from_fractions(shape, published_setting(spec))
-    num_widths = NUM_WIDTHS * shape.num_layers
-    spans = [SIZE_SPAN] * len(accelerator.sizes) + [WIDTH_SPAN] * num_widths
+    bounds = [(-np.log(SIZE_SPAN), np.log(SIZE_SPAN))] * len(accelerator.sizes)
+    bounds += [(-np.log(WIDTH_SPAN), 0.0)] * (NUM_WIDTHS * shape.num_layers)
+    start = jnp.asarray(np.mean(bounds, axis=1), jnp.float32)
     function = functools.partial(moved_cost, workload=workload, accelerator=accelerator)
     value, gradient = jax.jit(function), jax.jit(jax.grad(function))
 
     def trial(trial: Any) -> float:
-        knobs = [
-            trial.suggest_float(str(i), -np.log(span), np.log(span)) for i, span in enumerate(spans)
-        ]
+        knobs = [trial.suggest_float(str(i), *bound) for i, bound in enumerate(bounds)]
         return float(value(jnp.asarray(knobs, jnp.float32)))
 
     def search() -> None:
@@ -192,7 +196,7 @@ def bench_optuna(sizes: BenchSizes) -> list[Record]:
         study.optimize(trial, n_trials=sizes.num_trials)
 
     def descend() -> jax.Array:
-        knobs = jnp.zeros(len(spans))
+        knobs = start
         for _ in range(sizes.num_gradients):
             knobs = knobs - DESCENT_RATE * gradient(knobs)
         return knobs
@@ -200,7 +204,7 @@ def bench_optuna(sizes: BenchSizes) -> list[Record]:
     seconds = interleaved_seconds([descend, search], sizes.repeats)
     return [
         rate_record(
-            f"cost_gradient_{len(spans)}_knobs",
+            f"cost_gradient_{len(bounds)}_knobs",
             "evaluation/s",
             "Optuna TPE trials",
             (sizes.num_gradients, sizes.num_trials),

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codesign.errors import DataError
-from codesign.experiments.checkpoint_sources import MINILM
 
 Part = Literal["train", "validation", "test"]
 QualityName = Literal["accuracy", "bits_per_token"]
@@ -126,8 +125,9 @@ class DataSettings:
 
     # Folder with the task's files, of `user_text` the file; None: $CODESIGN_DATA/<task>, else the Hugging Face hub.
     data: Path | None = None
-    # Whose word pieces: a tokenizer.json, a checkpoint's folder, `minilm`, or a name on the Hugging Face hub.
-    tokenizer: str = MINILM
+    # Whose word pieces: a tokenizer.json, a checkpoint's folder, `minilm`, or a name on the Hugging Face hub; None: those
+    # of the experiment's checkpoint, else of `minilm`.
+    tokenizer: str | None = None
     # Tokens of a row, [CLS] and [SEP] included, >= 1; None: 64 for sst2, 128 for user_text, else 256.
     max_tokens: int | None = None
     # Whether longer texts are cut; if not, one is an error.

@@ -90,7 +90,10 @@ def _outline(experiment: Experiment) -> tuple[Problem, ChosenModel]:
             f"preset `{experiment.preset}` runs `{spec.mechanism}`, not `{mechanism.name}`: "
             "choose a preset made for the mechanism"
         )
-    task = load_task(experiment.task, experiment.data)
+    data = experiment.data
+    if data.tokenizer is None and experiment.checkpoint is not None:
+        data = dataclasses.replace(data, tokenizer=experiment.checkpoint)
+    task = load_task(experiment.task, data)
     chosen = choose_model(task, experiment)
     scale, kept = mechanism.thresholds, experiment.start_kept
     if scale is not None and kept and len(kept) != len(scale.names):

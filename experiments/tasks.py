@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codesign.errors import DataError, UnknownNameError
+from codesign.experiments.checkpoint_sources import MINILM
 from codesign.experiments.data import (
     DataSettings,
     Examples,
@@ -291,7 +292,7 @@ def _encoded(
 ) -> Task:
     """Returns a task of labelled texts as word pieces, in rows of `own` tokens unless set."""
     length = settings.max_tokens or own
-    pieces = load_word_pieces(settings.tokenizer)
+    pieces = load_word_pieces(settings.tokenizer or MINILM)
     parts: dict[Part, Examples] = {}
     for part, labelled in rows.items():
         numbers = labelled.class_numbers(labels)

@@ -10,6 +10,7 @@ import numpy as np
 from codesign.errors import UnknownNameError
 from codesign.hw.quantities import Quantity
 from codesign.hw.spec import AcceleratorSpec
+from codesign.vocabulary import SITES
 from codesign.workload import (
     Gemm,
     Operation,
@@ -20,7 +21,6 @@ from codesign.workload import (
 )
 
 _BLOCK_SITES = ("qkv", "out", "up", "down")
-_ACTIVATION_SITES = ("query", "key", "value", "probabilities", *_BLOCK_SITES)
 _WEIGHT_SITES = tuple(f"{site}.weight" for site in _BLOCK_SITES)
 
 
@@ -166,7 +166,7 @@ def _densities(shape: ModelShape, setting: Setting) -> dict[str, jax.Array]:
     """Returns the densities that differ from 1, `[1, L]`."""
     densities: dict[str, jax.Array] = {}
     for sites, density in (
-        (_ACTIVATION_SITES, setting.activation_density),
+        (SITES, setting.activation_density),
         (_WEIGHT_SITES, setting.weight_density),
     ):
         if density != 1.0:

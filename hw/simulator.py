@@ -308,7 +308,9 @@ def _count_operations(
             widths[f"filter{index}.{kind}"] = (bits["query_bits"], plane)
     if planes:
         one = np.ones_like(qk)
-        index_bits = max((masks.valid.shape[1] - 1).bit_length(), 1)
+        # Of the example's own keys, whatever it is padded to.
+        longest = [max(int(number - 1).bit_length(), 1) for number in masks.valid.sum(axis=1)]
+        index_bits = np.asarray(longest)[None, :, None]
         operations["threshold.evaluate"] = queries * len(planes)
         operations["index.bits"] = alive[1:].sum(axis=0) * index_bits
         widths |= {"threshold.evaluate": (one, one), "index.bits": (one, one)}

@@ -50,12 +50,12 @@ class Deployment:
         self, logits: NDArray[np.int64], valid: NDArray[Any] | None
     ) -> NDArray[np.float64]:
         """Returns integer logits as real ones; `valid` `[B, T]` are the tokens that exist, None all."""
-        real: NDArray[np.float64] = logits * self.logit_scale
+        real = np.asarray(logits * self.logit_scale, np.float64)
         if self.structure.pooling != "mean":
             return real
         if valid is None:
             return real / self.structure.max_tokens
-        number: NDArray[np.int64] = np.sum(valid, axis=1)
+        number: NDArray[np.int64] = np.maximum(np.sum(valid, axis=1), 1)
         return real / number[:, None]
 
 

@@ -231,7 +231,8 @@ def _outputs(
         return ends.linear(ends.read(residual, "head"), "head")
     if structure.pooling == "mean":
         features = ends.read(residual, "head")
-        number = jnp.sum(left, axis=1)[:, None]
+        # An example without tokens has the features 0.
+        number = jnp.maximum(jnp.sum(left, axis=1), 1.0)[:, None]
         return ends.linear(jnp.sum(features * left[..., None], axis=1) / number, "head")
     if structure.pooler == "none":
         first = ends.read(residual[:, :1], "head")

@@ -13,8 +13,6 @@ from codesign.errors import UnknownNameError
 from codesign.experiments import (
     bench,
     bench_cost,
-    bench_deployed,
-    bench_peers,
     bench_sizes,
     bench_steps,
     timing,
@@ -182,14 +180,67 @@ def test_budgeted_step_trains_what_its_mode_names(started: tuple[Problem, Point]
 
 def test_steps_go_on_from_the_last_one() -> None:
     step = jax.jit(lambda state, batch, constants: (state + batch * constants, state))
-    call = timing.TimedStep(step, jnp.zeros(()), jnp.ones(()), jnp.ones(())).steps(3)
+    timed = timing.TimedStep(step, jnp.zeros(()), jnp.ones(()), jnp.ones(()))
+    call = timed.compiled().steps(3)
     assert [float(call()), float(call())] == [2.0, 5.0]
 
 
-def test_compilation_is_measured_apart_from_tracing() -> None:
-    step = jax.jit(lambda state, batch, constants: (state * batch, constants))
-    timed = timing.TimedStep(step, jnp.ones(()), jnp.ones(()), jnp.ones(()))
-    assert all(seconds > 0.0 for seconds in timed.compile_seconds())
+def test_compilation_tells_its_time_and_memory() -> None:
+    def compiled(size: int) -> timing.CompiledStep:
+        step = jax.jit(lambda state, batch, constants: (state * batch, constants))
+        return timing.TimedStep(step, jnp.ones(size), jnp.ones(size), jnp.ones(())).compiled()
+
+    step = compiled(1024)
+    assert step.trace_seconds > 0.0 and step.compile_seconds > 0.0
+    # Two arrays of 1024 float32 and a scalar; a product needs no temporary array.
+    assert step.peak_bytes() == 2 * 1024 * 4 + 4
+    sorted_twice = jax.jit(lambda state, batch, constants: (jnp.sort(jnp.sort(state) + batch), 0))
+    temporary = timing.TimedStep(sorted_twice, jnp.ones(1024), jnp.ones(1024), 0).compiled()
+    assert temporary.peak_bytes() > 2 * 1024 * 4 + 4
+
+
+@pytest.mark.parametrize("mechanism", bench_steps.MACHINES)
+def test_text_step_trains_under_a_budget(mechanism: str) -> None:
+    problem, point = bench_steps.text_problem(TEXT, mechanism)
+    timed = bench_steps.budgeted_step(problem, point, bench_steps.THRESHOLDS_ONLY)
+    assert timed.batch["tokens"].shape == timed.batch["valid"].shape == (2, 4)
+    assert np.all(timed.batch["valid"])
+    assert timed.batch["tokens"].max() < 16 and len(np.unique(timed.batch["tokens"])) > 1
+    state, metrics = jax.eval_shape(timed.step, timed.state, timed.batch, timed.constants)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, timed.state)
+    assert {name for name in metrics if name.startswith("gradient_norm")} == {
+        "gradient_norm.thresholds"
+    }
+    assert metrics["ratio"].shape == (1,)
+
+
+def test_text_records_put_every_step_beside_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Step(FakeStep):
+        def peak_bytes(self) -> int:
+            return 3_000_000 * (len(asked) + 1)
+
+    def budgeted(problem: Problem, point: Point, train: Any) -> Step:
+        asked.append((problem.mechanism.name, train))
+        return Step(compile_seconds=5.0)
+
+    monkeypatch.setattr(bench_steps, "float_step", lambda *problem: Step(compile_seconds=2.0))
+    monkeypatch.setattr(bench_steps, "budgeted_step", budgeted)
+    monkeypatch.setattr(bench_steps, "measured_ranges", lambda *model: None)
+    records = bench_steps.text_records(TEXT, "text", TINY)
+    check_records(records)
+    kinds = ("energon_joint", "energon_thresholds", "acceltran_joint", "acceltran_thresholds")
+    assert [record["name"] for record in records] == [
+        f"text_{kind}{quantity}" for quantity in ("", "_memory", "_compile") for kind in kinds
+    ]
+    assert asked == [
+        (name, train)
+        for name in ("energon", "acceltran")
+        for train in (MODES["joint"], ("thresholds",))
+    ]
+    assert {record["ratio"] for record in records[-4:]} == {2.5}
+    assert {record["unit"] for record in records[4:8]} == {"MB"}
 
 
 def test_training_compares_every_mode_with_the_float_step(

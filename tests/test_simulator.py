@@ -139,9 +139,8 @@ def workload_from_masks(
         if rounds:
             listed = sum(alive[1:], start=jnp.zeros_like(queries))
             operations["threshold.evaluate"] = operation(queries * len(rounds), 1.0, 1.0)
-            operations["index.bits"] = operation(
-                listed * np.ceil(np.log2(trace.num_keys)), 1.0, 1.0
-            )
+            entry_bits = np.maximum(np.ceil(np.log2(trace.valid.sum(axis=1))), 1.0)
+            operations["index.bits"] = operation(listed * entry_bits[:, None], 1.0, 1.0)
         return Workload(
             operations=operations,
             rows=rows,

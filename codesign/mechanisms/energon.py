@@ -45,6 +45,7 @@ from codesign.workload import (
     Workload,
     binary_fetched_vectors,
     fetched_vectors,
+    grid_levels,
     operation,
     row_statistics,
     stream,
@@ -230,7 +231,9 @@ def _selection(
     planes = [key_bits[0]] + [key_bits[r] - key_bits[r - 1] for r in range(1, len(all_weights) - 1)]
     keys = jnp.sum(context.valid, axis=-1)
     resident = keys * head_dim * widths["qk_bits"]
-    index_bits = float(np.ceil(np.log2(max(num_keys, 2))))
+    # Bits of the longest list's entries: of the example's own keys, whatever it is padded to.
+    powers = jnp.asarray([2.0**g for g in range(grid_levels(num_keys))], keys.dtype)
+    index_bits = jnp.maximum(jnp.sum(keys[:, None] > powers[None, :], axis=1), 1)[:, None]
     listed = jnp.zeros((), context.valid.dtype)
     before = [fetched_whole(context, operands.query.shape[1]), *fetched]
     for index, plane in enumerate(planes):

@@ -1,0 +1,145 @@
+"""Peers are timed on what we are timed on, and left out with a line where they are not installed."""
+
+import dataclasses
+import functools
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codesign.experiments import bench_peers, bench_sizes, bench_steps
+from codesign.experiments.bench_cost import log_cost
+from codesign.experiments.model_choice import model_shape
+from codesign.experiments.teacher import float_path
+from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.operating_points import published_setting, workload_from_fractions
+from codesign.hw.spec import load_preset
+from codesign.models.config import ModelConfig
+from codesign.models.parameters import init_params
+from codesign.structure import TokenInput
+
+SHAPE = bench_sizes.TextShape(
+    structure=dataclasses.replace(
+        bench_sizes.SMALL,
+        num_heads=2,
+        head_dim=4,
+        width=8,
+        hidden=16,
+        input=TokenInput(vocabulary_size=32, max_tokens=8),
+    ),
+    batch_size=2,
+    num_tokens=8,
+)
+TINY = bench_sizes.BenchSizes(repeats=1, num_steps=1, small=SHAPE, num_trials=2, num_gradients=3)
+SPEC = load_preset("energon")
+ACCELERATOR = accelerator_from_spec(SPEC)
+# Qwix asks Flax for a name that Flax has replaced.
+ignores_alias = pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
+
+
+@pytest.mark.parametrize("name", ["qwix", "optuna"])
+def test_missing_peer_is_left_out_with_a_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    assert getattr(bench_peers, f"bench_{name}")(TINY) == []
+    printed = capsys.readouterr()
+    assert not printed.out
+    (line,) = printed.err.splitlines()
+    assert f"`{name}` is left out" in line and "codesign[bench]" in line
+
+
+def twin_params(params: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Our parameters under the names that Flax gives those of the twin."""
+    named = {"Embed_0": {"embedding": params["embed"]["table"]}, "position": params["position"]}
+    dense, norms = [], []
+    for layer in range(num_layers):
+        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
+        dense += [block[site] for site in ("qkv", "out", "up", "down")]
+        norms += [block["attention_norm"], block["ffn_norm"]]
+    named |= {f"Dense_{i}": own for i, own in enumerate([*dense, params["head"]])}
+    named |= {f"LayerNorm_{i}": own for i, own in enumerate([*norms, params["norm"]])}
+    return {"params": named}
+
+
+def test_twin_is_our_model() -> None:
+    structure = SHAPE.structure
+    params = init_params(structure, key=jax.random.key(0))
+    noise = jax.random.normal(jax.random.key(1), (len(jax.tree.leaves(params)),))
+    leaves, tree = jax.tree.flatten(params)
+    params = tree.unflatten([leaf + 0.3 * own for leaf, own in zip(leaves, noise, strict=True)])
+    inputs = bench_steps.random_text(SHAPE).part("train").inputs
+    ours, _ = float_path(params, inputs, ModelConfig(structure=structure))
+    twin = bench_peers.Twin(structure=structure)
+    theirs = twin.apply(twin_params(params, structure.num_layers), inputs["tokens"])
+    np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-6)
+
+
+def test_twin_step_trains() -> None:
+    timed = bench_peers.twin_step(bench_peers.Twin(structure=SHAPE.structure), SHAPE)
+    call = timed.compiled().steps(30)
+    first = float(call()["task"])
+    assert float(call()["task"]) < first
+
+
+def moved() -> tuple[Any, Any]:
+    shape = model_shape(bench_sizes.MINILM, 128)
+    workload = workload_from_fractions(shape, published_setting(SPEC))
+    function = functools.partial(bench_peers.moved_cost, workload=workload, accelerator=ACCELERATOR)
+    return workload, jax.jit(jax.value_and_grad(function))
+
+
+def test_every_knob_moves_the_cost() -> None:
+    workload, function = moved()
+    expected = log_cost((workload, ACCELERATOR.sizes), ACCELERATOR)
+    assert float(function(jnp.zeros(52))[0]) == pytest.approx(float(expected), rel=1e-6)
+    # Inside the range: at 8 and 16 bit the slope jumps.
+    inside = jnp.zeros(52).at[len(ACCELERATOR.sizes) :].set(-0.2)
+    gradient = np.asarray(function(inside)[1])
+    assert np.all(gradient != 0.0)
+    widths = gradient[len(ACCELERATOR.sizes) :]
+    assert np.all(widths > 0.0)  # a wider operand never costs less
+    # All layers are alike, so are the slopes.
+    by_layer = np.reshape(widths, (bench_peers.NUM_WIDTHS, 6))
+    np.testing.assert_allclose(by_layer, np.tile(by_layer[:, :1], 6), rtol=1e-4)
+    # Central difference along all knobs, in float32.
+    step = 1e-2 * np.sign(gradient)
+    slope = float(function(inside + step)[0]) - float(function(inside - step)[0])
+    assert slope == pytest.approx(2e-2 * np.sum(np.abs(gradient)), rel=1e-2)
+
+
+def test_search_is_timed_beside_the_gradient() -> None:
+    pytest.importorskip("optuna")
+    (record,) = bench_peers.bench_optuna(TINY)
+    assert record["name"] == "cost_gradient_52_knobs"
+    assert record["unit"] == "evaluation/s" and record["value"] > 0.0
+    assert record["baseline"]["name"] == "Optuna TPE trials"
+
+
+@ignores_alias
+def test_qwix_is_timed_beside_our_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("qwix")
+    joint = bench_peers.twin_step(bench_peers.Twin(structure=SHAPE.structure), SHAPE)
+    # Ours takes seconds to compile and has its own tests.
+    monkeypatch.setattr(bench_peers, "budgeted_step", lambda *problem: joint)
+    records = bench_peers.bench_qwix(TINY)
+    assert [(record["name"], record["baseline"]["name"]) for record in records] == [
+        ("qwix_int8", "plain Flax twin"),
+        ("small_joint", "float fine-tuning"),
+        ("small_joint_beside_qwix", "Qwix int8"),
+    ]
+    assert records[2]["value"] == records[1]["value"]
+    assert records[2]["baseline"]["value"] == records[0]["value"]
+
+
+@ignores_alias
+def test_qwix_quantises_every_product() -> None:
+    qwix = pytest.importorskip("qwix")
+    model = bench_peers.int8_twin(qwix, bench_peers.Twin(structure=SHAPE.structure))
+    timed = bench_peers.twin_step(model, SHAPE)
+    text = str(jax.make_jaxpr(model.apply)(timed.state[0], timed.batch["tokens"]))
+    # Per layer: four linear layers, scores and values; then the head.
+    assert text.count("preferred_element_type=int32") == 2 * 6 + 1
