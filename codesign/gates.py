@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from codesign.backward import kept
+from codesign.backward import kept, row_products
 
 # A row of equal scores has no spread to measure a temperature in; below this it counts as 1.
 MIN_SPREAD = 1e-6
@@ -290,7 +290,7 @@ def _probabilities_backward(
 ) -> tuple[jax.Array, ...]:
     logits, weights, top, share, total, inverse = stored
     exponentials, masses = _masses(logits, weights, top)
-    mean = jnp.sum(slope * (masses + share), axis=-1, keepdims=True) * inverse
+    mean = row_products(slope, masses + share) * inverse
     to_masses = (slope - jnp.where(total > 0.0, mean, 0.0)) * inverse
     to_logits = jnp.where(logits - top < MAX_EXPONENT, to_masses * masses, 0.0)
     constants = (jnp.zeros_like(top), jnp.zeros_like(share), jnp.zeros((), logits.dtype))

@@ -86,7 +86,7 @@ def problem() -> Problem:
         num_outputs=3,
     )
     setup = tiny_model.config(shape)
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(1)
     pixels = rng.integers(0, 17, size=(2, 4, 4))
     params = doubled(init_params(shape, key=jax.random.key(0)))
     # Ranges that clip some activations and miss the largest of others: at its very end a range has a kink.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from codesign import gates
-from codesign.backward import kept
+from codesign.backward import kept, row_products
 from codesign.policy import bits_range
 from codesign.quantize import power_of_two
 
@@ -181,14 +181,15 @@ def _deployed_round_backward(stored: tuple[Any, ...], slope: jax.Array) -> tuple
     size = jnp.abs(a)
     number, mean = facts.number, facts.mean
     distance = facts.extreme - mean
-    variance = jnp.sum(weights * jnp.square(scores - mean), axis=-1, keepdims=True) / number
+    variance = row_products(weights, jnp.square(scores - mean)) / number
     width = temperature * gates.gate_width(jnp.sqrt(variance))
     # The sigmoid by its hyperbolic tangent: gate = (1 + t) / 2, gate (1 - gate) = (1 - t^2) / 4.
     t = jnp.tanh((scores - (mean + size * distance)) * (0.5 / width))
     # What moves a score against its threshold; where the round is off, nothing does.
     steepness = jnp.where(is_off, 0.0, 0.25 / width)
-    to_margin = slope * weights * (1.0 - t * t) * steepness
-    to_theta = -jnp.sum(to_margin, axis=-1, keepdims=True)
+    bell = weights * (1.0 - t * t)
+    to_margin = slope * bell * steepness
+    to_theta = -steepness * row_products(slope, bell)
     to_mean = (1.0 - size) * to_theta / number
     # Equal scores share the derivative of their maximum or minimum.
     share = jnp.where(scores == facts.extreme, weights, 0.0) * (size * to_theta / facts.ties)
