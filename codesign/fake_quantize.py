@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from codesign import gates
+from codesign.backward import kept
 from codesign.gates import Relaxation
 from codesign.policy import BITS_RANGE, bits_range, group
 from codesign.quantize import (
@@ -100,7 +101,7 @@ def quantize_weight(
     """
     return interpolated_quantize(
         kernel,
-        gates.detach(weight_range(kernel, site)) * jnp.exp(knobs[f"{site}.weight_clip"]),
+        gates.detach(kept(weight_range(kernel, site))) * jnp.exp(knobs[f"{site}.weight_clip"]),
         knobs[f"{site}.weight_bits"],
         max_bits=BITS_RANGE["linear"][1],
         straight_through=relaxation.straight_through,

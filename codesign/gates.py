@@ -16,6 +16,9 @@ from codesign.backward import kept, row_products
 MIN_SPREAD = 1e-6
 # Keeps exp finite in float32 (exp(60) = 1e26) for dropped keys far above the kept ones.
 MAX_EXPONENT = 60.0
+# Largest exponential, relative to a row's largest kept one, in the derivative to the gate of a key that is dropped outright
+# (ours): the true one, up to exp(60), lets a single key outweigh every other gradient of a step.
+MAX_DROPPED_EXPONENT = 2.0
 
 # Hard concrete distribution, van Baalen et al., "Bayesian Bits", arXiv 2005.07093 (dimensionless).
 CONCRETE_TEMPERATURE = 2.0 / 3.0
@@ -230,7 +233,8 @@ def masked_softmax(
 
     `P_j = (w_j exp(x_j - m) + epsilon / n) / (sum_k w_k exp(x_k - m) + epsilon)`, with m the
     maximum over keys of w >= 0.5 (over all keys where there is none), held constant. The product
-    form keeps the gradient of a gate finite at w = 0. A row without any key gives zeros.
+    form keeps the gradient of a gate finite at w = 0 (there its exponential is bounded by `exp(MAX_DROPPED_EXPONENT)`).
+    A row without any key gives zeros.
 
     Args:
       logits: Attention logits, `[..., S]`.
@@ -284,7 +288,8 @@ def _probabilities_forward(
     return (masses + share) * inverse, (logits, weights, top, share, total, inverse)
 
 
-# The true derivatives, written out: fewer passes over pairs than automatic differentiation takes.
+# The true derivatives, written out: fewer passes over pairs than automatic differentiation takes. Only that to the weight
+# of a key dropped outright (0, never on a relaxed path) is bounded.
 def _probabilities_backward(
     stored: tuple[jax.Array, ...], slope: jax.Array
 ) -> tuple[jax.Array, ...]:
@@ -294,7 +299,9 @@ def _probabilities_backward(
     to_masses = (slope - jnp.where(total > 0.0, mean, 0.0)) * inverse
     to_logits = jnp.where(logits - top < MAX_EXPONENT, to_masses * masses, 0.0)
     constants = (jnp.zeros_like(top), jnp.zeros_like(share), jnp.zeros((), logits.dtype))
-    return to_logits, to_masses * exponentials, *constants
+    bounded = jnp.minimum(exponentials, jnp.exp(jnp.asarray(MAX_DROPPED_EXPONENT, logits.dtype)))
+    to_weights = to_masses * jnp.where(weights > 0.0, exponentials, bounded)
+    return to_logits, to_weights, *constants
 
 
 _probabilities.defvjp(_probabilities_forward, _probabilities_backward)

@@ -6,33 +6,38 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from codesign import gates
+from codesign.backward import dense_product, split_heads, weighted_values
+from codesign.fake_quantize import (
+    RESIDUAL_BITS,
+    TABLE_BITS,
+    WIDTHS,
+    attention_probabilities,
+    operand_codes,
+    quantize_activation,
+    quantize_weight,
+    tensor_scale,
+    weight_scale,
+)
 from codesign.gates import Relaxation
 from codesign.mechanisms.protocol import Hooks, Operands
-from codesign.policy import BITS_RANGE, BLOCK_SITES, bits_range, group
-from codesign.quantize import (
-    code_limit,
-    deployed_bits,
-    interpolated_quantize,
-    quantize,
-    quantize_probabilities,
-)
+from codesign.policy import BLOCK_SITES
+from codesign.quantize import code_limit, quantize
 from codesign.structure import ModelStructure
 
-SOFTMAX_EPSILON = 1e-9
-"""Keeps a row without kept mass finite on the soft path (Energon's specification, section 3; dimensionless)."""
-TABLE_BITS = 10.0
-"""Width in bit of the code that enters the table of a non-linearity (docs/integer_path.md)."""
 TABLE_INPUTS = {"up": "gelu", "pool": "pooled"}
 """Sites whose output enters a table, and the name of its calibrated range."""
-RESIDUAL_BITS = 16
-"""Width in bit of the residual stream (docs/integer_path.md)."""
-WIDTHS = {"query": "qk_bits", "key": "qk_bits", "value": "v_bits"}
-"""The knob that gives an attention operand its width."""
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Returns x times the normal distribution's integral up to x, by `erf` (`jax.nn.gelu` takes the slower `erfc`)."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
+
 
 NON_LINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "tanh": jnp.tanh,
@@ -78,19 +83,6 @@ class Arithmetic(Protocol):
 
     def weight_densities(self) -> dict[str, jax.Array]:
         """Returns the fraction of non-zero weights by `<site>.weight`, scalars; empty unless zeros are skipped."""
-
-
-def counted_widths(knobs: dict[str, jax.Array], relaxation: Relaxation) -> dict[str, jax.Array]:
-    """Returns the widths that counts use, in bit: deployed straight-through, fractional on the relaxed path."""
-    widths = {}
-    for name, value in knobs.items():
-        if group(name) == "bits":
-            low, high = bits_range(name)
-            deployed = deployed_bits(value, low, high)
-            widths[name] = (
-                gates.straight_through(deployed, value) if relaxation.straight_through else value
-            )
-    return widths
 
 
 def normalised(r: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
@@ -151,30 +143,15 @@ class FloatArithmetic:
         self.observe(site, x)
         if self.relaxation is None:
             return x
-        return interpolated_quantize(
-            x,
-            self.ranges[site] * jnp.exp(self.knobs[f"{site}.activation_clip"]),
-            self.knobs[f"{site}.activation_bits"],
-            max_bits=BITS_RANGE["linear"][1],
-            straight_through=self.relaxation.straight_through,
-        )
+        return quantize_activation(x, self.ranges[site], self.knobs, site, self.relaxation)
 
     def weight(self, site: str) -> jax.Array:
-        """Returns the weight, quantised by output column (by tensor for `head`: one scale for all logits).
-
-        Its range is the largest magnitude times exp(clip).
-        """
+        """Returns the weight as the mechanism prunes it, then quantised."""
         kernel: jax.Array = self.params[site]["kernel"]
         if self.relaxation is None:
             return kernel
         kernel, density = self.hooks.on_weight(self.knobs, kernel, site, self.relaxation)
-        quantised = interpolated_quantize(
-            kernel,
-            gates.detach(weight_range(kernel, site)) * jnp.exp(self.knobs[f"{site}.weight_clip"]),
-            self.knobs[f"{site}.weight_bits"],
-            max_bits=BITS_RANGE["linear"][1],
-            straight_through=self.relaxation.straight_through,
-        )
+        quantised = quantize_weight(kernel, self.knobs, site, self.relaxation)
         if self.hooks.skips_zeros and site in BLOCK_SITES:
             stored = jnp.mean((quantised != 0.0).astype(quantised.dtype))
             self.densities[f"{site}.weight"] = gates.straight_through(stored, density)
@@ -186,7 +163,7 @@ class FloatArithmetic:
 
     def linear(self, x: jax.Array, site: str) -> jax.Array:
         """See `Arithmetic.linear`."""
-        product: jax.Array = x @ self.weight(site)
+        product = dense_product(x, self.weight(site))
         bias = self.params[site]["bias"]
         product = product + jnp.reshape(bias, (1,) * (product.ndim - 1) + (-1,))
         if site in TABLE_INPUTS:
@@ -204,9 +181,8 @@ class FloatArithmetic:
         return self._operands(tensors)
 
     def _split(self, projected: jax.Array) -> dict[str, jax.Array]:
-        split = jnp.reshape(projected, (*projected.shape[:2], 3, self.structure.num_heads, -1))
-        names = ("query", "key", "value")
-        return {name: jnp.swapaxes(split[:, :, i], 1, 2) for i, name in enumerate(names)}
+        split = split_heads(projected, self.structure.num_heads)
+        return dict(zip(("query", "key", "value"), split, strict=True))
 
     def _operands(self, tensors: dict[str, jax.Array]) -> Operands:
         codes, scales = zip(
@@ -225,14 +201,7 @@ class FloatArithmetic:
         scale = self.scale(name)
         if self.relaxation is None:
             return x, scale
-        # In units of the code: integers come out exact, so that a filter's floor sees no rounding error.
-        code = interpolated_quantize(
-            x / scale,
-            self._limit(WIDTHS[name]),
-            self.knobs[WIDTHS[name]],
-            max_bits=BITS_RANGE["attention"][1],
-            straight_through=self.relaxation.straight_through,
-        )
+        code = operand_codes(x, scale, self.knobs, name, self.relaxation)
         return code, scale
 
     def _rounded(self, code: jax.Array) -> jax.Array:
@@ -241,24 +210,11 @@ class FloatArithmetic:
             return code
         return gates.straight_through(jnp.round(code), code)
 
-    def _limit(self, width: str) -> jax.Array:
-        """Returns the largest code of a knob's deployed width, constant."""
-        limit: jax.Array = code_limit(deployed_bits(self.knobs[width], *bits_range(width)))
-        return gates.detach(limit)
-
     def scale(self, name: str) -> jax.Array:
         """Returns the real value of one code of a tensor, constant: an activation's site, an operand, or `gelu`."""
         if self.relaxation is None:
             return jnp.ones((), self.valid.dtype)
-        real = gates.detach(self.ranges[name])
-        if name == "gelu":
-            largest: jax.Array = code_limit(jnp.asarray(TABLE_BITS, real.dtype))
-        elif name in WIDTHS:
-            largest = self._limit(WIDTHS[name])
-        else:
-            real = real * gates.detach(jnp.exp(self.knobs[f"{name}.activation_clip"]))
-            largest = self._limit(f"{name}.activation_bits")
-        return real / largest
+        return tensor_scale(self.ranges[name], self.knobs, name)
 
     def scales(self) -> dict[str, jax.Array]:
         """Returns the scales of a block's tensors; `out` and `down` are what enters these products."""
@@ -267,9 +223,7 @@ class FloatArithmetic:
     def _weight_scale(self, site: str) -> jax.Array:
         if self.relaxation is None:
             return jnp.ones((1, 1), self.valid.dtype)
-        clip = jnp.exp(self.knobs[f"{site}.weight_clip"])
-        range_ = gates.detach(weight_range(self.params[site]["kernel"], site) * clip)
-        return range_ / self._limit(f"{site}.weight_bits")
+        return weight_scale(self.params[site]["kernel"], self.knobs, site)
 
     def codes(self, x: jax.Array, site: str) -> jax.Array:
         """See `Numbers.codes`."""
@@ -288,26 +242,19 @@ class FloatArithmetic:
     def scores(self, operands: Operands) -> jax.Array:
         """See `Arithmetic.scores`."""
         scores: jax.Array = jnp.einsum("bhtd,bhsd->bhts", operands.query, operands.key)
-        self.observe("scores", scores * self.valid[:, None, None, :])
+        if self.observing:
+            self.observe("scores", scores * self.valid[:, None, None, :])
         return scores
 
     def probabilities(self, scores: jax.Array, operands: Operands, weights: jax.Array) -> jax.Array:
         """See `Arithmetic.probabilities`; gates multiply the exponentials."""
         logits = scores * operands.logit_scale
-        probabilities = gates.masked_softmax(logits, weights, epsilon=SOFTMAX_EPSILON)
-        if self.relaxation is None:
-            return probabilities
-        return quantize_probabilities(
-            probabilities,
-            self.knobs["qk_bits"],
-            max_bits=BITS_RANGE["attention"][1],
-            straight_through=self.relaxation.straight_through,
-        )
+        return attention_probabilities(logits, weights, self.knobs, self.relaxation)
 
     def attend(self, probabilities: jax.Array, operands: Operands) -> jax.Array:
         """See `Arithmetic.attend`."""
-        heads = jnp.einsum("bhts,bhsd->bthd", probabilities, operands.value) * operands.value_scale
-        return self.enter(jnp.reshape(heads, (*heads.shape[:2], -1)), "out")
+        attended = weighted_values(probabilities, operands.value, operands.value_scale)
+        return self.enter(attended, "out")
 
     def activate(self, x: jax.Array) -> jax.Array:
         """See `Arithmetic.activate`."""
@@ -345,9 +292,3 @@ class FloatArithmetic:
         exists = valid[:, None, :, None] if x.ndim == 4 else valid[:, :, None]
         largest = jnp.max(jnp.abs(gates.detach(x)) * exists)
         self.observed[name] = jnp.maximum(self.observed.get(name, largest), largest)
-
-
-def weight_range(kernel: jax.Array, site: str) -> jax.Array:
-    """Returns the largest magnitude of each output column `[1, outputs]`; of the tensor `[1, 1]` for `head`."""
-    axes = (0, 1) if site == "head" else (0,)
-    return jnp.maximum(jnp.max(jnp.abs(kernel), axis=axes, keepdims=True), 1e-12)

@@ -64,7 +64,7 @@ def dense_workload(
         operations=counts.operations,
         rows=counts.rows,
         streams=counts.streams,
-        block_gemms=block_gemms(Hooks(), context, plan, selection, structure),
+        block_gemms=block_gemms(Hooks(), context, plan, selection.keys, structure),
         end_gemms={},
         head_dim=structure.head_dim,
         densities={

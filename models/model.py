@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from codesign.calibration import Calibration
+from codesign.fake_quantize import RESIDUAL_BITS, counted_widths
 from codesign.gates import Relaxation
 from codesign.mechanisms.protocol import Carry, Context, Mechanism
-from codesign.models.arithmetic import RESIDUAL_BITS, FloatArithmetic, counted_widths
+from codesign.models.arithmetic import FloatArithmetic
 from codesign.models.config import ModelConfig
 from codesign.models.integer import (
     BIAS_FRACTION_BITS,

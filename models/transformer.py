@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from codesign.mechanisms.protocol import Carry, Context, Counts, Hooks, Plan, Selection
+from codesign.backward import keeping_marked
+from codesign.mechanisms.protocol import Carry, Context, Counts, Hooks, Operands, Plan
 from codesign.models.arithmetic import Arithmetic
+from codesign.models.chunks import Attention, in_chunks, may_split
 from codesign.structure import ModelStructure
 from codesign.vocabulary import SITES, check_key
 from codesign.workload import Gemm, Workload, gemm, layers_second
@@ -98,17 +100,30 @@ def block(
         key=entering(operands.key, "key"),
         value=entering(operands.value, "value"),
     )
-    selection, added = hooks.filter(context, operands, plan, carry)
-    counts += added
-    scores = arithmetic.scores(operands) if selection.scores is None else selection.scores
-    scores = entering(scores, "scores")
-    probabilities = arithmetic.probabilities(scores, operands, selection.weights)
-    probabilities, value_weights, added = hooks.on_probabilities(context, probabilities, selection)
-    counts += added
-    tensors["probabilities"] = probabilities
-    counts += hooks.execution(context, operands, selection, plan, value_weights)
-    attended = leaving(arithmetic.attend(probabilities, operands), "attention")
-    carry = hooks.carry(context, carry, probabilities, attended)
+
+    def attend(context: Context, operands: Operands) -> Attention:
+        selection, counts = hooks.filter(context, operands, plan, carry)
+        scores = arithmetic.scores(operands) if selection.scores is None else selection.scores
+        scores, added = hooks.on_activation(context, scores, plan, "scores")
+        counts += added
+        probabilities = arithmetic.probabilities(scores, operands, selection.weights)
+        probabilities, value_weights, added = hooks.on_probabilities(
+            context, probabilities, selection
+        )
+        counts += added + hooks.execution(context, operands, selection, plan, value_weights)
+        attended = arithmetic.attend(probabilities, operands)
+        pairs = {"raw_scores": scores, "probabilities": probabilities}
+        return Attention(attended, counts, selection.keys, selection.trace, pairs)
+
+    if may_split(context, plan, hooks):
+        attention = in_chunks(attend, context, operands, hooks)
+    else:
+        attention = attend(context, operands)
+        tensors |= attention.pairs
+    counts += attention.counts
+    attended = leaving(attention.attended, "attention")
+    if attention.pairs:
+        carry = hooks.carry(context, carry, attention.pairs["probabilities"], attended)
     branch = leaving(arithmetic.linear(entering(attended, "out"), "out"), "attention_branch")
     residual = tensors["attended"] = arithmetic.add(residual, branch, "out")
     x = entering(arithmetic.read(residual, "up"), "up")
@@ -124,18 +139,22 @@ def block(
         operations=counts.operations,
         rows=counts.rows,
         streams=counts.streams,
-        block_gemms=block_gemms(hooks, context, plan, selection, structure),
+        block_gemms=block_gemms(hooks, context, plan, attention.keys, structure),
         end_gemms={},
         head_dim=structure.head_dim,
         densities=counts.densities,
     )
-    trace = selection.trace | tensors if context.tracing else {}
+    trace = attention.trace | tensors if context.tracing else {}
     output = BlockOutput(workload=workload, trace=trace, observed=counts.observed)
     return residual, context.valid, carry, output
 
 
 def block_gemms(
-    hooks: Hooks, context: Context, plan: Plan, selection: Selection, structure: ModelStructure
+    hooks: Hooks,
+    context: Context,
+    plan: Plan,
+    keys: jax.Array | None,
+    structure: ModelStructure,
 ) -> dict[str, Gemm]:
     """Returns the dense products of one layer: rows that are skipped do not count, nor heads that are dropped.
 
@@ -150,7 +169,7 @@ def block_gemms(
     }
     rows = dict.fromkeys(shapes, tokens)
     bits = {site: context.widths[f"{site}.activation_bits"] for site in shapes}
-    generated = plan.keys if selection.keys is None else selection.keys
+    generated = plan.keys if keys is None else keys
     parts = [plan.queries, generated, generated]
     if hooks.generates_keys:
         rows["qkv"] = _mean_rows(parts[:1], context.valid) / 3.0
@@ -210,6 +229,8 @@ def run_layers(
         residual, valid, carry, output = layer_fn(layer, *state)
         return (residual, valid, carry), output
 
-    (residual, valid, _), outputs = jax.lax.scan(step, (residual, valid, carry), stacked)
+    (residual, valid, _), outputs = jax.lax.scan(
+        keeping_marked(step), (residual, valid, carry), stacked
+    )
     workload = layers_second(outputs.workload)
     return residual, valid, BlockOutput(workload, outputs.trace, outputs.observed)

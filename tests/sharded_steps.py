@@ -60,7 +60,7 @@ def run(
     return {
         "steps": listed,
         "shards": shards,
-        "compilations": step_fn._cache_size(),  # type: ignore[attr-defined]
+        "compilations": step_fn.compiled._cache_size(),  # type: ignore[attr-defined]
         "policy": {name: np.asarray(x).tolist() for name, x in state.policy.layers.items()},
     }
 

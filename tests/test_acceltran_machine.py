@@ -151,9 +151,9 @@ def test_effectual_products_and_stored_elements():
     # A quarter of 8 bits and the mask bit, of 9.
     ratio = sparse.block_own.busy_cycles["dram"] / dense.block_own.busy_cycles["dram"]
     assert float(ratio[0, 0]) == pytest.approx(3 / 9)
-    # Scores, 1 of 6 tensors, are no operand of a product: nothing says that they are sparse.
+    # All six tensors of attention are stored without their zeros, scores included: DynaTran prunes them as well.
     ratio = sparse.unit_busy_cycles["activation"] / dense.unit_busy_cycles["activation"]
-    assert float(ratio[0, 0]) == pytest.approx((5 * 0.5 + 1) / 6)
+    assert float(ratio[0, 0]) == pytest.approx(0.5)
 
 
 def test_densities_are_read_by_name():
@@ -392,8 +392,9 @@ def test_gradients_match_central_differences(preset: str, monkeypatch: pytest.Mo
         slopes = unravel(gradient)
         for name, slope in slopes[0].items():
             assert abs(float(slope)) > 1e-9, name
-        for site, slope in slopes[1].densities.items():
-            assert float(jnp.min(slope)) > 1e-6, site
+        ignored = {site for site, x in slopes[1].densities.items() if not float(jnp.max(x)) > 1e-6}
+        # What leaves a product or enters a table is priced where the next product reads it.
+        assert ignored == {"attention", "attention_branch", "gelu", "ffn_branch"}
 
 
 def test_smooth_latency_lies_above_and_tends_to_the_maximum():

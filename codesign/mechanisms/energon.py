@@ -289,6 +289,6 @@ energon = Mechanism(
     ),
     has_rounds=True,
     codes=codes,
-    soft=Hooks(filter=soft_filter),
+    soft=Hooks(filter=soft_filter, head_knobs=("threshold",)),
     hard=Hooks(filter=hard_filter),
 )

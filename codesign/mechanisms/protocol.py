@@ -365,6 +365,8 @@ class Hooks:
     `generates_keys`: `execution` counts K and V as made on the mechanism's own units
     (`generate.mac`), so that the dense product `qkv` counts Q alone.
     `skips_zeros`: the block counts the density of weights.
+    `head_knobs`: knobs whose first axis in a layer is the head, if that is all that ties `filter`, `on_probabilities` and
+    `execution` to heads, so that they may see some heads at a time; None: they see all.
     """
 
     start: StartFn = no_carry
@@ -378,6 +380,7 @@ class Hooks:
     carry: CarryFn = keep_carry
     generates_keys: bool = False
     skips_zeros: bool = False
+    head_knobs: tuple[str, ...] | None = None
 
 
 def no_knobs(num_layers: int, num_heads: int) -> dict[str, jax.Array]:
