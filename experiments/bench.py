@@ -36,6 +36,40 @@ DEFAULT_NAMES = tuple(name for name in BENCHMARKS if name != "parts")
 """All but `parts`, which only explains `training`."""
 QUICK_NAMES = ("cost", "hard_path", "simulator")
 """Those that need no training step, whose compilation takes most of a minute."""
+SECONDS = {
+    "cost": 30.0,
+    "training": 45.0,
+    "parts": 60.0,
+    "minilm_8x128": 110.0,
+    "minilm_2x512": 130.0,
+    "hard_path": 15.0,
+    "compile": 60.0,
+    "simulator": 15.0,
+    "qwix": 60.0,
+    "optuna": 40.0,
+}
+"""Wall time of each on two CPU cores (measured, s), compilation included."""
+
+
+def chosen(names: Sequence[str] | None, *, quick: bool) -> Sequence[str]:
+    """Returns the benchmarks to run: `names`, or else the default ones.
+
+    Raises:
+      UnknownNameError: If a benchmark does not exist.
+    """
+    if names is None:
+        return QUICK_NAMES if quick else DEFAULT_NAMES
+    for name in names:
+        if name not in BENCHMARKS:
+            raise UnknownNameError(
+                f"benchmark `{name}` does not exist: choose from {', '.join(BENCHMARKS)}"
+            )
+    return names
+
+
+def bench_seconds(*, names: Sequence[str] | None = None, quick: bool = False) -> float:
+    """Returns the expected time of `run_bench`, s, at most."""
+    return sum(SECONDS[name] for name in chosen(names, quick=quick))
 
 
 def run_bench(*, names: Sequence[str] | None = None, quick: bool = False) -> list[Record]:
@@ -52,16 +86,13 @@ def run_bench(*, names: Sequence[str] | None = None, quick: bool = False) -> lis
     Raises:
       UnknownNameError: If a benchmark does not exist.
     """
-    if names is None:
-        names = QUICK_NAMES if quick else DEFAULT_NAMES
-    for name in names:
-        if name not in BENCHMARKS:
-            raise UnknownNameError(
-                f"benchmark `{name}` does not exist: choose from {', '.join(BENCHMARKS)}"
-            )
     sizes = QUICK if quick else FULL
     where = device()
-    return [record | {"device": where} for name in names for record in BENCHMARKS[name](sizes)]
+    return [
+        record | {"device": where}
+        for name in chosen(names, quick=quick)
+        for record in BENCHMARKS[name](sizes)
+    ]
 
 
 def bench_table(records: Sequence[Record]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:

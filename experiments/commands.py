@@ -119,6 +119,7 @@ def curve(
     scope: Scope = "end_to_end",
     seeds: tuple[int, ...] = (0,),
     part: Part = "validation",
+    num_selection: int = 128,
     ablations: bool = False,
     cache: Path | None = None,
     resume: bool = False,
@@ -139,13 +140,20 @@ def curve(
       scope: Whether the linear layers count (end_to_end) or attention alone.
       seeds: Seeds of the dense model and its fine-tuning.
       part: Part of the data on which points are measured.
+      num_selection: Validation examples on which the uniform settings are chosen; fewer are faster.
       ablations: Also train bits only and thresholds only.
       cache: Folder of the dense models; default: `dense` in `--out`.
       resume: Continue the curve in `--out`, point by point.
       overwrite: Delete the curve in `--out` first.
       estimate: Print the expected time and stop.
     """
-    settings = CurveSettings(budgets=budgets, metric=metric, scope=scope, ablations=ablations)
+    settings = CurveSettings(
+        budgets=budgets,
+        metric=metric,
+        scope=scope,
+        num_selection=num_selection,
+        ablations=ablations,
+    )
     announce(curve_seconds(experiment, settings, seeds))
     if estimate:
         return 0
@@ -229,8 +237,10 @@ def bench(
       quick: Fewer repeats and points.
       as_json: Print JSON only.
     """
-    from codesign.experiments.bench import bench_table, run_bench
+    from codesign.experiments.bench import bench_seconds, bench_table, run_bench
 
+    if not as_json:
+        announce(bench_seconds(names=names, quick=quick))
     records = run_bench(names=names, quick=quick)
     if as_json:
         print_json(records)

@@ -17,6 +17,7 @@ from codesign.experiments.dense_cost import DenseCost
 from codesign.experiments.evaluate import (
     Point,
     deployment,
+    divergence,
     hard_chunks,
     metrics_of,
 )
@@ -45,6 +46,8 @@ BUDGET_BISECTIONS = 7
 """Halvings of the interval [0, 1] of a move that is to meet a budget: 1/128."""
 FILTER_WIDTHS = ("query_bits", "key_bits")
 """Widths that a common move leaves alone: they are at a few bits from the start."""
+ACTIVATION_SHARES = (1.0, 0.75, 0.5, 0.25)
+"""How far the activations of linear layers may follow when their weights are narrowed to meet a budget (ours)."""
 BUDGET_TOLERANCE = 0.005
 """Part of the budget by which the deployed cost may exceed it before thresholds are raised (ours)."""
 
@@ -103,7 +106,7 @@ def start_point(problem: Problem) -> Point:
         for _ in range(BISECTIONS):
             strength[..., chosen] = (low + high) / 2.0
             tried = with_threshold(policy, scale.from_strength(strength, ranges))
-            kept = calibration_run(problem, _with_policy(point, tried))[1]
+            kept = calibration_run(problem, _with_policy(point, tried)).kept
             keeps_more = kept[..., chosen] > targets[chosen]
             low = np.where(keeps_more, strength[..., chosen], low)
             high = np.where(keeps_more, high, strength[..., chosen])
@@ -114,10 +117,20 @@ def _with_policy(point: Point, policy: Policy) -> Point:
     return dataclasses.replace(point, policy=policy)
 
 
-def calibration_run(
-    problem: Problem, point: Point
-) -> tuple[dict[Scope, dict[Metric, float]], NDArray[np.float64]]:
-    """Returns mean costs and kept fractions `[L, ...]` of a point's hard path on the calibration examples."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationRun:
+    """Means of a point's hard path over the calibration examples.
+
+    `costs[scope][metric]` in pJ and cycles, kept fractions `kept` `[L, ...]`, `kl_nats` from the dense float model.
+    """
+
+    costs: dict[Scope, dict[Metric, float]]
+    kept: NDArray[np.float64]
+    kl_nats: float
+
+
+def calibration_run(problem: Problem, point: Point) -> CalibrationRun:
+    """Returns what a point's hard path does on the calibration examples."""
     chunked = list(
         hard_chunks(
             deployment(problem, point),
@@ -133,10 +146,20 @@ def calibration_run(
         }
         for scope in SCOPES
     }
+    divergences = [
+        divergence(
+            problem.teacher.part_logits("train", one.indices, one.inputs),
+            one.logits,
+            one.inputs.get("valid"),
+        )
+        for one in chunked
+    ]
     kept = np.average(
         [one.kept for one in chunked], axis=0, weights=[len(one.indices) for one in chunked]
     )
-    return costs, kept
+    return CalibrationRun(
+        costs=costs, kept=kept, kl_nats=float(np.mean(np.concatenate(divergences)))
+    )
 
 
 class BudgetedTraining:
@@ -304,17 +327,30 @@ class BudgetedTraining:
 
         Widths move towards their lower limits in proportion to their distance from them, thresholds alike upwards: the
         widths first under a budget on energy, the thresholds first under one on latency alone, which widths hardly change.
+        How far activations follow the weights is what diverges least from the dense model on the calibration examples.
         """
-        moves: dict[Group, Callable[[Point, float], Policy]] = {
-            "bits": lambda moved, move: narrowed(moved.policy, move),
-            "thresholds": self._raised,
+        moves: dict[Group, Callable[[Point, Budget], Point]] = {
+            "bits": self._narrowed,
+            "thresholds": lambda point, budget: self._moved(point, budget, self._raised),
         }
         order: tuple[Group, ...] = ("bits", "thresholds")
         for name in order if "energy" in self.metrics else order[::-1]:
             if name not in self.settings.train or self.excess(point, budget) <= 1.0:
                 continue
-            point = self._moved(point, budget, moves[name])
+            point = moves[name](point, budget)
         return point
+
+    def _narrowed(self, point: Point, budget: Budget) -> Point:
+        tried = []
+        for share in ACTIVATION_SHARES:
+
+            def move(moved: Point, by: float, share: float = share) -> Policy:
+                return narrowed(moved.policy, by, activation_share=share)
+
+            candidate = self._moved(point, budget, move)
+            run = calibration_run(self.problem, candidate)
+            tried.append((max(self._excess(run, budget), 1.0), run.kl_nats, candidate))
+        return min(tried, key=lambda one: one[:2])[2]
 
     def _raised(self, point: Point, move: float) -> Policy:
         return raised(point, move, self.problem.mechanism.thresholds)
@@ -330,11 +366,11 @@ class BudgetedTraining:
 
     def excess(self, point: Point, budget: Budget) -> float:
         """Returns the largest ratio of deployed cost, on the calibration examples, to its bound; 0 without a bound."""
-        limits = self.limits(budget)
-        if not limits:
-            return 0.0
-        costs = calibration_run(self.problem, point)[0][self.scope]
-        return max(costs[name] / limit for name, limit in limits.items())
+        return self._excess(calibration_run(self.problem, point), budget)
+
+    def _excess(self, run: CalibrationRun, budget: Budget) -> float:
+        costs = run.costs[self.scope]
+        return max((costs[name] / x for name, x in self.limits(budget).items()), default=0.0)
 
     def repaired(self, point: Point, budget: Budget) -> Point:
         """Returns the point with whole bits and, if the deployed cost breaks the budget, higher thresholds."""
@@ -348,18 +384,20 @@ class BudgetedTraining:
         return mended if self.excess(mended, budget) <= 1.0 else point
 
 
-def narrowed(policy: Policy, move: float) -> Policy:
+def narrowed(policy: Policy, move: float, *, activation_share: float = 1.0) -> Policy:
     """Returns the policy with its widths moved towards their lower limits: `move` of the way, 0 to 1.
 
-    Exact attention goes first (up to a half), where narrowing costs least quality, then the linear layers.
+    Exact attention goes first (up to a half), where narrowing costs least quality, then the linear layers, whose
+    activations go `activation_share` of the way of their weights.
     """
 
     def inside(name: str, value: jax.Array) -> jax.Array:
         if not name.endswith("bits") or name in FILTER_WIDTHS:
             return value
         low = bits_range(name)[0]
-        part = 2.0 * move if name in ATTENTION_BITS else 2.0 * move - 1.0
-        return low + (value - low) * (1.0 - min(max(part, 0.0), 1.0))
+        part = min(max(2.0 * move if name in ATTENTION_BITS else 2.0 * move - 1.0, 0.0), 1.0)
+        share = activation_share if name.endswith(".activation_bits") else 1.0
+        return low + (value - low) * (1.0 - share * part)
 
     return Policy(
         layers={name: inside(name, value) for name, value in policy.layers.items()},

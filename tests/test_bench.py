@@ -350,3 +350,5 @@ def test_defaults_are_the_digits_experiment() -> None:
     assert bench_sizes.FULL.experiment == digits()
     assert bench_sizes.FULL.layers == (6, 12)
     assert set(bench.DEFAULT_NAMES) | {"parts"} == set(bench.BENCHMARKS)
+    assert bench.SECONDS.keys() == bench.BENCHMARKS.keys()
+    assert 0.0 < bench.bench_seconds(quick=True) < bench.bench_seconds()

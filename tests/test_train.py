@@ -92,6 +92,18 @@ def test_narrowing_goes_to_the_lower_limits_attention_first(policy: Policy) -> N
     assert clips and all(moved.layers[name] is policy.layers[name] for name in clips)
 
 
+def test_activations_follow_their_weights_as_far_as_told(policy: Policy) -> None:
+    before = widths(policy)
+    for share in (0.0, 0.5):
+        after = widths(narrowed(policy, 0.75, activation_share=share))
+        for name, value in before.items():
+            low = bits_range(name)[0]
+            # Linear layers are half of the way.
+            part = 0.5 * (share if name.endswith(".activation_bits") else 1.0)
+            if not (name in FILTER_WIDTHS or name in ATTENTION_BITS):
+                np.testing.assert_allclose(after[name], value - part * (value - low), rtol=1e-6)
+
+
 def test_raising_goes_to_the_largest_alpha(policy: Policy) -> None:
     shape = policy.layers["threshold"].shape
     policy = with_alpha(policy, np.linspace(-0.9, 0.9, np.prod(shape)).reshape(shape))
@@ -131,7 +143,7 @@ def test_start_kept_needs_one_entry_per_round() -> None:
 
 
 def test_start_point_keeps_what_is_asked_for(tiny_problem: Problem, start: Point) -> None:
-    kept = calibration_run(tiny_problem, start)[1]
+    kept = calibration_run(tiny_problem, start).kept
     assert kept.shape == (2, 2, 2)
     # alpha is found to 1/32; where it passes 0 the threshold passes the mean, around which scores lie close.
     np.testing.assert_allclose(kept, np.broadcast_to(SCALE.start_kept, kept.shape), atol=0.05)
@@ -164,7 +176,10 @@ def test_calibration_covers_every_image(tiny_problem: Problem) -> None:
 def pruning(tiny_problem: Problem, dense_cache: Path) -> Problem:
     """The same dense model with a threshold for each of AccelTran's sites."""
     experiment = dataclasses.replace(
-        tiny_problem.experiment, mechanism="acceltran", preset="acceltran-edge"
+        tiny_problem.experiment,
+        mechanism="acceltran",
+        preset="acceltran-edge",
+        start_kept=(0.7,) * len(PRUNED_SITES),
     )
     before = sorted(dense_cache.iterdir())
     problem = load_problem(experiment, cache=dense_cache, progress=False)
@@ -174,7 +189,7 @@ def pruning(tiny_problem: Problem, dense_cache: Path) -> Problem:
 
 def test_sites_start_and_move_together(pruning: Problem) -> None:
     start = start_point(pruning)
-    kept = calibration_run(pruning, start)[1]
+    kept = calibration_run(pruning, start).kept
     assert kept.shape == (2, len(PRUNED_SITES))
     # Strength is found to 1/64 of 12 octaves, a tenth of the threshold.
     np.testing.assert_allclose(kept, 0.7, atol=0.06)
@@ -187,7 +202,7 @@ def test_sites_start_and_move_together(pruning: Problem) -> None:
     assert 0.85 < training.excess(fitted, budget) <= 1.0
     before, after = (np.asarray(p.policy.layers["threshold"]) for p in (start, fitted))
     assert np.all(after > before)
-    np.testing.assert_array_less(calibration_run(pruning, fitted)[1], kept)
+    np.testing.assert_array_less(calibration_run(pruning, fitted).kept, kept)
 
 
 @pytest.mark.parametrize(

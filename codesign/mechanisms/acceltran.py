@@ -437,7 +437,7 @@ acceltran = Mechanism(
             *((0.0, 0.0), (0.005, 0.0), (0.02, 0.0), (0.05, 0.0)),
             *((0.0, 0.004), (0.0, 0.016), (0.0, 0.064)),
         ),
-        start_kept=(0.7,) * len(PRUNED_SITES),
+        start_kept=(0.98,) * len(PRUNED_SITES),
         kept=kept_fractions,
     ),
     codes=codes,
