@@ -248,7 +248,7 @@ def tinyshakespeare() -> Experiment:
         task="tinyshakespeare",
         model=ModelSettings(num_layers=4, num_heads=4, head_dim=32, width=128, hidden=512),
         dense=DenseSettings(num_steps=1500, batch_size=16, rate=2e-3, label_smoothing=0.0),
-        optimize=dataclasses.replace(digits().optimize, num_steps=150),
+        optimize=dataclasses.replace(digits().optimize, num_steps=200),
         batch_size=8,
         num_calibration=8,
         reach=0,

@@ -48,6 +48,8 @@ FILTER_WIDTHS = ("query_bits", "key_bits")
 """Widths that a common move leaves alone: they are at a few bits from the start."""
 ACTIVATION_SHARES = (1.0, 0.75, 0.5, 0.25)
 """How far the activations of linear layers may follow when their weights are narrowed to meet a budget (ours)."""
+THRESHOLD_RAISES = (0.25, 0.5)
+"""How far thresholds may be raised first, so that widths need be narrowed less (ours)."""
 BUDGET_TOLERANCE = 0.005
 """Part of the budget by which the deployed cost may exceed it before thresholds are raised (ours)."""
 
@@ -327,7 +329,8 @@ class BudgetedTraining:
 
         Widths move towards their lower limits in proportion to their distance from them, thresholds alike upwards: the
         widths first under a budget on energy, the thresholds first under one on latency alone, which widths hardly change.
-        How far activations follow the weights is what diverges least from the dense model on the calibration examples.
+        How far activations follow the weights, and whether thresholds rise before widths are narrowed, is what diverges
+        least from the dense model on the calibration examples.
         """
         moves: dict[Group, Callable[[Point, Budget], Point]] = {
             "bits": self._narrowed,
@@ -341,16 +344,22 @@ class BudgetedTraining:
         return point
 
     def _narrowed(self, point: Point, budget: Budget) -> Point:
-        tried = []
-        for share in ACTIVATION_SHARES:
+        def tried(start: Point, share: float) -> tuple[float, float, float, Point]:
+            """Excess, divergence, share and point of a start whose widths were narrowed."""
 
-            def move(moved: Point, by: float, share: float = share) -> Policy:
+            def move(moved: Point, by: float) -> Policy:
                 return narrowed(moved.policy, by, activation_share=share)
 
-            candidate = self._moved(point, budget, move)
+            candidate = self._moved(start, budget, move)
             run = calibration_run(self.problem, candidate)
-            tried.append((max(self._excess(run, budget), 1.0), run.kl_nats, candidate))
-        return min(tried, key=lambda one: one[:2])[2]
+            return max(self._excess(run, budget), 1.0), run.kl_nats, share, candidate
+
+        best = min((tried(point, share) for share in ACTIVATION_SHARES), key=lambda one: one[:2])
+        if "thresholds" in self.settings.train and self.problem.mechanism.thresholds is not None:
+            starts = (_with_policy(point, self._raised(point, by)) for by in THRESHOLD_RAISES)
+            others = [tried(start, best[2]) for start in starts]
+            best = min([best, *others], key=lambda one: one[:2])
+        return best[3]
 
     def _raised(self, point: Point, move: float) -> Policy:
         return raised(point, move, self.problem.mechanism.thresholds)
