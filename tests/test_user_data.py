@@ -112,7 +112,7 @@ BAD_FILES = {
     "own.jsonl.gz": [
         (b"", "is empty"),
         (b"text", "cannot be read"),
-        (gzip.compress(b'{"text": "a", "label": 0}\n')[:-9], "cannot be read"),
+        (gzip.compress(b'{"text": "a", "label": 0}\n', mtime=0)[:-9], "cannot be read"),
     ],
     "own.parquet": [(b"", "is empty"), (b"PAR1 cut", "is not a readable Parquet file")],
     "own.xlsx": [(b"PK", r"must end in one of \.csv, \.jsonl, \.jsonl\.gz, \.parquet")],
