@@ -10,7 +10,7 @@ from codesign.errors import CodesignError
 from codesign.gates import Relaxation
 from codesign.mechanisms.dense import dense
 from codesign.mechanisms.protocol import Hooks, Mechanism
-from codesign.policy import Policy, dense_knobs
+from codesign.policy import BITS_RANGE, Policy, dense_knobs
 from codesign.vocabulary import LINEAR_SITES
 
 
@@ -71,6 +71,7 @@ class AppliedPolicy:
         if self.relaxation is None:
             return LayerPolicy({}, {}, None, self.valid, self.mechanism, self.calibrating)
         policy, calibration = self._quantised()
+        self._check_knobs(policy)
         for name, tree in (("policy", policy.layers), ("calibration", calibration.layers)):
             least = min(len(value) for value in tree.values())
             if isinstance(index, int | np.integer) and not 0 <= index < least:
@@ -96,6 +97,16 @@ class AppliedPolicy:
         return LayerPolicy(
             policy.ends, calibration.ends, self.relaxation, self.valid, dense, self.calibrating
         )
+
+    def _check_knobs(self, policy: Policy) -> None:
+        """Raises `CodesignError` unless the policy has the knobs of every layer and of the mechanism."""
+        shared = dense_knobs(1, linear_bits=8.0, attention_bits=16.0, end_sites=())
+        expected = {*shared.layers, *self.mechanism.knobs(1, 1)}
+        missing = sorted(expected - policy.layers.keys())
+        if missing:
+            raise CodesignError(
+                f"the policy has no {', '.join(missing)}: start from `policy_for` of mechanism `{self.mechanism.name}`"
+            )
 
     def _quantised(self) -> tuple[Policy, Calibration]:
         if self.policy is None or self.calibration is None:
@@ -126,8 +137,22 @@ def policy_for(
       attention_bits: Bits of Q, K, probabilities and V, [8, 16].
 
     Raises:
-      CodesignError: If the calibration is empty or `strength` is outside [0, 1].
+      CodesignError: If the calibration is empty or lacks a tensor of the mechanism, the mechanism is none, or a number is
+        out of its range.
     """
+    if not isinstance(mechanism, Mechanism):
+        raise CodesignError(
+            f"`mechanism` must be a `Mechanism`, got {mechanism!r}: `codesign.mechanism_by_name(name)` gives one"
+        )
+    if num_heads < 1:
+        raise CodesignError(f"`num_heads` must be at least 1, got {num_heads}")
+    for name, bits, kind in (
+        ("linear_bits", linear_bits, "linear"),
+        ("attention_bits", attention_bits, "attention"),
+    ):
+        low, high = BITS_RANGE[kind]
+        if not low <= bits <= high:
+            raise CodesignError(f"`{name}` must lie in [{low:g}, {high:g}] bit, got {bits}")
     if "query" not in calibration.layers:
         raise CodesignError(
             "`calibration` is empty: take it from a run with `AppliedPolicy(calibrating=True)`"

@@ -1,5 +1,6 @@
 """The training loop for a model of one's own: weights and policy at once, or the weights alone."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,11 +48,19 @@ def fit(
       **settings: Fields of `codesign.OptimizeSettings`; `num_steps` is the number of batches.
 
     Raises:
-      CodesignError: If a setting is out of range, a cost has no limit, a threshold no gradient, or a loss is not finite.
+      CodesignError: If a setting is unknown or out of range, a cost has no limit or is not one number per limit, a
+        threshold has no gradient, or a loss is not finite.
     """
     bounds = jnp.atleast_1d(jnp.asarray(limits, jnp.float32))
     if (cost_fn is None) != (len(bounds) == 0):
         raise CodesignError("`cost_fn` and `limits` go together: give both or neither")
+    if not bool(jnp.all(bounds > 0.0)):
+        raise CodesignError(f"`limits` must be > 0, in the unit of `cost_fn`, got {limits}")
+    known = {field.name for field in dataclasses.fields(OptimizeSettings)} - {"num_steps"}
+    if unknown := sorted(settings.keys() - known):
+        raise CodesignError(
+            f"`{unknown[0]}` is no setting of `fit`: it takes {', '.join(sorted(known))}; steps are as many as batches"
+        )
     policy, is_float = applied.policy or Policy(layers={}, ends={}), applied.policy is None
     if is_float:
         settings = {"train": ("params",), "hardened_fraction": 0.0} | settings
@@ -72,7 +81,13 @@ def fit(
     def ratios_fn(workload: Workload, constants: Any, smoothness: jax.Array) -> jax.Array:
         if cost_fn is None:
             return jnp.zeros((0,))
-        ratios: jax.Array = jnp.atleast_1d(cost_fn(workload, smoothness)) / constants["limits"]
+        costs = jnp.atleast_1d(cost_fn(workload, smoothness))
+        if costs.shape != bounds.shape:
+            raise CodesignError(
+                f"`cost_fn` must give one cost per limit, {list(bounds.shape)}, got {list(costs.shape)}: take the mean "
+                "over the batch"
+            )
+        ratios: jax.Array = costs / constants["limits"]
         return ratios
 
     step_fn = make_train_step(task_fn, ratios_fn, resolved)

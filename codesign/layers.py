@@ -132,7 +132,7 @@ def attention(
         context, jnp.reshape(heads, (batch, tokens, -1)), Plan(), "attention"
     )
     counts += added
-    output = jnp.reshape(output, query.shape).astype(query.dtype)
+    output = jnp.reshape(output, query.shape).astype(_floating(query.dtype))
     return output, LayerCounts(counts, head_dim=head_dim)
 
 
@@ -149,7 +149,7 @@ def linear(
       site: `qkv`, `out`, `up`, `down` in a layer, `embed`, `pool`, `head` outside.
 
     Returns:
-      Output `[B, ..., outputs]` in the dtype of `x`, and counts.
+      Output `[B, ..., outputs]` in the dtype of `x` (float32 for integers), and counts.
 
     Raises:
       CodesignError: If the site is unknown, shapes do not fit, or knobs or a range are missing.
@@ -166,7 +166,8 @@ def linear(
             f"`{site}` takes x [B, T, inputs] (outside the layers [B, ..., inputs]) and a kernel [inputs, outputs], got "
             f"{list(x.shape)} and {list(kernel.shape)}: reshape them"
         )
-    out_dtype, dtype = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    out_dtype = _floating(x.dtype)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     exists, relaxation = _exists(layer, x), layer.relaxation
     counts = _observed(layer, site, x, exists[..., None])
@@ -237,7 +238,12 @@ def at_site(x: jax.Array, layer: LayerPolicy, site: str) -> tuple[jax.Array, Lay
         scale = gates.detach(range_) / code_limit(RESIDUAL_BITS)
         context = context.replace(scales=context.scales | {"residual": scale})  # type: ignore[attr-defined]
     y, added = hook(context, real, Plan(), site)
-    return y.astype(x.dtype), LayerCounts(counts + added)
+    return y.astype(_floating(x.dtype)), LayerCounts(counts + added)
+
+
+def _floating(dtype: Any) -> Any:
+    """Returns the dtype of a result: that of its input, but float32 for integers."""
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
 
 
 def _check_shapes(
@@ -250,6 +256,10 @@ def _check_shapes(
             f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
     batch, tokens = query.shape[:2]
+    if mask is not None and mask.dtype != jnp.bool_:
+        raise CodesignError(
+            f"`mask` must be boolean, True for pairs that exist, got {mask.dtype}: an additive mask is `mask >= 0`"
+        )
     if mask is not None and not (
         mask.ndim == 4
         and mask.shape[0] in (1, batch)

@@ -8,6 +8,7 @@ import difflib
 import functools
 import importlib
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except CodesignError as error:
         print(f"codesign: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing more can be written, at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(
+            f"codesign: error: '{error.filename or 'a file'}' cannot be used: {error.strerror or error}: name another path",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("codesign: interrupted; `--resume` continues a training run", file=sys.stderr)

@@ -21,6 +21,7 @@ from codesign.experiments.finished import (
     load_run,
     train_run,
 )
+from codesign.experiments.problem import Problem
 from codesign.experiments.run import write_json
 from codesign.experiments.tables import COLUMNS, print_json, print_table, result_cells
 
@@ -55,7 +56,9 @@ def train(
       overwrite: Delete the run in `--out` first.
       estimate: Print the expected time and stop.
     """
-    announce(estimate_seconds(checked(experiment, budget)))
+    outlined = checked(experiment, budget)
+    tell_notes(outlined)
+    announce(estimate_seconds(outlined))
     if estimate:
         return 0
     result = train_run(
@@ -154,7 +157,7 @@ def curve(
         num_selection=num_selection,
         ablations=ablations,
     )
-    announce(curve_seconds(experiment, settings, seeds))
+    announce(curve_seconds(experiment, settings, seeds, part))
     if estimate:
         return 0
     path = run_curve(
@@ -175,19 +178,26 @@ def curve(
     return 0
 
 
-def curve_seconds(experiment: Experiment, settings: CurveSettings, seeds: tuple[int, ...]) -> float:
-    """Returns the expected time of a curve whose settings hold, s.
+def curve_seconds(
+    experiment: Experiment, settings: CurveSettings, seeds: tuple[int, ...], part: Part
+) -> float:
+    """Returns the expected time of a curve whose settings hold, s, after telling what was done to its checkpoint.
 
     Raises:
       CodesignError: As `checked_curve` does.
     """
     outlined = checked_curve(experiment, settings, seeds)
+    tell_notes(outlined)
     scale = outlined.mechanism.thresholds
     assert scale is not None
+    chosen = min(settings.num_selection, len(outlined.task.part("validation")))
+    grid, measured = settings.num_tried(len(scale.settings)), settings.num_measured
     return estimate_seconds(
         outlined,
         num_points=settings.num_points,
-        num_settings=settings.num_measured(len(scale.settings)),
+        num_fitted=settings.num_points - len(settings.budgets),
+        num_runs=grid + measured,
+        num_measured=grid * chosen + measured * len(outlined.task.part(part)),
         num_seeds=len(seeds),
     )
 
@@ -247,6 +257,12 @@ def bench(
     else:
         print_table(*bench_table(records))
     return 0
+
+
+def tell_notes(problem: Problem) -> None:
+    """Prints what was done to a checkpoint so that it fits the task."""
+    for note in problem.notes:
+        say(f"checkpoint: {note}")
 
 
 def announce(seconds: float) -> None:

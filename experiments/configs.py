@@ -150,8 +150,11 @@ class Experiment:
     mechanism: str = "energon"
     # Seed of initialisation and of the order of the examples, >= 0.
     seed: int = 0
+    # Sizes of a transformer trained from scratch; with a checkpoint nothing here is read.
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    # Training of the dense model.
     dense: DenseSettings = dataclasses.field(default_factory=DenseSettings)
+    # Training under a budget.
     optimize: OptimizeSettings = dataclasses.field(default_factory=OptimizeSettings)
     # Lengths, rising, to which token sequences are padded, one compilation each; none: the longest alone.
     buckets: tuple[int, ...] = ()
@@ -165,8 +168,9 @@ class Experiment:
     reach: int = 1
     # Kept fraction of each of the mechanism's thresholds at the start, (0, 1]; none: the mechanism's own.
     start_kept: tuple[float, ...] = ()
-    # Widths at the start, in bit: linear layers [2, 8], exact attention [8, 16]; off the integers and the rails.
+    # Widths at the start, bit: weights and activations of linear layers in [2, 8], attention in [8, 16]; off the integers.
     start_linear_bits: float = 7.5
+    # The same of exact attention: Q, K, probabilities and V.
     start_attention_bits: float = 15.5
 
     def plain(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from codesign.calibration import Calibration
 from codesign.experiments.configs import Budget, Experiment, Metric, require
@@ -17,7 +16,7 @@ from codesign.experiments.data import Part
 from codesign.experiments.dense_cost import DenseCost
 from codesign.experiments.evaluate import Point, measure, summary
 from codesign.experiments.figure import draw_curve
-from codesign.experiments.finished import measure_dense
+from codesign.experiments.finished import measure_dense, record_data
 from codesign.experiments.problem import Problem, load_problem, outline
 from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import RunDirectory, write_json
@@ -176,6 +175,7 @@ def _trained_point(
         "mode": "joint",
     }
     run = RunDirectory.create(path, config, resume=path.exists(), overwrite=False)
+    record_data(path, training.problem.task)
     return training.train(
         point,
         budget,
@@ -269,5 +269,5 @@ def _line(point: CurvePoint, dense: CurvePoint) -> str:
     return (
         f"seed {point.seed} {point.kind}{budget}: {means['quality_name']} {means['quality']:.4f}, "
         f"KL {means['kl_nats']:.4f} nat, energy {means['end_to_end']['energy_ratio']:.3f} and "
-        f"latency {means['end_to_end']['latency_ratio']:.3f} of dense, kept {np.mean(means['kept']):.3f}"
+        f"latency {means['end_to_end']['latency_ratio']:.3f} of dense, kept {means['kept_fraction']:.3f}"
     )

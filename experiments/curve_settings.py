@@ -101,10 +101,14 @@ class CurveSettings:
         """Points trained with one seed."""
         return len(self.trained_kinds) * len(self.budgets)
 
-    def num_measured(self, num_thresholds: int) -> int:
-        """Settings measured with one seed: the grid over the mechanism's thresholds and bits, dense, and all points."""
-        grid = (len(self.uniform_thresholds) or num_thresholds) * len(self.uniform_bits)
-        return grid + 1 + len(self.budgets) + self.num_points
+    def num_tried(self, num_thresholds: int) -> int:
+        """Returns the settings of the uniform grid, over the mechanism's thresholds and bits."""
+        return (len(self.uniform_thresholds) or num_thresholds) * len(self.uniform_bits)
+
+    @property
+    def num_measured(self) -> int:
+        """Points measured with one seed: dense, uniform and trained ones."""
+        return 1 + len(self.budgets) + self.num_points
 
     def budget(self, fraction: float) -> Budget:
         """Returns the budget of one point."""

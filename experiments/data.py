@@ -132,12 +132,15 @@ class DataSettings:
     max_tokens: int | None = None
     # Whether longer texts are cut; if not, one is an error.
     truncate: bool = True
-    # Columns of the user's own file, and a second file for its validation part.
+    # Column of the text in the user's own file.
     text_column: str = "text"
+    # Column of its labels.
     label_column: str = "label"
+    # A second file of the user's own, for the validation part; None: examples of the first are held out.
     validation_data: Path | None = None
-    # Without a second file: part of every class held out, (0, 1), and the seed that chooses it, >= 0.
+    # Part of every class that is held out where there is no second file, (0, 1).
     validation_fraction: float = 0.2
+    # Seed that chooses what is held out, >= 0.
     split_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -157,6 +160,6 @@ class DataSettings:
     def plain(self) -> dict[str, Any]:
         """Returns the settings as JSON types."""
         return {
-            name: str(value) if isinstance(value, Path) else value
+            name: str(value.absolute()) if isinstance(value, Path) else value
             for name, value in dataclasses.asdict(self).items()
         }

@@ -73,8 +73,7 @@ def _soft_step(
 def drift(problem: Problem, point: Point, hard: Measurement) -> dict[str, float]:
     """Returns kept fraction and quality of the relaxed and straight-through paths beside the hard path's (validation)."""
     settings = problem.experiment.optimize
-    kept = hard.kept[..., -1] if problem.mechanism.has_rounds else hard.kept
-    result = {"hard_kept": float(np.mean(kept)), "hard_quality": float(np.mean(hard.quality))}
+    result = {"hard_kept": hard.kept_fraction(), "hard_quality": float(np.mean(hard.quality))}
     for name, straight_through in (("soft", False), ("straight_through", True)):
         relaxation = Relaxation(
             temperature=jnp.asarray(settings.temperature_end),

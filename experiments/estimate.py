@@ -1,42 +1,62 @@
 """Expected wall time of training runs and curves, for people who plan."""
 
+from codesign.experiments.data import TextInput
 from codesign.experiments.problem import Problem
+from codesign.experiments.train import ACTIVATION_SHARES, BUDGET_BISECTIONS, THRESHOLD_RAISES
 
-# Measured on two cores with digits: 64 tokens, 3 layers, 2 heads, 32 images per step. Seconds per step of the dense model,
-# per step under a budget, per measured setting, and for loading, compiling and finding the start point.
-SECONDS_DENSE_STEP = 0.03
-SECONDS_STEP = 0.14
-SECONDS_SETTING = 0.4
-SECONDS_SETUP = 60.0
-MEASURED_SIZE = 64 * 3 * 2
-MEASURED_BATCH_SIZE = 32
+# Measured on two idle cores with MiniLM (8 x 128 and 2 x 512 tokens) and digits: seconds per multiplication of a linear
+# layer, and per pair of a query and a key in all heads, of a dense step, a step under a budget, and the integer path.
+DENSE_STEP = (33e-12, 6.4e-9)
+STEP = (42e-12, 19e-9)
+INTEGER_PATH = (60e-12, 15e-9)
+# Seconds of what does not grow: a step, a run of the integer path, and loading, compiling and finding the start point.
+SECONDS_STEP = 0.01
+SECONDS_RUN = 0.15
+SECONDS_SETUP = 45.0
+NUM_FITTING_RUNS = (len(ACTIVATION_SHARES) + len(THRESHOLD_RAISES)) * (BUDGET_BISECTIONS + 2)
+"""Runs over the calibration examples that find where a budget is met, before a point is trained."""
+
+
+def example_seconds(problem: Problem, rates: tuple[float, float]) -> float:
+    """Returns the expected time of one example, s; text is taken at its full length."""
+    structure, entry = problem.config.structure, problem.task.input
+    tokens = entry.max_tokens if isinstance(entry, TextInput) else structure.max_tokens
+    weights = structure.width * (4 * structure.attention_width + 2 * structure.hidden)
+    per_multiplication, per_pair = rates
+    layer = tokens * weights * per_multiplication + structure.num_heads * tokens**2 * per_pair
+    return structure.num_layers * layer
 
 
 def estimate_seconds(
-    problem: Problem, *, num_points: int = 1, num_settings: int = 1, num_seeds: int = 1
+    problem: Problem,
+    *,
+    num_points: int = 1,
+    num_fitted: int = 1,
+    num_runs: int = 2,
+    num_measured: int = 0,
+    num_seeds: int = 1,
 ) -> float:
     """Returns the expected time on two cores, s, the dense models included.
 
-    Work grows with tokens times layers times heads, and that of a step with its images; set-up does not grow.
-
     Args:
-      problem: Sizes of the model, steps and images per step; its outline is enough.
-      num_points: Points trained under a budget with one seed.
-      num_settings: Settings measured with one seed.
+      problem: Sizes of the model, steps and examples per step; its outline is enough.
+      num_points: Points trained with one seed.
+      num_fitted: How many of them start by meeting a budget.
+      num_runs: Settings measured with one seed.
+      num_measured: Examples measured with one seed, all settings together; 0: the validation part in each run.
       num_seeds: Seeds.
     """
-    experiment, structure = problem.experiment, problem.config.structure
-    size = structure.max_tokens * structure.num_layers * structure.num_heads / MEASURED_SIZE
-    dense, budgeted = (
-        settings.num_steps * batch_size / MEASURED_BATCH_SIZE
-        for settings, batch_size in (
-            (experiment.dense, experiment.dense.batch_size),
-            (experiment.optimize, experiment.batch_size),
-        )
+    experiment = problem.experiment
+    dense, budgeted = experiment.dense, experiment.optimize
+    dense_steps = dense.num_steps * (
+        SECONDS_STEP + dense.batch_size * example_seconds(problem, DENSE_STEP)
     )
-    work = (
-        dense * SECONDS_DENSE_STEP
-        + num_points * budgeted * SECONDS_STEP
-        + num_settings * SECONDS_SETTING
+    steps = budgeted.num_steps * (
+        SECONDS_STEP + experiment.batch_size * example_seconds(problem, STEP)
     )
-    return num_seeds * (SECONDS_SETUP + size * work)
+    fitting = NUM_FITTING_RUNS * num_fitted
+    measured = num_measured or num_runs * len(problem.task.part("validation"))
+    examples = fitting * experiment.num_calibration + measured
+    integer_path = (num_runs + fitting) * SECONDS_RUN
+    integer_path += examples * example_seconds(problem, INTEGER_PATH)
+    return num_seeds * (SECONDS_SETUP + dense_steps + num_points * steps + integer_path)

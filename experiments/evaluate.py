@@ -52,6 +52,7 @@ class Measurement:
       kl_nats: Divergence of the outputs from those of the dense float model, per token of a decoder, `[N]`.
       costs: `costs[scope][metric]` per example, `[N]`: energy in pJ, latency in cycles.
       kept: Kept fractions by entry of the mechanism's thresholds, `[L, ...]`; `[L, 1]` ones if it has none.
+      has_rounds: Whether the entries are rounds, of which the last says what is kept in the end.
     """
 
     quality_name: QualityName
@@ -59,6 +60,11 @@ class Measurement:
     kl_nats: NDArray[np.float64]
     costs: dict[Scope, dict[Metric, NDArray[np.float64]]]
     kept: NDArray[np.float64]
+    has_rounds: bool = False
+
+    def kept_fraction(self) -> float:
+        """Returns the mean kept fraction, after the last round if there are rounds."""
+        return float(np.mean(self.kept[..., -1] if self.has_rounds else self.kept))
 
     def mean_cost(self, metric: Metric, scope: Scope) -> float:
         """Returns the mean cost per example, pJ or cycles."""
@@ -300,6 +306,7 @@ def measure(
         kl_nats=divergences,
         costs=costs,
         kept=np.average(kept, axis=0, weights=lengths),
+        has_rounds=(mechanism or problem.mechanism).has_rounds,
     )
 
 
@@ -326,6 +333,7 @@ def summary(measurement: Measurement, dense: Measurement) -> dict[str, Any]:
         "quality": float(np.mean(measurement.quality)),
         "kl_nats": float(np.mean(measurement.kl_nats)),
         "kept": np.mean(measurement.kept, axis=tuple(range(measurement.kept.ndim - 1))).tolist(),
+        "kept_fraction": measurement.kept_fraction(),
     }
     for scope in SCOPES:
         result[scope] = {

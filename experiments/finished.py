@@ -1,6 +1,7 @@
 """Runs of one point: trained under a budget, stored in a run directory, and loaded from it again."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from codesign.calibration import Calibration
 from codesign.errors import CheckpointError, CodesignError, RunDirectoryError
 from codesign.experiments.batches import chunks
 from codesign.experiments.configs import MODES, Budget, Experiment, Mode
-from codesign.experiments.data import Part
+from codesign.experiments.data import Part, Task
 from codesign.experiments.drift import drift
 from codesign.experiments.evaluate import Measurement, Point, dense_point, measure, summary
 from codesign.experiments.problem import Problem, load_problem, outline
@@ -29,6 +30,9 @@ from codesign.mechanisms import mechanism_by_name
 from codesign.models.parameters import init_params
 
 RESULT_FILE = "result.json"
+DATA_FILE = "data.json"
+"""Digests of the parts that a run reads."""
+RECORDED_PARTS: tuple[Part, ...] = ("train", "validation")
 BUDGET_MISS = 0.01
 """Part of the budget by which the cost on the validation part may exceed it before it counts as missed (ours)."""
 DENSE_FOLDER = "dense"
@@ -127,6 +131,7 @@ def train_run(
     )
     run = RunDirectory.create(out, settings.plain(), resume=resume, overwrite=overwrite)
     problem = load_problem(settings.experiment, cache=cache, progress=progress)
+    record_data(run.path, problem.task)
     training = BudgetedTraining(problem, optimize, tuple(budget.limits), budget.scope)
     point = training.train(
         start_point(problem),
@@ -164,6 +169,38 @@ def train_run(
     return result
 
 
+def data_digests(task: Task) -> dict[str, str]:
+    """Returns what tells the parts that training and its measurement read from those of other data."""
+    return {part: task.part(part).digest() for part in RECORDED_PARTS}
+
+
+def record_data(path: Path, task: Task) -> None:
+    """Writes which data a run is trained on.
+
+    Raises:
+      RunDirectoryError: If the run was begun on other data.
+    """
+    if (path / DATA_FILE).exists():
+        check_data(path, task)
+    write_json(path / DATA_FILE, data_digests(task))
+
+
+def check_data(path: Path, task: Task) -> None:
+    """Raises `RunDirectoryError` unless the data is still that of the run."""
+    try:
+        recorded = json.loads((path / DATA_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(
+            f"'{path / DATA_FILE}' cannot be read: train again with `--overwrite`"
+        ) from error
+    changed = [part for part, digest in data_digests(task).items() if recorded.get(part) != digest]
+    if changed:
+        raise RunDirectoryError(
+            f"the {' and '.join(changed)} data of '{path}' has changed since it was trained ({task.origin}): restore it, "
+            "or train again with `--overwrite`"
+        )
+
+
 def load_run(path: Path, *, cache: Path | None, progress: bool) -> FinishedRun:
     """Returns a finished run; changes nothing in it.
 
@@ -199,6 +236,7 @@ def load_run(path: Path, *, cache: Path | None, progress: bool) -> FinishedRun:
             f"'{path}' is not finished ({step or 0} of {last} steps): continue it with `--resume`"
         )
     outlined = outline(experiment)
+    check_data(path, outlined.task)
     training = BudgetedTraining(outlined, experiment.optimize, tuple(budget.limits), budget.scope)
     _, tree = run.load(_blank_checkpoint(training, budget))
     return FinishedRun(

@@ -15,13 +15,17 @@ from codesign.models.config import ModelConfig
 from codesign.models.parameters import init_params
 from codesign.structure import ModelStructure, PatchInput, TokenInput
 
+MAX_LISTED = 5
+"""Class names in a note."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ChosenModel:
-    """A model's sizes, and a function from a random key to its parameters before training."""
+    """A model's sizes, a function from a random key to its parameters before training, and notes for people."""
 
     config: ModelConfig
     params: Callable[[jax.Array], dict[str, Any]]
+    notes: tuple[str, ...] = ()
 
 
 def choose_model(task: Task, experiment: Experiment) -> ChosenModel:
@@ -35,12 +39,21 @@ def choose_model(task: Task, experiment: Experiment) -> ChosenModel:
             experiment.checkpoint, num_outputs=task.num_outputs, key=jax.random.key(experiment.seed)
         )
         check_fit(task, checkpoint.config, experiment.checkpoint)
-        return ChosenModel(checkpoint.config, lambda key: checkpoint.params)
+        notes = checkpoint.notes
+        if checkpoint.labels and task.classes and checkpoint.labels != task.classes:
+            notes += (
+                f"its outputs are {_listed(checkpoint.labels)}, the task's classes {_listed(task.classes)}, in this order",
+            )
+        return ChosenModel(checkpoint.config, lambda key: checkpoint.params, notes)
     try:
         config = sized_config(task, experiment.model)
     except ValueError as error:
         raise CodesignError(f"`experiment.model`: {error}: correct that size") from error
     return ChosenModel(config, lambda key: init_params(config.structure, key=key))
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
 
 
 def sized_config(task: Task, model: ModelSettings) -> ModelConfig:
@@ -90,6 +103,13 @@ def check_fit(task: Task, config: ModelConfig, source: str) -> None:
         raise CodesignError(
             f"checkpoint '{source}' {'has no output per token' if is_language else 'is a decoder'}, "
             f"task `{task.name}` is of kind {task.kind}: choose another checkpoint"
+        )
+    entry = config.structure.input
+    assert isinstance(entry, TokenInput)
+    if is_language and task.input.vocabulary_size != entry.vocabulary_size:
+        raise CodesignError(
+            f"checkpoint '{source}' was trained on {entry.vocabulary_size} tokens, task `{task.name}` numbers "
+            f"{task.input.vocabulary_size} {task.input.tokenizer} in its own way: choose a checkpoint of the same, or none"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from codesign.errors import CodesignError, UnknownNameError
@@ -41,6 +42,7 @@ class Problem:
       accelerator: The machine for the cost model.
       params: Parameters of the trained dense model; empty in an outline.
       teacher: Its outputs.
+      notes: What was done to a checkpoint so that it fits.
     """
 
     experiment: Experiment
@@ -51,6 +53,7 @@ class Problem:
     accelerator: Accelerator
     params: dict[str, Any]
     teacher: Teacher
+    notes: tuple[str, ...] = ()
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -110,6 +113,7 @@ def _outline(experiment: Experiment) -> tuple[Problem, ChosenModel]:
         accelerator=accelerator_from_spec(spec),
         params={},
         teacher=Teacher({}, chosen.config),
+        notes=chosen.notes,
     )
     return outlined, chosen
 
@@ -159,16 +163,27 @@ def mean_loss(losses: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
     return jnp.sum(losses * exists) / jnp.sum(exists)
 
 
+def contents_digest(tree: Any) -> str:
+    """Returns a digest of the names, shapes and values of a tree's arrays."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
 def dense_params(
     problem: Problem, chosen: ChosenModel, cache: Path, progress: bool, restart: bool
 ) -> dict[str, Any]:
     """Returns the parameters of the dense model, from the cache or by training them (resuming if interrupted)."""
     experiment, dense = problem.experiment, problem.experiment.dense
+    params = chosen.params(jax.random.key(experiment.seed))
     settings = {
         "task": problem.task.name,
         "data": problem.task.part("train").digest(),
         "model": dataclasses.asdict(experiment.model),
-        "checkpoint": experiment.checkpoint,
+        "checkpoint": None if experiment.checkpoint is None else contents_digest(params),
         "dense": dataclasses.asdict(dense),
         "buckets": problem.buckets,
         "reach": experiment.reach,
@@ -186,7 +201,6 @@ def dense_params(
         weight_rate=dense.rate,
         weight_decay=dense.weight_decay,
     )
-    params = chosen.params(jax.random.key(experiment.seed))
     state = init_state(params, Policy(layers={}, ends={}), optimize, 1)
     constants: dict[str, Any] = {}
     start, saved = run.resume({"state": state, "constants": constants})

@@ -43,7 +43,7 @@ def run_quickstart(
 ) -> int:
     """Draws a curve on the test part, exports the trained point of one of its budgets, and verifies the export."""
     seeds = (experiment.seed,)
-    announce(curve_seconds(experiment, settings, seeds))
+    announce(curve_seconds(experiment, settings, seeds, "test"))
     path = run_curve(
         experiment,
         settings,

@@ -51,7 +51,7 @@ def result_cells(means: dict[str, Any], scope: str, clock_hz: float) -> list[str
     return [
         f"{quality[0]:.4f}",
         f"{quality[1]:.4f}",
-        f"{sum(means['kept']) / len(means['kept']):.3f}" if "kept" in means else "-",
+        f"{means['kept_fraction']:.3f}" if "kept_fraction" in means else "-",
         f"{cost['energy_pj'] / PJ_PER_UJ:.3f}",
         f"{cost['energy_ratio']:.3f}",
         f"{cost['latency_cycles'] / clock_hz * US_PER_S:.2f}",

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -111,6 +112,10 @@ def read_labelled(path: Path, text_column: str, label_column: str) -> LabelledTe
     Raises:
       DataError: If the file or a row is not as it must be; one line with file, row and how to mend it.
     """
+    if text_column == label_column:
+        raise DataError(
+            f"`{text_column}` is named as text and as label: give `--text-column` or `--label-column` another"
+        )
     if not path.is_file():
         raise DataError(f"data `{path}` is not a file: give a CSV, JSONL or Parquet file")
     readers: dict[str, Callable[[Path, str, str], Iterable[Row]]] = {
@@ -161,7 +166,9 @@ def _csv_rows(path: Path, text_column: str, label_column: str) -> list[Row]:
     rows = []
     try:
         reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
-        _require_columns(path, reader.fieldnames or (), text_column, label_column)
+        header = reader.fieldnames or ()
+        _require_columns(path, header, text_column, label_column)
+        _refuse_repeated(f"`{path}`", header)
         for row in reader:
             place = f"line {reader.line_num}"
             if None in row:
@@ -184,7 +191,10 @@ def _json_rows(path: Path, text_column: str, label_column: str) -> Iterator[Row]
             continue
         place = f"line {number}"
         try:
-            row = json.loads(line)
+            hook = functools.partial(_object, f"`{path}`, {place}")
+            row = json.loads(line, object_pairs_hook=hook)
+        except DataError:
+            raise
         except (ValueError, RecursionError) as error:
             raise DataError(f"`{path}`, {place} is not JSON ({error}): correct it") from error
         if not isinstance(row, dict):
@@ -224,6 +234,17 @@ def _content(path: Path) -> str:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"`{path}` cannot be read ({error}): write it again") from error
     return decoded(content, path)
+
+
+def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _refuse_repeated(where, [name for name, _ in pairs])
+    return dict(pairs)
+
+
+def _refuse_repeated(where: str, names: Sequence[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"{where}: column `{repeated[0]}` stands there twice: rename one")
 
 
 def _require_columns(

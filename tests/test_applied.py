@@ -36,6 +36,7 @@ from codesign.hw.surrogate import cost
 from codesign.layer_counts import LayerCounts, collect
 from codesign.layers import at_site, attention, linear
 from codesign.mechanisms import MECHANISMS
+from codesign.mechanisms.acceltran import PRUNED_SITES
 from codesign.mechanisms.protocol import (
     Context,
     Counts,
@@ -181,12 +182,74 @@ def test_half_precision_models_keep_their_dtype() -> None:
     assert y.dtype == jnp.bfloat16
 
 
+def test_integers_come_out_as_real_numbers() -> None:
+    pixels = jnp.full((BATCH, 4), 7, jnp.uint8)
+    kernel = jnp.linspace(0.1, 0.3, 12).reshape(4, 3)
+    y, _ = linear(pixels, kernel, None, FLOAT.ends(), "embed")
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, 7.0 * np.sum(kernel, axis=0)[None].repeat(BATCH, 0), rtol=1e-6)
+
+
+def pruned_block(run: AppliedPolicy, x: jax.Array) -> tuple[jax.Array, LayerCounts]:
+    """A block with every call that AccelTran's sites need."""
+    layer, keys = run.layer(0), iter(jax.random.split(jax.random.key(3), 4))
+    y, counts = linear(x, random_kernel(next(keys), WIDTH, 3 * WIDTH), None, layer, "qkv")
+    q, k, v = jnp.moveaxis(jnp.reshape(y, (BATCH, TOKENS, 3, HEADS, -1)), 2, 0)
+    for function, arguments in (
+        (attention, (q, k, v, layer)),
+        (linear, (random_kernel(next(keys), WIDTH, WIDTH), None, layer, "out")),
+        (at_site, (layer, "attention_branch")),
+        (linear, (random_kernel(next(keys), WIDTH, 2 * WIDTH), None, layer, "up")),
+        (at_site, (layer, "gelu")),
+        (linear, (random_kernel(next(keys), 2 * WIDTH, WIDTH), None, layer, "down")),
+        (at_site, (layer, "ffn_branch")),
+    ):
+        if function is not attention:
+            arguments = (jnp.reshape(y, (BATCH, TOKENS, -1)), *arguments)
+        y, added = function(*arguments)
+        counts += added
+    return y, counts
+
+
+def random_kernel(key: jax.Array, inputs: int, outputs: int) -> jax.Array:
+    return jax.random.normal(key, (inputs, outputs)) / np.sqrt(inputs)
+
+
+def test_acceltran_prunes_every_site_of_a_model_of_ones_own() -> None:
+    x = jax.random.normal(jax.random.key(2), (BATCH, TOKENS, WIDTH))
+    _, counted = compiled(pruned_block)(AppliedPolicy(calibrating=True), x)
+    measured = collect([counted])[1]
+    start = policy_for(measured, HEADS, MECHANISMS["acceltran"], strength=0.7)
+    run = start.replace(relaxation=tiny_model.relaxation())
+
+    def loss(policy: codesign.Policy) -> tuple[jax.Array, LayerCounts]:
+        y, counts = pruned_block(run.replace(policy=policy), x)
+        return jnp.sum(y**2), counts
+
+    slope, counts = compiled(jax.grad(loss, has_aux=True))(run.policy)
+    densities = counts.counts.densities
+    assert set(PRUNED_SITES) <= densities.keys()
+    assert all(0.0 < float(jnp.mean(densities[site])) < 1.0 for site in PRUNED_SITES)
+    assert bool(jnp.all(jnp.isfinite(slope.layers["threshold"])))
+    assert float(jnp.max(jnp.abs(slope.layers["threshold"]))) > 0.0
+
+
 def planned(*arguments: Any) -> Any:
     raise AssertionError("must not be called")
 
 
 Q, K, V = tensors()
 X, KERNEL = jnp.ones((BATCH, TOKENS, WIDTH)), jnp.ones((WIDTH, 3))
+
+
+def without(knob: str) -> AppliedPolicy:
+    """A policy of `energon` that lacks a knob."""
+    run = applied("energon")
+    assert run.policy is not None
+    left = {name: value for name, value in run.policy.layers.items() if name != knob}
+    return run.replace(policy=run.policy.replace(layers=left))
+
+
 PLANS = Mechanism(name="early", summary="plans", soft=Hooks(plan=planned))
 
 
@@ -194,7 +257,8 @@ PLANS = Mechanism(name="early", summary="plans", soft=Hooks(plan=planned))
     ("message", "call"),
     [
         ("[B, T, H, d]", lambda: attention(Q, K[:, :3], V, FLOAT.layer(0))),
-        ("`mask` must be", lambda: attention(Q, K, V, FLOAT.layer(0), mask=jnp.ones((BATCH, 2, 7, 7)))),
+        ("`mask` must be [", lambda: attention(Q, K, V, FLOAT.layer(0), mask=jnp.ones((BATCH, 2, 7, 7), bool))),
+        ("`mask` must be boolean", lambda: attention(Q, K, V, FLOAT.layer(0), mask=jnp.zeros((1, 1, 7, 7)))),
         ("`valid` must be", lambda: attention(Q, K, V, AppliedPolicy(valid=jnp.ones((BATCH, 3))).layer(0))),
         ("`early` decides before", lambda: attention(Q, K, V, applied(PLANS).layer(0))),
         ("no range of `gelu`", lambda: at_site(X, applied().replace(calibrating=True).layer(0), "gelu")),
@@ -207,6 +271,12 @@ PLANS = Mechanism(name="early", summary="plans", soft=Hooks(plan=planned))
         ("needs `policy` and `calibration`", lambda: AppliedPolicy(relaxation=tiny_model.relaxation()).ends()),
         ("`calibration` is empty", lambda: policy_for(codesign.Calibration({}, {}), 2, PLANS)),
         ("`strength` must lie", lambda: policy_for(calibration(), 2, PLANS, strength=1.5)),
+        ("`mechanism` must be", lambda: policy_for(calibration(), 2, "energon")),
+        ("`num_heads` must be", lambda: policy_for(calibration(), 0, PLANS)),
+        ("`linear_bits` must lie in [2, 8]", lambda: policy_for(calibration(), 2, PLANS, linear_bits=20.0)),
+        ("attention_branch, gelu, ffn_branch too", lambda: policy_for(calibration(), 2, MECHANISMS["acceltran"])),
+        ("the policy has no qk_bits", lambda: without("qk_bits").layer(0)),
+        ("the policy has no threshold", lambda: without("threshold").layer(0)),
         ("`layers` is empty", lambda: collect([])),
         ("no layer holds an attention", lambda: collect([LayerCounts()])),
     ],

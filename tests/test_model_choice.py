@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from tiny_experiment import MAX_TOKENS, VOCABULARY, made_up_task, tiny, untrained
 
-from codesign.errors import CodesignError
+from codesign.errors import CodesignError, RunDirectoryError
 from codesign.experiments.checkpoints import load_checkpoint
 from codesign.experiments.configs import Experiment, ModelSettings
 from codesign.experiments.data import ImageInput, Task
 from codesign.experiments.dense_cost import DenseCost
 from codesign.experiments.evaluate import costs_of
+from codesign.experiments.finished import check_data, record_data
 from codesign.experiments.model_choice import choose_model, model_shape, sized_config
+from codesign.experiments.problem import contents_digest
 from codesign.hw.operating_points import Setting, workload_from_fractions
 from codesign.hw.surrogate import SCOPES
 from codesign.structure import PatchInput, TokenInput
@@ -98,6 +100,7 @@ def images_of(size: int, channels: int) -> Task:
         (text_task("text", max_tokens=1000), "bert", "longer than the model's .* positions"),
         (made_up_task("text"), "vit", "of a model of images"),
         (made_up_task("text"), "gpt2", "is a decoder"),
+        (made_up_task("decoder"), "gpt2", "numbers 23 characters in its own way"),
         (made_up_task("decoder"), "bert", "has no output per token"),
         (made_up_task("images"), "bert", "of a model of text"),
         (images_of(16, 1), "vit", "do not fit the model"),
@@ -129,3 +132,28 @@ def test_sizes_price_like_the_model(kind: str) -> None:
             assert float(closed[scope][metric][0]) == pytest.approx(
                 float(dense[scope][metric][0]), rel=1e-5
             )
+
+
+def test_dense_models_are_told_apart_by_the_weights_they_start_from() -> None:
+    tree = {"head": {"kernel": np.arange(6.0).reshape(2, 3), "bias": np.zeros(3)}}
+    same = {"head": {"bias": np.zeros(3), "kernel": np.arange(6.0).reshape(2, 3)}}
+    assert contents_digest(tree) == contents_digest(same)
+    for other in (
+        {"head": {"kernel": np.arange(6.0).reshape(2, 3), "bias": np.ones(3)}},
+        {"head": {"kernel": np.arange(6.0).reshape(3, 2), "bias": np.zeros(3)}},
+        {"tail": tree["head"]},
+    ):
+        assert contents_digest(other) != contents_digest(tree)
+
+
+def test_a_run_knows_its_data(tmp_path: Path) -> None:
+    task, other = made_up_task("text"), made_up_task("decoder")
+    record_data(tmp_path, task)
+    check_data(tmp_path, task)
+    record_data(tmp_path, task)  # resumed
+    for call in (check_data, record_data):
+        with pytest.raises(RunDirectoryError, match="train and validation data of .* has changed"):
+            call(tmp_path, other)
+    (tmp_path / "data.json").write_text("{")
+    with pytest.raises(RunDirectoryError, match=r"data.json' cannot be read"):
+        check_data(tmp_path, task)

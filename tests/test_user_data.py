@@ -213,3 +213,13 @@ def test_the_task_of_a_users_file(tmp_path: Path) -> None:
         assert tokens.tolist() == ([1, 1, 0, 0] if label else [2, 0, 0, 0])
     with pytest.raises(DataError, match="`user_text` needs `--data FILE`"):
         load_task("user_text")
+
+
+def test_columns_that_stand_there_twice_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("text,label,label\na,0,1\nb,1,0\n")
+    (tmp_path / "own.jsonl").write_text('{"text": "a", "label": 0, "label": 1}\n')
+    for name in ("own.csv", "own.jsonl"):
+        with pytest.raises(DataError, match="`label` stands there twice"):
+            read_labelled(tmp_path / name, "text", "label")
+    with pytest.raises(DataError, match="named as text and as label"):
+        read_labelled(tmp_path / "own.jsonl", "label", "label")

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from codesign import gates
+from codesign.errors import CodesignError
 from codesign.gates import Relaxation
 from codesign.mechanisms.protocol import (
     Context,
@@ -125,19 +126,27 @@ def prune(x: jax.Array, threshold: jax.Array | int) -> jax.Array:
     return jnp.where(jnp.abs(x) > threshold, x, 0)
 
 
-def site_scales(scales: Mapping[str, Any], qk_limit: Any) -> dict[str, Any]:
-    """Returns the real value of one code by site, given those by tensor and the largest code of a probability."""
-    own = {
-        "scores": scales["query"] * scales["key"],
-        "probabilities": 1.0 / qk_limit,
-        "attention_branch": scales["residual"],
-        "ffn_branch": scales["residual"],
-    }
-    return {site: own[site] if site in own else scales[site] for site in PRUNED_SITES}
+def site_scale(site: str, scales: Mapping[str, Any], qk_limit: Any) -> Any:
+    """Returns the real value of one code at a site, given those by tensor and the largest code of a probability."""
+    if site == "scores":
+        return scales["query"] * scales["key"]
+    if site == "probabilities":
+        return 1.0 / qk_limit
+    return scales["residual" if site in ("attention_branch", "ffn_branch") else site]
 
 
 def site_ranges(ranges: Mapping[str, Any]) -> NDArray[np.float64]:
-    """Returns the calibrated range of every site in real units, `[L, 9]`; a probability's is 1."""
+    """Returns the calibrated range of every site in real units, `[L, 9]`; a probability's is 1.
+
+    Raises:
+      CodesignError: If a site was not calibrated.
+    """
+    missing = [site for site in PRUNED_SITES if site != "probabilities" and site not in ranges]
+    if missing:
+        raise CodesignError(
+            f"`acceltran` prunes at {', '.join(missing)} too, and the calibration has no range there: call "
+            "`codesign.at_site` at gelu, attention_branch and ffn_branch, `codesign.linear` at the others"
+        )
     known = {site: np.asarray(ranges[site]) for site in PRUNED_SITES if site != "probabilities"}
     one = np.ones_like(known["scores"])
     columns = [known.get(site, one) for site in PRUNED_SITES]
@@ -153,7 +162,6 @@ def codes(
         np.asarray(code_limit(np.rint(knobs[name])), np.float64)
         for name in ("qk_bits", "v_bits", "out.activation_bits")
     )
-    scales = site_scales(tensors, qk_limit)
     unclipped = np.exp(-np.asarray(knobs["out.activation_clip"], np.float64))
     ranges = dict(tensors)
     for name, limit in (
@@ -164,7 +172,8 @@ def codes(
         ("gelu", ACTIVATION_LIMIT),
     ):
         ranges[name] = tensors[name] * limit
-    steps = np.stack([np.broadcast_to(scales[site], qk_limit.shape) for site in PRUNED_SITES], -1)
+    scales = [site_scale(site, tensors, qk_limit) for site in PRUNED_SITES]
+    steps = np.stack([np.broadcast_to(scale, qk_limit.shape) for scale in scales], -1)
     return {"threshold": threshold_code(thresholds, steps, site_ranges(ranges)).astype(np.int64)}
 
 
@@ -322,7 +331,7 @@ def _gated(
     index = PRUNED_SITES.index(site)
     real = jax.nn.softplus(context.knobs["threshold"][index])
     qk_bits = deployed_bits(gates.detach(context.widths["qk_bits"]), *bits_range("qk_bits"))
-    scale = site_scales(context.scales, code_limit(qk_bits))[site]
+    scale = site_scale(site, context.scales, code_limit(qk_bits))
     # One code, and the threshold, in the unit of x.
     code, unit = (jnp.ones_like(scale), scale) if site in CODE_SITES else (scale, 1.0)
     threshold = real / unit
@@ -341,7 +350,8 @@ def soft_on_activation(
 ) -> tuple[jax.Array, Counts]:
     """Prunes the input of a pruned site; elsewhere counts what quantisation left.
 
-    The zeros that enter `down` are those of `gelu` (which the non-linearity keeps), so its density has their gradient.
+    The zeros that enter `down` are those of `gelu` (which the non-linearity keeps), so its density has their gradient where
+    one plan connects the two, as in this project's block.
     """
     exists = existing(context, site)
     if site in PRUNED_SITES:
@@ -350,8 +360,9 @@ def soft_on_activation(
             plan.notes["gelu"] = left
         return x, Counts(densities={site: left})
     stored = density(jnp.abs(gates.detach(x)) > 0.5 * context.scales[site], exists)
-    left = gates.straight_through(stored, plan.notes["gelu"]) if site == "down" else stored
-    return x, Counts(densities={site: left})
+    if site == "down" and "gelu" in plan.notes:
+        stored = gates.straight_through(stored, plan.notes["gelu"])
+    return x, Counts(densities={site: stored})
 
 
 def soft_on_probabilities(
