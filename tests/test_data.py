@@ -236,4 +236,8 @@ def test_settings_are_checked() -> None:
 def test_settings_are_json() -> None:
     plain = DataSettings(data=Path("a") / "b", max_tokens=3).plain()
     assert json.loads(json.dumps(plain)) == plain
-    assert (plain["data"], plain["validation_data"], plain["max_tokens"]) == ("a/b", None, 3)
+    assert (plain["data"], plain["validation_data"], plain["max_tokens"]) == (
+        str(Path("a/b").absolute()),
+        None,
+        3,
+    )
