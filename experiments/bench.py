@@ -48,7 +48,7 @@ SECONDS = {
     "qwix": 60.0,
     "optuna": 40.0,
 }
-"""Wall time of each on two CPU cores (measured, s), compilation included."""
+"""Wall time of each on two CPU cores, compilation included: rounded estimates, s, for people who plan."""
 
 
 def chosen(names: Sequence[str] | None, *, quick: bool) -> Sequence[str]:

@@ -4,12 +4,13 @@ from codesign.experiments.data import TextInput
 from codesign.experiments.problem import Problem
 from codesign.experiments.train import ACTIVATION_SHARES, BUDGET_BISECTIONS, THRESHOLD_RAISES
 
-# Measured on two idle cores with MiniLM (8 x 128 and 2 x 512 tokens) and digits: seconds per multiplication of a linear
-# layer, and per pair of a query and a key in all heads, of a dense step, a step under a budget, and the integer path.
+# Seconds per multiplication of a linear layer, and per pair of a query and a key in all heads, of a dense step, a step under
+# a budget, and the integer path. Those of the steps are solved from MiniLM's steps at 8 x 128 and 2 x 512 tokens (Energon, two
+# idle cores); those of the integer path are a guess from its speed on digits, not fitted.
 DENSE_STEP = (33e-12, 6.4e-9)
 STEP = (42e-12, 19e-9)
 INTEGER_PATH = (60e-12, 15e-9)
-# Seconds of what does not grow: a step, a run of the integer path, and loading, compiling and finding the start point.
+# Seconds of what does not grow (guesses): a step, a run of the integer path, and loading, compiling and finding the start.
 SECONDS_STEP = 0.01
 SECONDS_RUN = 0.15
 SECONDS_SETUP = 45.0
