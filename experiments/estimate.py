@@ -4,7 +4,7 @@ from codesign.experiments.data import TextInput
 from codesign.experiments.problem import Problem
 from codesign.experiments.train import ACTIVATION_SHARES, BUDGET_BISECTIONS, THRESHOLD_RAISES
 
-# Seconds per multiplication of a linear layer, and per pair of a query and a key in all heads: of a dense step, a step under
+# Seconds per multiplication of a linear layer, and per pair of a query and a key in all heads: of a dense step, a step with
 # a budget, and the integer path. Those of the steps are solved from MiniLM's at 8 x 128 and 2 x 512 tokens (Energon, two
 # cores); those of the integer path are a guess from its speed on digits, not fitted.
 DENSE_STEP = (33e-12, 6.4e-9)
