@@ -27,8 +27,8 @@ from codesign.workload import Workload
 
 HARD_CHUNK = 128
 """Most examples per call of the compiled hard path."""
-HARD_PAIRS = 2**24
-"""Most query-key pairs of all heads and examples of a call: an array of them takes 128 MiB."""
+HARD_PAIRS = 2**22
+"""Most query-key pairs of all heads and examples of a call: an array of them takes 32 MiB in float64."""
 DENSE_LINEAR_BITS, DENSE_ATTENTION_BITS = 8.0, 16.0
 """What "dense" means: 8-bit linear layers, 16-bit attention, no mechanism, on the same machine."""
 
@@ -154,7 +154,8 @@ def hard_chunks(
     """
     structure = deployed.structure
     mechanism = mechanism_by_name(structure.mechanism)
-    layers, ends = deployed.hard_arrays()
+    with jax.enable_x64(True):
+        layers, ends = jax.device_put(deployed.hard_arrays())
 
     def size(num_tokens: int) -> int:
         fitting = HARD_PAIRS // (structure.num_heads * num_tokens**2)

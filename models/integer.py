@@ -1,13 +1,13 @@
 """The integer arithmetic of the deployed path, in JAX with 64-bit types; its contract is docs/integer_path.md.
 
-Codes are int64. Dense products run in floating point where that is exact. Between codes there is no exp, no tanh and no
-division: exponentials, non-linearities and reciprocals are tables, requantisation is a multiply and a shift, and a
-normalisation takes one square root and one division, both correctly rounded.
+Codes are int32. What lies between them (products, sums, scores) are whole numbers below 2^53 in float64, which holds them
+exactly and is faster than int64. There is no exp, no tanh and no division: exponentials, non-linearities and reciprocals
+are tables, requantisation is a multiply and a shift, and a normalisation takes one square root and one division, both
+correctly rounded.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from codesign.mechanisms.protocol import Hooks, Operands
 from codesign.policy import BLOCK_SITES
@@ -26,10 +26,10 @@ EXP_FRACTION_BITS = 12
 """Fraction bits of the exponent's table index: 4096 entries."""
 RECIPROCAL_BITS = 12
 """Bits that index the reciprocal table: 4096 entries."""
-LINEAR_LIMIT = 127 * 127
-"""Largest product in a dense layer: 8-bit codes."""
-ATTENTION_LIMIT = 32767 * 32767
-"""Largest product in exact attention: 16-bit codes."""
+LINEAR_BITS = 8
+"""Most bits of the codes in a dense layer."""
+ATTENTION_BITS = 16
+"""Most bits of the codes in exact attention."""
 NORMS = {
     "qkv": ("attention_gain", "attention_bias"),
     "up": ("ffn_gain", "ffn_bias"),
@@ -39,36 +39,56 @@ NORMS = {
 """Gain and bias of the normalisation before (pre-norm) or after (post-norm) the branch of a site."""
 
 
+def wide(whole: jax.Array) -> jax.Array:
+    """Returns whole numbers below 2^53 in the type that holds them, float64."""
+    return whole.astype(jnp.float64)
+
+
 def limit(bits: jax.Array) -> jax.Array:
-    """Returns the largest code of a width, 2^(bits-1) - 1, int64."""
-    return jnp.left_shift(jnp.ones_like(bits), bits - 1) - 1
+    """Returns the largest code of a width, 2^(bits-1) - 1, int32."""
+    return jnp.left_shift(1, bits.astype(jnp.int32) - 1) - 1
 
 
 def saturate(value: jax.Array, largest: jax.Array | int) -> jax.Array:
-    """Returns `value` limited to [-largest, largest]."""
-    return jnp.clip(value, -largest, largest)
+    """Returns whole numbers limited to [-largest, largest], as codes, int32."""
+    most = jnp.asarray(largest).astype(value.dtype)
+    return jnp.clip(value, -most, most).astype(jnp.int32)
 
 
 def requantize(value: jax.Array, mantissa: jax.Array, shift: jax.Array) -> jax.Array:
-    """Returns rint(value * mantissa / 2^shift), ties to even; exact while the product stays below 2^53."""
+    """Returns rint(value * mantissa / 2^shift), ties to even, float64; exact while the product stays below 2^53."""
     scale = jnp.ldexp(jnp.ones_like(shift, dtype=jnp.float64), -shift.astype(jnp.int32))
-    product = (value * mantissa).astype(jnp.float64)
-    return jnp.round(product * scale).astype(jnp.int64)
+    return jnp.round(wide(value) * wide(mantissa) * scale)
+
+
+def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns a / b correctly rounded; `b` is broadcast against `a`.
+
+    XLA turns a division by a broadcast value into a product with its reciprocal, and one by a square root into a product
+    with the reciprocal square root: neither is correctly rounded. It cannot know what lies behind a barrier.
+    """
+    divisor = jnp.broadcast_to(b, a.shape)
+    hidden: jax.Array = jax.lax.optimization_barrier(divisor)  # type: ignore[no-untyped-call]
+    return a / hidden
 
 
 def normalize(
     r: jax.Array, gain: jax.Array, bias: jax.Array, largest: jax.Array | int, epsilon: jax.Array
 ) -> jax.Array:
     """Returns the normalisation of codes `[B, T, D]` as codes in [-largest, largest]."""
-    width = r.shape[-1]
+    width, r = r.shape[-1], wide(r)
     total = jnp.sum(r, axis=-1, keepdims=True)
     squares = jnp.sum(r * r, axis=-1, keepdims=True)
-    variance = (width * squares - total * total + epsilon).astype(jnp.float64)
-    unit = (width * r - total).astype(jnp.float64) / jnp.sqrt(variance)
-    fixed = jnp.round(unit * 2.0**NORM_FRACTION_BITS).astype(jnp.int64)
-    scaled = fixed * gain[None, None, :] + bias[None, None, :]
-    code = jnp.round(scaled.astype(jnp.float64) * 2.0**-GAIN_SHIFT).astype(jnp.int64)
-    return saturate(code, largest)
+    variance = width * squares - total * total + wide(epsilon)
+    unit = quotient(width * r - total, jnp.sqrt(variance))
+    fixed = jnp.round(unit * 2.0**NORM_FRACTION_BITS)
+    scaled = fixed * wide(gain)[None, None, :] + wide(bias)[None, None, :]
+    return saturate(jnp.round(scaled * 2.0**-GAIN_SHIFT), largest)
+
+
+def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns the entries of a table of codes, int32; every index must lie within it."""
+    return table.astype(jnp.int32).at[index].get(mode="promise_in_bounds")
 
 
 class IntegerArithmetic:
@@ -112,14 +132,15 @@ class IntegerArithmetic:
 
     def linear(self, x: jax.Array, site: str) -> jax.Array:
         """See `Arithmetic.linear`: an exact accumulator, requantised."""
-        product = exact_einsum("btk,kn->btn", x, self.weight_codes(site), LINEAR_LIMIT)
-        code = self._requantized(product.astype(jnp.int64), site)
+        product = exact_einsum("btk,kn->btn", x, self.weight_codes(site), LINEAR_BITS)
+        code = self._requantized(product, site)
         return saturate(code, ACTIVATION_LIMIT) if site in ("up", "pool") else code
 
     def _requantized(self, accumulator: jax.Array, site: str) -> jax.Array:
         """Returns the accumulator with its bias in the scale of what consumes it."""
+        bias = wide(self.arrays[f"{site}_bias"])[None, None, :]
         return requantize(
-            (accumulator << BIAS_FRACTION_BITS) + self.arrays[f"{site}_bias"][None, None, :],
+            wide(accumulator) * 2.0**BIAS_FRACTION_BITS + bias,
             self.arrays[f"{site}_mantissa"][None, None, :],
             self.arrays[f"{site}_shift"][None, None, :],
         )
@@ -144,28 +165,31 @@ class IntegerArithmetic:
 
     def scores(self, operands: Operands) -> jax.Array:
         """See `Arithmetic.scores`."""
-        scores = exact_einsum("bhtd,bhsd->bhts", operands.query, operands.key, ATTENTION_LIMIT)
-        return scores.astype(jnp.int64)
+        return wide(exact_einsum("bhtd,bhsd->bhts", operands.query, operands.key, ATTENTION_BITS))
 
     def probabilities(self, scores: jax.Array, operands: Operands, weights: jax.Array) -> jax.Array:
         """See `Arithmetic.probabilities`: a table of powers of two and one reciprocal per row."""
         del operands
         kept = weights > 0.5
-        lowest = np.iinfo(np.int64).min
-        top = jnp.max(jnp.where(kept, scores, lowest), axis=-1, keepdims=True)
-        distance = jnp.where(kept, top - scores, 0)
-        index = jnp.right_shift(distance * self.arrays["exp_mantissa"], self.arrays["exp_shift"])
+        top = jnp.max(jnp.where(kept, scores, -jnp.inf), axis=-1, keepdims=True)
+        distance = jnp.where(kept, top - scores, 0.0)
+        mantissa, shift = (self.arrays[f"exp_{part}"] for part in ("mantissa", "shift"))
+        scale = wide(mantissa) * jnp.ldexp(1.0, -shift.astype(jnp.int32))
+        # From 31 octaves on nothing is left: the index is limited to what int32 holds.
+        index = jnp.minimum(jnp.floor(distance * scale), 32.0 * 2**EXP_FRACTION_BITS - 1.0)
+        index = index.astype(jnp.int32)
         fraction = jnp.bitwise_and(index, 2**EXP_FRACTION_BITS - 1)
-        exponent = jnp.minimum(jnp.right_shift(index, EXP_FRACTION_BITS), 31)
-        powers = jnp.right_shift(jnp.take(self.tables["exp_table"], fraction), exponent)
-        masses = jnp.where(kept, powers, 0)
-        total = jnp.maximum(jnp.sum(masses, axis=-1, keepdims=True), 2**RECIPROCAL_BITS)
+        octaves = jnp.right_shift(index, EXP_FRACTION_BITS)
+        powers = jnp.right_shift(look_up(self.tables["exp_table"], fraction), octaves)
+        masses = wide(jnp.where(kept, powers, 0))
+        total = jnp.sum(masses, axis=-1, keepdims=True).astype(jnp.int64)
+        total = jnp.maximum(total, 2**RECIPROCAL_BITS)
         log_total = 63 - jax.lax.clz(total)
         entry = jnp.right_shift(total, log_total - RECIPROCAL_BITS) - 2**RECIPROCAL_BITS
-        reciprocal = jnp.take(self.tables["reciprocal_table"], entry)
-        one = limit(self.arrays["qk_bits"])
-        shift = jnp.broadcast_to(16 + log_total, masses.shape)
-        return jnp.minimum(requantize(masses, reciprocal * one, shift), one)
+        one = wide(limit(self.arrays["qk_bits"]))
+        reciprocal = wide(look_up(self.tables["reciprocal_table"], entry)) * one
+        codes = jnp.minimum(requantize(masses, reciprocal, 16 + log_total), one)
+        return codes.astype(jnp.int32)
 
     def attend(self, probabilities: jax.Array, operands: Operands) -> jax.Array:
         """See `Arithmetic.attend`."""
@@ -173,8 +197,8 @@ class IntegerArithmetic:
             "bhts,bhds->bthd",
             probabilities,
             jnp.swapaxes(operands.value, 2, 3),
-            ATTENTION_LIMIT,
-        ).astype(jnp.int64)
+            ATTENTION_BITS,
+        )
         code = saturate(
             requantize(sums, self.arrays["context_mantissa"], self.arrays["context_shift"]),
             limit(self.arrays["out_activation_bits"]),
@@ -183,12 +207,12 @@ class IntegerArithmetic:
 
     def activate(self, x: jax.Array) -> jax.Array:
         """See `Arithmetic.activate`: a table."""
-        return jnp.take(self.arrays["activation_table"], x + ACTIVATION_LIMIT)
+        return look_up(self.arrays["activation_table"], x + ACTIVATION_LIMIT)
 
     def pooled(self, r: jax.Array) -> jax.Array:
         """Returns the first token of the residual stream through the pooler, as what enters `head`, `[B, 1, D]`."""
         x = self.linear(self.read(r[:, :1], "pool"), "pool")
-        return jnp.take(self.arrays["pool_table"], x + ACTIVATION_LIMIT)
+        return look_up(self.arrays["pool_table"], x + ACTIVATION_LIMIT)
 
     def add(self, r: jax.Array, branch: jax.Array, site: str) -> jax.Array:
         """See `Arithmetic.add`: saturating 16-bit codes."""

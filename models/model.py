@@ -4,6 +4,7 @@
 the workload of the batch, and on request the tensors that docs/integer_path.md names.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from codesign.models.arithmetic import FloatArithmetic
 from codesign.models.config import ModelConfig
 from codesign.models.integer import (
     BIAS_FRACTION_BITS,
-    LINEAR_LIMIT,
+    LINEAR_BITS,
     RESIDUAL_LIMIT,
     IntegerArithmetic,
     limit,
@@ -289,7 +290,10 @@ def apply_hard(
     embedded = residual
     residual, left, outputs = run_layers(layer_fn, layers, residual, valid, carry)
     logits = _outputs_hard(end, residual, left)
-    tensors = outputs.trace | {"embedded": embedded, "logits": logits}
+    tensors = {
+        name: value if value.dtype == jnp.bool_ else value.astype(jnp.int64)
+        for name, value in (outputs.trace | {"embedded": embedded, "logits": logits}).items()
+    }
     return ModelOutput(
         logits=logits,
         workload=with_ends(outputs.workload, structure, valid, _widths(ends)),
@@ -337,8 +341,9 @@ def _outputs_hard(end: IntegerArithmetic, residual: jax.Array, left: jax.Array) 
             features = end.read(residual[:, :1], "head")
         else:
             features = end.pooled(residual)
-    most = residual.shape[1] if structure.pooling == "mean" else 1
-    product = exact_einsum("btk,kn->btn", features, end.weight_codes("head"), LINEAR_LIMIT * most)
+    summed = residual.shape[1] if structure.pooling == "mean" else 1
+    bits = LINEAR_BITS + math.ceil(math.log2(summed))
+    product = exact_einsum("btk,kn->btn", features, end.weight_codes("head"), bits)
     bias = number * end.arrays["head_bias"][None, None, :]
     logits = (product.astype(jnp.int64) << BIAS_FRACTION_BITS) + bias
     return logits if structure.pooling == "all" else logits[:, 0]

@@ -19,6 +19,7 @@ from codesign.calibration import Calibration
 from codesign.hw import emulator
 from codesign.mechanisms import MECHANISMS
 from codesign.models import deploy
+from codesign.models.integer import quotient
 from codesign.models.model import apply, apply_hard
 from codesign.models.parameters import init_params
 from codesign.models.transformer import ModelOutput
@@ -100,6 +101,16 @@ def test_ten_million_decisions_equal_the_emulator() -> None:
         kept += int(wanted["keep"].sum())
     assert num_decisions >= 10_000_000
     assert 0.1 < kept / num_decisions < 0.9
+
+
+def test_division_of_a_normalisation_is_correctly_rounded() -> None:
+    """A compiler may divide by multiplying with a reciprocal, which is off by a unit in the last place."""
+    rng = np.random.default_rng(0)
+    above = rng.integers(-(10**9), 10**9, (200, 64)).astype(np.float64)
+    variance = rng.integers(1, 10**15, (200, 1)).astype(np.float64)
+    with jax.enable_x64(True):
+        found = jax.jit(lambda a, v: quotient(a, jnp.sqrt(v)))(above, variance)
+    np.testing.assert_array_equal(np.asarray(found), above / np.sqrt(variance))
 
 
 def test_an_image_gives_the_same_integers_in_any_batch(digits_model: tiny_model.Model) -> None:

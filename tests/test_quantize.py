@@ -35,6 +35,34 @@ def test_code_limit_is_exact(dtype: jnp.dtype) -> None:
     assert quantize.code_limit(8) == 127
 
 
+@pytest.mark.parametrize(
+    ("bits", "length", "dtype"),
+    [
+        (4, 40, jnp.int32),
+        (8, 1536, jnp.int32),
+        (9, 40, jnp.float32),
+        (9, 300, jnp.float64),
+        (16, 300, jnp.float64),
+    ],
+)
+def test_exact_einsum_is_exact_at_the_ends_of_its_range(
+    bits: int, length: int, dtype: jnp.dtype
+) -> None:
+    rng = np.random.default_rng(bits)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    a, b = (rng.integers(low, high, (2, 3, length)) for _ in range(2))
+    a[0], b[0, 0] = low, low
+    product = jax.jit(lambda a, b: quantize.exact_einsum("btk,bsk->bts", a, b, bits))(a, b)
+    assert product.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(product, np.int64), np.einsum("btk,bsk->bts", a, b))
+
+
+def test_exact_einsum_refuses_sums_that_no_type_holds() -> None:
+    operand = jnp.ones((1, 2**10))
+    with pytest.raises(AssertionError, match="exact range"):
+        quantize.exact_einsum("tk,sk->ts", operand, operand, 23)
+
+
 def test_deployed_bits_rounds_half_up_within_bounds() -> None:
     bits = jnp.asarray([1.2, 2.5, 3.49, 7.5, 8.9])
     np.testing.assert_array_equal(quantize.deployed_bits(bits, 2, 8), [2, 3, 3, 8, 8])

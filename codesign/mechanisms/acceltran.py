@@ -406,7 +406,8 @@ def soft_on_weight(
 def _hard(context: Context, x: jax.Array, site: str) -> tuple[jax.Array, Counts]:
     """Returns a site's codes, pruned if it is a pruned one, and the density of what is left."""
     if site in PRUNED_SITES:
-        x = prune(x, context.knobs["threshold"][PRUNED_SITES.index(site)])
+        threshold = context.knobs["threshold"][PRUNED_SITES.index(site)]
+        x = prune(x, threshold.astype(context.valid.dtype))
     return x, Counts(densities={site: density(x != 0, existing(context, site))})
 
 
@@ -465,5 +466,6 @@ acceltran = Mechanism(
         on_activation=hard_on_activation,
         on_output=hard_on_output,
         skips_zeros=True,
+        head_knobs=(),
     ),
 )

@@ -20,8 +20,8 @@ ALPHA_ONE = 128
 """alpha is stored in 1/128 (8 bits, 7 of them fraction)."""
 OFF_CODE = -128
 """Storage code of a round that keeps all."""
-FILTER_LIMIT = 128**2
-"""Largest product of two filter codes: both have at most 8 bits."""
+FILTER_BITS = 8
+"""Most bits of a filter's codes."""
 FAR = 2.0**26
 """Further apart than any two scores."""
 

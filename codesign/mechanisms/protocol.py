@@ -4,9 +4,10 @@ A `Mechanism` carries two sets of `Hooks`, `soft` (differentiable; relaxed or st
 `Relaxation` says) and `hard` (integers and comparisons). Both sets have the same signatures and the
 identity as default, so a mechanism states only the hooks it uses. Each hook returns its counts.
 
-Attention operands and scores are *codes* on every path: integers on the hard path, integer-valued on
-the straight-through path. Other tensors are codes on the hard path and values on the soft one, where
-`Context.scales` has the value of a code.
+Attention operands and scores are *codes* on every path: whole numbers on the hard path (int32; scores
+and branches before they are added float64, which holds them exactly) and on the straight-through path.
+Other tensors are codes on the hard path and values on the soft one, where `Context.scales` has the
+value of a code.
 
 Order of the calls in a block, with the site of each tensor (docs/mechanisms.md):
 
