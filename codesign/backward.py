@@ -63,14 +63,46 @@ def _dense_backward(
 _dense_product.defvjp(_dense_forward, _dense_backward)
 
 
-def dense_product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Returns `x @ weight`, kept.
+@jax.custom_vjp
+def _coded_product(
+    x: jax.Array, weight: jax.Array, unit: jax.Array, weight_unit: jax.Array
+) -> jax.Array:
+    codes, weight_codes = (
+        jnp.round(values / size).astype(jnp.int8)
+        for values, size in ((x, unit), (weight, weight_unit))
+    )
+    sums = jnp.matmul(codes, weight_codes, preferred_element_type=jnp.int32)
+    scale = jnp.reshape(unit * weight_unit, (1,) * (x.ndim - 1) + (-1,))
+    return sums.astype(x.dtype) * scale
+
+
+def _coded_forward(
+    x: jax.Array, weight: jax.Array, unit: jax.Array, weight_unit: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _coded_product(x, weight, unit, weight_unit), (x, weight, unit, weight_unit)
+
+
+def _coded_backward(stored: tuple[jax.Array, ...], slope: jax.Array) -> tuple[jax.Array, ...]:
+    x, weight, unit, weight_unit = stored
+    return *_dense_backward((x, weight), slope), jnp.zeros_like(unit), jnp.zeros_like(weight_unit)
+
+
+_coded_product.defvjp(_coded_forward, _coded_backward)
+
+
+def dense_product(
+    x: jax.Array, weight: jax.Array, units: tuple[jax.Array, jax.Array] | None = None
+) -> jax.Array:
+    """Returns `x @ weight`, kept; the derivatives are those of the product.
 
     Args:
       x: Activations, `[..., K]`.
       weight: Weights, `[K, N]`.
+      units: Values of one code of `x`, scalar, and of `weight`, `[1, N]` or `[1, 1]`, if both are whole multiples of
+        these, of at most 127: the product then runs in 8-bit integers. Constants for differentiation. None: they are not.
     """
-    product: jax.Array = kept(_dense_product(x, weight))
+    value = _dense_product(x, weight) if units is None else _coded_product(x, weight, *units)
+    product: jax.Array = kept(value)
     return product
 
 

@@ -163,7 +163,7 @@ class FloatArithmetic:
 
     def linear(self, x: jax.Array, site: str) -> jax.Array:
         """See `Arithmetic.linear`."""
-        product = dense_product(x, self.weight(site))
+        product = dense_product(x, self.weight(site), self._units(site))
         bias = self.params[site]["bias"]
         product = product + jnp.reshape(bias, (1,) * (product.ndim - 1) + (-1,))
         if site in TABLE_INPUTS:
@@ -172,6 +172,14 @@ class FloatArithmetic:
             if self.relaxation is not None:
                 product = quantize(product, self.ranges[name], TABLE_BITS)
         return product
+
+    def _units(self, site: str) -> tuple[jax.Array, jax.Array] | None:
+        """Returns the value of a code of what enters `site` and of its weight; None if one is not in whole codes."""
+        if self.relaxation is None or not self.relaxation.straight_through:
+            return None
+        if site == "head" and self.structure.pooling == "mean":
+            return None
+        return self.scale(site), self._weight_scale(site)
 
     def heads(self, projected: jax.Array) -> Operands:
         """See `Arithmetic.heads`; without quantisation the codes are the values themselves."""

@@ -44,6 +44,24 @@ def test_dense_product(shape: tuple[int, ...], getkey: Draw) -> None:
     same_derivatives(dense_product, lambda x, w: x @ w, (x, weight), slope)
 
 
+def test_dense_product_in_codes() -> None:
+    """Whole codes multiply as 8-bit integers: the product is exact, its derivatives are those of the values."""
+    rng = np.random.default_rng(0)
+    codes, weight_codes = rng.integers(-127, 128, (2, 3, 50)), rng.integers(-127, 128, (50, 4))
+    codes[0, 0], weight_codes[:, 0] = 127, -127
+    # Powers of two: values and products of units are exact.
+    unit, weight_unit = jnp.asarray(2.0**-7), jnp.asarray([[2.0**-3, 1.0, 2.0, 2.0**-9]])
+    x, weight = jnp.asarray(codes * unit), jnp.asarray(weight_codes * weight_unit)
+    units = (unit, weight_unit)
+    product = dense_product(x, weight, units)
+    wanted = (codes @ weight_codes) * np.asarray(unit) * np.asarray(weight_unit)
+    np.testing.assert_array_equal(product, wanted)
+    slope = jnp.asarray(rng.normal(size=(2, 3, 4)))
+    same_derivatives(lambda x, w: dense_product(x, w, units), jnp.matmul, (x, weight), slope)
+    whole = jax.jit(dense_product).lower(x, weight, units).as_text()
+    assert "xi8>" in whole
+
+
 def test_weighted_values(getkey: Draw) -> None:
     weights, values = (jax.random.normal(getkey(), s) for s in ((2, 3, 4, 6), (2, 3, 6, 5)))
     scale, slope = jnp.asarray(0.3), jax.random.normal(getkey(), (2, 4, 15))
