@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from codesign import gates
 from codesign.applied import LayerPolicy
+from codesign.backward import dense_product
 from codesign.errors import CodesignError, UnknownNameError
 from codesign.fake_quantize import (
     RESIDUAL_BITS,
@@ -27,6 +28,7 @@ from codesign.fake_quantize import (
     quantize_activation,
     quantize_weight,
     tensor_scale,
+    weight_scale,
 )
 from codesign.gates import Relaxation
 from codesign.layer_counts import LayerCounts
@@ -182,14 +184,18 @@ def linear(
         context = _context(layer, x.shape[0], x.shape[1], dtype)
         x, added = layer.hooks.on_activation(context, x, Plan(), site)
         counts += added
+    units = None
     if relaxation is not None:
+        if relaxation.straight_through:
+            unit = tensor_scale(_range(layer, site), layer.knobs, site)
+            units = unit, weight_scale(kernel, layer.knobs, site)
         kernel, density = layer.hooks.on_weight(layer.knobs, kernel, site, relaxation)
         kernel = quantize_weight(kernel, layer.knobs, site, relaxation)
         if layer.hooks.skips_zeros and is_inside:
             stored = jnp.mean((kernel != 0.0).astype(dtype))
             density = jnp.reshape(gates.straight_through(stored, density), (1,))
             counts += Counts(densities={f"{site}.weight": density})
-    y = x @ kernel
+    y = dense_product(x, kernel, units)
     if bias is not None:
         y = y + jnp.reshape(jnp.asarray(bias).astype(dtype), (1,) * (y.ndim - 1) + (-1,))
     widths = _widths(layer)

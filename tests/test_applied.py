@@ -107,10 +107,10 @@ def own_filter(
     return selection.replace(weights=weights), counts + measured
 
 
-def halve(context: Context, x: jax.Array, plan: Plan, site: str) -> tuple[jax.Array, Counts]:
-    """Halves every tensor, and says so."""
+def flip(context: Context, x: jax.Array, plan: Plan, site: str) -> tuple[jax.Array, Counts]:
+    """Changes the sign of every tensor, and says so."""
     scale = context.scales.get("residual" if site.endswith("branch") else site, jnp.zeros(()))
-    return 0.5 * x, Counts(densities={site: jnp.reshape(scale, (1,))})
+    return -x, Counts(densities={site: jnp.reshape(scale, (1,))})
 
 
 def test_a_mechanism_of_ones_own_with_its_own_range() -> None:
@@ -133,8 +133,8 @@ def test_a_mechanism_of_ones_own_with_its_own_range() -> None:
 
 
 def test_hooks_run_at_every_site() -> None:
-    hooks = Hooks(on_activation=halve, on_output=halve)
-    mechanism = Mechanism(name="halving", summary="halves all", soft=hooks)
+    hooks = Hooks(on_activation=flip, on_output=flip)
+    mechanism = Mechanism(name="flipping", summary="changes all signs", soft=hooks)
     ranges = calibration().layers | {"gelu": jnp.ones((LAYERS,)), "ffn_branch": jnp.ones((LAYERS,))}
     run = dataclasses.replace(
         applied(mechanism, attention_bits=16.0, linear_bits=8.0),
@@ -143,16 +143,16 @@ def test_hooks_run_at_every_site() -> None:
     layer = run.layer(0)
     q, k, v = tensors()
     output, counted = run_attention(q, k, v, layer)
-    expected = jax.nn.dot_product_attention(0.5 * q, 0.25 * k, 0.25 * v)
+    expected = jax.nn.dot_product_attention(-q, k, v)  # the scores change theirs too
     np.testing.assert_allclose(output, expected, atol=2e-3)
     densities = dict(counted.counts.densities)
     x = jax.random.normal(jax.random.key(0), (BATCH, TOKENS, WIDTH))
     y, counted = run_linear(x, jnp.eye(WIDTH), None, layer, site="up")
-    np.testing.assert_allclose(y, 0.5 * x, atol=8.0 / 127 / 2)
+    np.testing.assert_allclose(y, -x, atol=8.0 / 127 / 2)
     densities |= counted.counts.densities
     for site in ("gelu", "ffn_branch"):
         y, counted = at_site(x, layer, site)
-        np.testing.assert_array_equal(y, 0.5 * x)
+        np.testing.assert_array_equal(y, -x)
         densities |= counted.counts.densities
     scales = {name: value.item() for name, value in densities.items()}
     assert scales == pytest.approx(
