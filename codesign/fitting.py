@@ -1,15 +1,18 @@
 """The training loop for a model of one's own: weights and policy at once, or the weights alone."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from codesign.applied import AppliedPolicy
 from codesign.errors import CodesignError
 from codesign.gates import Relaxation
+from codesign.objective import BUDGET_MISS
 from codesign.optimize import (
     LossAux,
     OptimizeSettings,
@@ -35,7 +38,8 @@ def fit(
 ) -> tuple[PyTree, AppliedPolicy]:
     """Returns trained weights, and the policy as it is deployed: widths in whole bits, decisions hard.
 
-    One step per batch, compiled once (`codesign.make_train_step`). Without a policy in `applied` the weights alone train,
+    One step per batch, compiled once (`codesign.make_train_step`). If the last step's cost exceeds its limit by more than
+    1 %, a `UserWarning` says by how much. Without a policy in `applied` the weights alone train,
     in floating point.
 
     Args:
@@ -99,4 +103,10 @@ def fit(
         state, metrics = step_fn(state, batch, constants)
         check_finite(metrics, step)
         watch.observe(metrics, step)
+    for index, ratio in enumerate(np.asarray(metrics["ratio"])):
+        if ratio > 1.0 + BUDGET_MISS:
+            warnings.warn(
+                f"the cost of the last step is {ratio:.3f} of limits[{index}]: give more batches or a larger limit",
+                stacklevel=2,
+            )
     return state.params, at(state.policy, relaxation_at(state.step, resolved), base)

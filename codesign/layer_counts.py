@@ -9,8 +9,7 @@ from flax import struct
 from codesign.calibration import Calibration, floored
 from codesign.errors import CodesignError, UnknownNameError
 from codesign.mechanisms.protocol import Counts
-from codesign.policy import BLOCK_SITES
-from codesign.vocabulary import SITES, check_key
+from codesign.vocabulary import BLOCK_SITES, SITES, check_key
 from codesign.workload import Gemm, Workload, layers_second
 
 

@@ -43,9 +43,9 @@ from codesign.mechanisms.protocol import (
     plan_all,
     reuse_rows,
 )
-from codesign.policy import ATTENTION_BITS, BLOCK_SITES, bits_range
+from codesign.policy import ATTENTION_BITS, bits_range
 from codesign.quantize import code_limit
-from codesign.vocabulary import LINEAR_SITES
+from codesign.vocabulary import BLOCK_SITES, LINEAR_SITES
 from codesign.workload import gemm
 
 BETWEEN_SITES = ("gelu", "attention_branch", "ffn_branch")
@@ -86,6 +86,7 @@ def attention(
     _check_shapes(query, key, value, mask)
     hooks, relaxation = layer.hooks, layer.relaxation
     _check_hooks(layer)
+    _check_heads(layer, query.shape[2])
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     batch, tokens, _, head_dim = query.shape
     context = _context(layer, batch, tokens, dtype, mask=mask, is_causal=is_causal)
@@ -291,6 +292,17 @@ def _check_hooks(layer: LayerPolicy) -> None:
             f"mechanism `{layer.mechanism.name}` decides before query, key and value exist or from layer to layer: run it "
             "in `codesign.models`, which calls the hooks `plan`, `start` and `carry`"
         )
+
+
+def _check_heads(layer: LayerPolicy, num_heads: int) -> None:
+    """Raises `CodesignError` unless what the policy has by head is for as many heads."""
+    for name in layer.hooks.head_knobs or ():
+        found = layer.knobs[name].shape[0]
+        if layer.relaxation is not None and found != num_heads:
+            raise CodesignError(
+                f"the policy's `{name}` is for {found} heads, and `query` has {num_heads}: give `policy_for` the model's "
+                "number of heads"
+            )
 
 
 def _range(layer: LayerPolicy, name: str) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from codesign.errors import UnknownNameError
+from codesign.vocabulary import BLOCK_SITES
 
 GROUPS = ("thresholds", "bits", "clips")
 """Optimiser groups of a policy's leaves."""
@@ -14,7 +15,6 @@ GROUPS = ("thresholds", "bits", "clips")
 BITS_RANGE = {"linear": (2.0, 8.0), "attention": (8.0, 16.0), "filter": (2.0, 8.0)}
 """Legal widths in bit, inclusive: linear layers and filter planes 2 to 8, exact attention 8 to 16 (Energon section 3)."""
 
-BLOCK_SITES = ("qkv", "out", "up", "down")
 ATTENTION_BITS = ("qk_bits", "v_bits")
 
 

@@ -6,6 +6,8 @@ from codesign.errors import UnknownNameError
 
 LINEAR_SITES = ("embed", "qkv", "out", "up", "down", "pool", "head")
 """Linear layers with a weight; `embed`, `pool` and `head` stand outside the scanned blocks."""
+BLOCK_SITES = ("qkv", "out", "up", "down")
+"""Those of a block."""
 
 SITES = (
     *("qkv", "query", "key", "value", "scores", "probabilities"),

@@ -36,8 +36,8 @@ from codesign.experiments.timing import (
 from codesign.hw.accelerator import Accelerator, accelerator_from_spec
 from codesign.hw.operating_points import published_setting, workload_from_fractions
 from codesign.hw.spec import load_preset
-from codesign.policy import BLOCK_SITES
 from codesign.structure import ModelStructure
+from codesign.vocabulary import BLOCK_SITES
 from codesign.workload import Workload
 
 WIDTH_SPAN = 1.6

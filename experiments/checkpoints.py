@@ -61,6 +61,8 @@ class Checkpoint:
     tokenizer_path: Path | None
     # Names of the outputs; None where the checkpoint names none, or its head is not used.
     labels: tuple[str, ...] | None
+    # Whether the head is the checkpoint's own, not a fresh one.
+    has_own_head: bool
     # One line each: what of the checkpoint is not used, and what was not in it.
     notes: tuple[str, ...]
 
@@ -148,6 +150,7 @@ def load_checkpoint(
         params=params,
         tokenizer_path=tokenizer if tokenizer.is_file() and not images else None,
         labels=head.labels if head else None,
+        has_own_head=head is not None,
         notes=notes,
     )
 

@@ -6,24 +6,31 @@ from typing import Annotated, Any
 
 import tyro
 
-from codesign.errors import CodesignError
+from codesign.errors import CodesignError, RunDirectoryError
 from codesign.experiments.configs import Budget, Experiment, Metric, Mode, Scope
 from codesign.experiments.curve import CURVE_FILE, checked_curve, run_curve
 from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.data import Part
 from codesign.experiments.estimate import estimate_seconds
-from codesign.experiments.evaluate import measure, summary
+from codesign.experiments.evaluate import deployment, measure, summary
 from codesign.experiments.finished import (
     DENSE_FOLDER,
     RESULT_FILE,
     checked,
     dense_folder,
+    deployed_policy,
     load_run,
     train_run,
 )
 from codesign.experiments.problem import Problem
-from codesign.experiments.run import write_json
-from codesign.experiments.tables import COLUMNS, print_json, print_table, result_cells
+from codesign.experiments.run import CONFIG, write_json
+from codesign.experiments.tables import (
+    COLUMNS,
+    policy_table,
+    print_json,
+    print_table,
+    result_cells,
+)
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 
@@ -103,6 +110,7 @@ def evaluate(
         "clock_hz": finished.problem.spec.clock_hz,
         "dense": summary(dense, dense),
         "trained": summary(measured, dense),
+        "policy": deployed_policy(deployment(finished.problem, finished.point)),
     }
     write_json(run / f"evaluation-{part}.json", record)
     if as_json:
@@ -214,6 +222,8 @@ def report(path: tyro.conf.Positional[Path], *, as_json: Json = False) -> int:
     for name in (CURVE_FILE, RESULT_FILE):
         if (path / name).is_file():
             path = path / name
+    if (path / CONFIG).is_file():
+        raise RunDirectoryError(f"'{path}' is not finished: continue it with `--resume`")
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         is_curve = "means" in record
@@ -290,6 +300,8 @@ def print_result(record: dict[str, Any]) -> None:
     name = record["trained"]["quality_name"].replace("_", " ")
     title = f"{record['part']} part, {count} examples, integer path; quality: {name}"
     print_table(title, ("point", *COLUMNS), rows)
+    if "policy" in record:
+        print_table(*policy_table(record["policy"]))
     budget = dict(record.get("budget", {}))
     scope = budget.pop("scope", "")
     for metric, one in budget.items():

@@ -76,7 +76,7 @@ class ModelSettings:
 class DenseSettings:
     """Training of the dense model in floating point, before any mechanism."""
 
-    # Optimiser steps, >= 1.
+    # Optimiser steps, >= 0; 0 takes a checkpoint that was fine-tuned for the task as it is.
     num_steps: int = 500
     # Examples per step, >= 1.
     batch_size: int = 32
@@ -94,8 +94,8 @@ class DenseSettings:
           CodesignError: If a field is outside its range; names it.
         """
         prefix = "experiment.dense"
-        require_at_least(self, prefix, 1, "num_steps", "batch_size")
-        require_at_least(self, prefix, 0, "weight_decay")
+        require_at_least(self, prefix, 1, "batch_size")
+        require_at_least(self, prefix, 0, "num_steps", "weight_decay")
         is_legal = math.isfinite(self.rate) and self.rate > 0.0
         require(is_legal, f"{prefix}.rate", "be > 0", self.rate)
         smoothing = self.label_smoothing

@@ -16,9 +16,9 @@ from codesign.hw.accelerator import Accelerator
 from codesign.hw.surrogate import SCOPES
 from codesign.mechanisms import Mechanism
 from codesign.models.counting import dense_workload
-from codesign.policy import BITS_RANGE, BLOCK_SITES
+from codesign.policy import BITS_RANGE
 from codesign.structure import ModelStructure, PatchInput
-from codesign.vocabulary import SITES
+from codesign.vocabulary import BLOCK_SITES, SITES
 
 CHUNK_PAIRS = 2**23
 """Most query-key pairs of all heads and examples of one call."""

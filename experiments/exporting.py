@@ -34,9 +34,9 @@ from codesign.hw.operating_points import Setting, workload_from_fractions
 from codesign.hw.simulator import GemmShape, Simulation, simulate
 from codesign.hw.surrogate import SCOPES, cost
 from codesign.models.deploy import Deployment
-from codesign.policy import BLOCK_SITES
 from codesign.references import reference_by_name
 from codesign.structure import ModelStructure, PatchInput
+from codesign.vocabulary import BLOCK_SITES
 from codesign.workload import Trace
 
 TRACE_CHUNK = 32

@@ -15,7 +15,14 @@ from codesign.experiments.batches import chunks
 from codesign.experiments.configs import MODES, Budget, Experiment, Mode
 from codesign.experiments.data import Part, Task
 from codesign.experiments.drift import drift
-from codesign.experiments.evaluate import Measurement, Point, dense_point, measure, summary
+from codesign.experiments.evaluate import (
+    Measurement,
+    Point,
+    dense_point,
+    deployment,
+    measure,
+    summary,
+)
 from codesign.experiments.problem import Problem, load_problem, outline
 from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import CONFIG, RunDirectory, write_json
@@ -26,15 +33,16 @@ from codesign.experiments.train import (
     start_point,
     start_policy,
 )
+from codesign.hw.hardware_config import IntegerPolicy
 from codesign.mechanisms import mechanism_by_name
+from codesign.models.deploy import Deployment
 from codesign.models.parameters import init_params
+from codesign.objective import BUDGET_MISS
 
 RESULT_FILE = "result.json"
 DATA_FILE = "data.json"
 """Digests of the parts that a run reads."""
 RECORDED_PARTS: tuple[Part, ...] = ("train", "validation")
-BUDGET_MISS = 0.01
-"""Part of the budget by which the cost on the validation part may exceed it before it counts as missed (ours)."""
 DENSE_FOLDER = "dense"
 
 
@@ -159,6 +167,7 @@ def train_run(
         "clock_hz": problem.spec.clock_hz,
         "dense": summary(dense, dense),
         "trained": summary(measured, dense),
+        "policy": deployed_policy(deployment(problem, point)),
         "drift": drift(problem, point, measured),
         "budget": {"scope": budget.scope, **reached},
         "is_met": all(
@@ -167,6 +176,13 @@ def train_run(
     }
     write_json(run.path / RESULT_FILE, result)
     return result
+
+
+def deployed_policy(deployed: Deployment) -> dict[str, Any]:
+    """Returns the widths and the mechanism's integers of a deployment, for a file."""
+    arrays = deployed.structure, deployed.layers, deployed.ends
+    plain: dict[str, Any] = IntegerPolicy.from_arrays(*arrays).model_dump(mode="json")
+    return plain
 
 
 def data_digests(task: Task) -> dict[str, str]:

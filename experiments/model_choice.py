@@ -40,11 +40,20 @@ def choose_model(task: Task, experiment: Experiment) -> ChosenModel:
         )
         check_fit(task, checkpoint.config, experiment.checkpoint)
         notes = checkpoint.notes
+        fault = None if checkpoint.has_own_head else "has no head for the task"
         if checkpoint.labels and task.classes and checkpoint.labels != task.classes:
-            notes += (
-                f"its outputs are {_listed(checkpoint.labels)}, the task's classes {_listed(task.classes)}, in this order",
+            outputs = f"{_listed(checkpoint.labels)}, the task's classes {_listed(task.classes)}"
+            fault = f"has the outputs {outputs}, in this order"
+            notes += (f"its outputs are {outputs}, in this order",)
+        if experiment.dense.num_steps == 0 and fault:
+            raise CodesignError(
+                f"checkpoint '{experiment.checkpoint}' {fault}: `experiment.dense.num_steps` must be at least 1"
             )
         return ChosenModel(checkpoint.config, lambda key: checkpoint.params, notes)
+    if experiment.dense.num_steps == 0:
+        raise CodesignError(
+            "a model without a checkpoint has to be trained: `experiment.dense.num_steps` must be at least 1"
+        )
     try:
         config = sized_config(task, experiment.model)
     except ValueError as error:

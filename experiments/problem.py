@@ -176,9 +176,14 @@ def contents_digest(tree: Any) -> str:
 def dense_params(
     problem: Problem, chosen: ChosenModel, cache: Path, progress: bool, restart: bool
 ) -> dict[str, Any]:
-    """Returns the parameters of the dense model, from the cache or by training them (resuming if interrupted)."""
+    """Returns the parameters of the dense model, from the cache or by training them (resuming if interrupted).
+
+    Without steps they are those of the checkpoint.
+    """
     experiment, dense = problem.experiment, problem.experiment.dense
     params = chosen.params(jax.random.key(experiment.seed))
+    if dense.num_steps == 0:
+        return params
     settings = {
         "task": problem.task.name,
         "data": problem.task.part("train").digest(),

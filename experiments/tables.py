@@ -5,10 +5,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from codesign.units import PJ_PER_UJ, US_PER_S
+from codesign.vocabulary import BLOCK_SITES
 
 PLAIN_WIDTH = 120
 """Columns of a table that is not written to a terminal."""
@@ -33,6 +36,40 @@ def print_table(
 def print_json(value: Any) -> None:
     """Prints a value as JSON, indented."""
     print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def policy_table(policy: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    """Returns title, columns and rows of the integers that a trained policy became, a row for each layer.
+
+    Args:
+      policy: Contents of `IntegerPolicy`. A mechanism's own integers are averaged over all axes but layer and last.
+    """
+    weights, activations = policy["weight_bits"], policy["activation_bits"]
+    own = {name: np.asarray(values, np.float64) for name, values in policy["mechanism"].items()}
+    columns = ["layer", *BLOCK_SITES, "Q, K", "V", *(name.replace("_", " ") for name in own)]
+    rows = [
+        [
+            str(layer),
+            *(f"{weights[site][layer]} / {activations[site][layer]}" for site in BLOCK_SITES),
+            str(policy["qk_bits"][layer]),
+            str(policy["v_bits"][layer]),
+            *(_last_axis(values[layer]) for values in own.values()),
+        ]
+        for layer in range(len(policy["qk_bits"]))
+    ]
+    ends = [
+        f"{site} {weights[site][0]} / {activations[site][0]}"
+        for site in weights
+        if site not in BLOCK_SITES
+    ]
+    title = "deployed policy: bits of weights / activations by linear site"
+    return "; ".join([title, *ends]), columns, rows
+
+
+def _last_axis(values: NDArray[np.float64]) -> str:
+    """Returns the last axis of the mean over the others as text."""
+    mean = np.mean(np.reshape(values, (-1, values.shape[-1] if values.ndim else 1)), axis=0)
+    return " ".join(f"{value:.4g}" for value in mean)
 
 
 def result_cells(means: dict[str, Any], scope: str, clock_hz: float) -> list[str]:

@@ -23,9 +23,9 @@ from codesign.fake_quantize import (
 )
 from codesign.gates import Relaxation
 from codesign.mechanisms.protocol import Hooks, Operands
-from codesign.policy import BLOCK_SITES
 from codesign.quantize import code_limit, quantize
 from codesign.structure import ModelStructure
+from codesign.vocabulary import BLOCK_SITES
 
 TABLE_INPUTS = {"up": "gelu", "pool": "pooled"}
 """Sites whose output enters a table, and the name of its calibrated range."""

@@ -22,9 +22,10 @@ from codesign.models.integer import (
     RECIPROCAL_BITS,
     RESIDUAL_LIMIT,
 )
-from codesign.policy import ATTENTION_BITS, BLOCK_SITES, Policy, deployed_bits, group
+from codesign.policy import ATTENTION_BITS, Policy, deployed_bits, group
 from codesign.quantize import code_limit, multiplier, quantize_codes
 from codesign.structure import ACTIVATION_LIMIT, ModelStructure, PatchInput
+from codesign.vocabulary import BLOCK_SITES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

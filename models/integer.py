@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from codesign.mechanisms.protocol import Hooks, Operands
-from codesign.policy import BLOCK_SITES
 from codesign.quantize import exact_einsum
 from codesign.structure import ACTIVATION_LIMIT, ModelStructure
+from codesign.vocabulary import BLOCK_SITES
 
 RESIDUAL_LIMIT = 32767
 """Largest code of the 16-bit residual stream."""

@@ -243,7 +243,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     [
         (ModelSettings, "model.hidden", 0),
         (ModelSettings, "model.padding", -1),
-        (DenseSettings, "dense.num_steps", 0),
+        (DenseSettings, "dense.num_steps", -1),
         (DenseSettings, "dense.batch_size", 0),
         (DenseSettings, "dense.rate", 0.0),
         (DenseSettings, "dense.rate", math.nan),

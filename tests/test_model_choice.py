@@ -17,7 +17,7 @@ from codesign.experiments.dense_cost import DenseCost
 from codesign.experiments.evaluate import costs_of
 from codesign.experiments.finished import check_data, record_data
 from codesign.experiments.model_choice import choose_model, model_shape, sized_config
-from codesign.experiments.problem import contents_digest
+from codesign.experiments.problem import contents_digest, dense_params
 from codesign.hw.operating_points import Setting, workload_from_fractions
 from codesign.hw.surrogate import SCOPES
 from codesign.structure import PatchInput, TokenInput
@@ -85,6 +85,39 @@ def test_a_checkpoint_keeps_a_head_that_fits() -> None:
     chosen = choose_model(task, experiment_on("gpt2"))
     assert chosen.config == own.config
     jax.tree.map(np.testing.assert_array_equal, chosen.params(jax.random.key(5)), own.params)
+
+
+@pytest.mark.parametrize(
+    ("task", "checkpoint", "message"),
+    [
+        (dataclasses.replace(made_up_task("text"), num_outputs=7), "bert", "has no head"),
+        (made_up_task("text"), None, "has to be trained"),
+    ],
+)
+def test_only_a_fine_tuned_checkpoint_needs_no_training(
+    task: Task, checkpoint: str | None, message: str
+) -> None:
+    experiment = experiment_on("bert") if checkpoint else tiny()
+    untouched = dataclasses.replace(experiment.dense, num_steps=0)
+    with pytest.raises(CodesignError, match=f"{message}.*num_steps` must be at least 1"):
+        choose_model(task, dataclasses.replace(experiment, dense=untouched))
+
+
+def test_a_checkpoint_of_other_classes_needs_training() -> None:
+    name = "distilbert-classifier"
+    labels = load_checkpoint(GOLDEN / name).labels
+    assert labels is not None
+    task = dataclasses.replace(
+        made_up_task("text"), num_outputs=len(labels), classes=tuple(reversed(labels))
+    )
+    untouched = dataclasses.replace(experiment_on(name).dense, num_steps=0)
+    experiment = dataclasses.replace(experiment_on(name), dense=untouched)
+    with pytest.raises(CodesignError, match="in this order.*must be at least 1"):
+        choose_model(task, experiment)
+    chosen = choose_model(dataclasses.replace(task, classes=labels), experiment)
+    problem = dataclasses.replace(untrained("text"), experiment=experiment, config=chosen.config)
+    params = dense_params(problem, chosen, Path("unused"), progress=False, restart=False)
+    jax.tree.map(np.testing.assert_array_equal, params, load_checkpoint(GOLDEN / name).params)
 
 
 def images_of(size: int, channels: int) -> Task:

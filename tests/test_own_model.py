@@ -150,6 +150,19 @@ def float_loss(params: Any, applied: codesign.AppliedPolicy, batch: jax.Array) -
     return jnp.mean(jnp.square(y)), workload
 
 
+def test_fit_tells_of_a_missed_budget() -> None:
+    x, kernels = inputs()
+    calibration = compiled(two_layers)(codesign.AppliedPolicy(calibrating=True), x, kernels)[1][1]
+    start = codesign.policy_for(calibration, HEADS, codesign.mechanism_by_name("dense"))
+
+    def always_three(workload: codesign.Workload, smoothness: jax.Array) -> jax.Array:
+        del smoothness
+        return 3.0 + 0.0 * jnp.mean(workload.block_gemms["qkv"].weight_bits)
+
+    with pytest.warns(UserWarning, match=r"1\.500 of limits\[0\]"):
+        codesign.fit(float_loss, kernels, start, [x], always_three, 2.0)
+
+
 def test_fit_without_a_policy_trains_weights_in_floating_point() -> None:
     x, kernels = inputs()
     before = float_loss(kernels, codesign.AppliedPolicy(), x)[0]
@@ -176,7 +189,8 @@ def run_example(num_steps: int, **environment: str) -> tuple[float, float]:
     assert code.count("(400, 64)") == 1
     code = code.replace("(400, 64)", f"({num_steps}, 64)")
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
+        # Few steps miss the budget, and `fit` says so.
+        [sys.executable, "-W", "error", "-W", "default:the cost of the last", "-c", code],
         env=environment | {"JAX_PLATFORMS": "cpu", "PATH": ""},
         capture_output=True,
         text=True,

@@ -29,8 +29,8 @@ from codesign.mechanisms.protocol import Context, Counts, Hooks, Mechanism, Plan
 from codesign.models import deploy, model as models
 from codesign.models.parameters import init_params
 from codesign.models.transformer import ModelOutput
-from codesign.policy import BLOCK_SITES, Policy
-from codesign.vocabulary import SITES
+from codesign.policy import Policy
+from codesign.vocabulary import BLOCK_SITES, SITES
 from codesign.workload import operation
 
 # Calls while one block is traced.
