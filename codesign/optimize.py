@@ -19,7 +19,8 @@ from codesign.objective import (
     init_constraint,
     update_constraint,
 )
-from codesign.policy import GROUPS, Policy, deployed_bits, group, project
+from codesign.policy import GROUPS, Policy, group, project
+from codesign.rounding import hardened
 
 PyTree = Any
 """A nested container of arrays."""
@@ -36,11 +37,6 @@ WEIGHT_WARMUP_FRACTION = 0.05
 # A gradient this small for this many steps is dead (learning rules, section 8).
 DEAD_GRADIENT_NORM = 1e-8
 DEAD_GRADIENT_STEPS = 100
-
-# Rounding moves between nearly up and down, in bit, in this many halvings (ours).
-ROUNDING_OFFSET = 0.499
-ROUNDING_BISECTIONS = 10
-
 
 _GRADIENT_NORM = "gradient_norm."
 _THRESHOLD_GRADIENT = "threshold_gradient."
@@ -229,8 +225,8 @@ class TrainStep:
 
     Attributes:
       compiled: The step of every stage, compiled once; its widths are whole in the hardened stage if they came in whole.
-      ratios: Cost over budget `[C]` of a state, batch and constants after rounding widths with an offset, compiled when
-        the hardened stage begins; None if widths are not trained.
+      ratios: Cost over budget `[C]` of a state, batch and constants under another policy, compiled when the hardened stage
+        begins; None if widths are not trained.
       hardened_step: First step of that stage.
     """
 
@@ -243,9 +239,7 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Takes a step; see `make_train_step`."""
         if self.ratios is not None and int(state.step) == self.hardened_step:
-            policy = _hardened(
-                state.policy, functools.partial(self.ratios, state, batch, constants)
-            )
+            policy = hardened(state.policy, functools.partial(self.ratios, state, batch, constants))
             state = state.replace(policy=policy)  # type: ignore[attr-defined]
         after: tuple[TrainState, dict[str, jax.Array]] = self.compiled(state, batch, constants)
         return after
@@ -336,11 +330,8 @@ def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings
         )
         return after, metrics
 
-    def ratios_fn(
-        state: TrainState, batch: PyTree, constants: PyTree, offset: jax.Array
-    ) -> jax.Array:
+    def ratios_fn(state: TrainState, batch: PyTree, constants: PyTree, policy: Policy) -> jax.Array:
         relaxation = relaxation_at(state.step, settings)
-        policy = deployed_bits(state.policy, offset=offset)
         _, aux = loss_fn(state.params, policy, batch, constants, relaxation)
         return cost_fn(aux.workload, constants, relaxation.smoothness)
 
@@ -464,29 +455,6 @@ def _trained(params: PyTree, policy: Policy, settings: OptimizeSettings) -> dict
         else {"layers": chosen(policy.layers, name), "ends": chosen(policy.ends, name)}
         for name in settings.train
     }
-
-
-def _hardened(policy: Policy, ratios_fn: Callable[[jax.Array], jax.Array]) -> Policy:
-    """Returns the policy with widths in whole bits that meets its budgets with the most bits.
-
-    One offset shifts the rounding of all widths, found by bisection between rounding up and rounding down; widths are
-    rounded down if even that breaks a budget, for thresholds to mend.
-
-    Args:
-      policy: Fractional widths.
-      ratios_fn: Cost over budget `[C]` by the offset.
-
-    References:
-      Yang and Jin, "FracBits", arXiv 2007.02017 (offset of the rounding). Differs: both directions.
-    """
-    low, high = -ROUNDING_OFFSET, ROUNDING_OFFSET
-    for _ in range(ROUNDING_BISECTIONS):
-        middle = (low + high) / 2.0
-        ratios = np.asarray(ratios_fn(jnp.asarray(middle, jnp.float32)))
-        if ratios.size == 0:  # no budget: to the nearest integer
-            return deployed_bits(policy)
-        low, high = (low, middle) if np.all(ratios <= 1.0) else (middle, high)
-    return deployed_bits(policy, offset=high)
 
 
 def _merged(policy: Policy, trained: dict[str, PyTree]) -> Policy:

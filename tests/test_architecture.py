@@ -35,7 +35,7 @@ ORDER = [
     {"mechanisms"},
     {"applied", "layer_counts"},
     {"layers"},
-    {"objective"},
+    {"objective", "rounding"},
     {"optimize"},
     {"fitting"},
 ]
