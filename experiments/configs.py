@@ -117,12 +117,12 @@ class Budget:
         """Checks the ranges.
 
         Raises:
-          CodesignError: If a bound is not positive.
+          CodesignError: If a bound is not positive and finite.
         """
         for name, value in (("energy", self.energy), ("latency", self.latency)):
-            if value is not None and not value > 0.0:
+            if value is not None and not 0.0 < value < math.inf:
                 raise CodesignError(
-                    f"`budget.{name}` must be > 0 (a fraction of dense), got {value}: give e.g. 0.5"
+                    f"`budget.{name}` must be > 0 and finite (a fraction of dense), got {value}: give e.g. 0.5"
                 )
 
     @property

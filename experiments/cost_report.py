@@ -1,5 +1,6 @@
 """`codesign cost`: what a machine takes at its operating points, before anything is trained on it."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +8,7 @@ import jax
 import tyro
 
 from codesign.errors import CodesignError
-from codesign.experiments.configs import experiment_by_name
+from codesign.experiments.configs import Experiment, experiment_by_name
 from codesign.experiments.model_choice import choose_model, model_shape
 from codesign.experiments.tables import print_json, print_table
 from codesign.experiments.tasks import load_task
@@ -15,18 +16,24 @@ from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.operating_points import ModelShape, operating_points
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.surrogate import SCOPES, Cost, Scope, cost
+from codesign.structure import TokenInput
 from codesign.units import PJ_PER_UJ, US_PER_S
+
+DEFAULT_SHAPE = ModelShape(
+    num_tokens=64, num_layers=3, num_heads=2, head_dim=32, width=64, hidden=128
+)
+"""Sizes of the model that is priced unless others are given: that of the digits experiment."""
 
 
 def cost_report(
     preset: tyro.conf.Positional[Path],
     *,
-    tokens: int = 64,
-    layers: int = 3,
-    heads: int = 2,
-    head_dim: int = 32,
-    width: int = 64,
-    hidden: int = 128,
+    tokens: int | None = None,
+    layers: int | None = None,
+    heads: int | None = None,
+    head_dim: int | None = None,
+    width: int | None = None,
+    hidden: int | None = None,
     experiment: str | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
@@ -39,50 +46,64 @@ def cost_report(
 
     Args:
       preset: Name of a shipped preset, or path of a TOML file.
-      tokens: Tokens of an example, >= 2.
-      layers: Transformer blocks, >= 1.
-      heads: Attention heads of a block, >= 1.
-      head_dim: Width of a head, elements, >= 1.
-      width: Width of the residual stream, elements, >= 1.
-      hidden: Inner width of the feed-forward network, elements, >= 1.
-      experiment: Take all sizes, embedding and head included, from this named experiment.
+      tokens: Tokens of an example, >= 2; default 64, or the experiment's longest text.
+      layers: Transformer blocks, >= 1; default 3.
+      heads: Attention heads of a block, >= 1; default 2.
+      head_dim: Width of a head, elements, >= 1; default 32.
+      width: Width of the residual stream, elements, >= 1; default 64.
+      hidden: Inner width of the feed-forward network, elements, >= 1; default 128.
+      experiment: Take the model's sizes, embedding and head included, from this named experiment.
       as_json: Print JSON only.
 
     Raises:
       CodesignError: If the preset or a size is wrong.
     """
     spec = load_preset(preset)
+    sizes = {
+        "num_tokens": tokens,
+        "num_layers": layers,
+        "num_heads": heads,
+        "head_dim": head_dim,
+        "width": width,
+        "hidden": hidden,
+    }
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    for name, size in given.items():
+        least = 2 if name == "num_tokens" else 1
+        if size < least:
+            raise CodesignError(f"`{_option(name)}` must be at least {least}, got {size}: raise it")
     if experiment is None:
-        sizes = {
-            "tokens": tokens,
-            "layers": layers,
-            "heads": heads,
-            "head-dim": head_dim,
-            "width": width,
-            "hidden": hidden,
-        }
-        for name, size in sizes.items():
-            least = 2 if name == "tokens" else 1
-            if size < least:
-                raise CodesignError(f"`--{name}` must be at least {least}, got {size}: raise it")
-        shape = ModelShape(
-            num_layers=layers,
-            num_tokens=tokens,
-            num_heads=heads,
-            head_dim=head_dim,
-            width=width,
-            hidden=hidden,
-        )
+        shape = dataclasses.replace(DEFAULT_SHAPE, **given)
     else:
-        named = experiment_by_name(experiment)
-        structure = choose_model(load_task(named.task, named.data), named).config.structure
-        shape = model_shape(structure, structure.max_tokens)
+        shape = _experiment_shape(experiment_by_name(experiment), given)
     record = cost_record(spec, shape)
     if as_json:
         print_json(record)
     else:
         _print_record(record)
     return 0
+
+
+def _option(size: str) -> str:
+    return f"--{size.removeprefix('num_').replace('_', '-')}"
+
+
+def _experiment_shape(named: Experiment, given: dict[str, Any]) -> ModelShape:
+    """Returns the sizes of an experiment's model, of texts at the number of tokens that is given."""
+    structure = choose_model(load_task(named.task, named.data), named).config.structure
+    is_text = isinstance(structure.input, TokenInput)
+    for name in given:
+        if name != "num_tokens" or not is_text:
+            raise CodesignError(
+                f"`{_option(name)}` does not go with the model of experiment `{named.task}`, which has its own: "
+                "leave it out"
+            )
+    tokens = given.get("num_tokens", structure.max_tokens)
+    if tokens > structure.max_tokens:
+        raise CodesignError(
+            f"`--tokens` must be at most the model's {structure.max_tokens} positions, got {tokens}: lower it"
+        )
+    return model_shape(structure, tokens)
 
 
 def cost_record(spec: AcceleratorSpec, shape: ModelShape) -> dict[str, Any]:

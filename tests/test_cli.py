@@ -131,6 +131,12 @@ def test_cost(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cheapest legal" in table and "host.mac" in table
 
 
+def test_cost_of_an_experiment_takes_no_other_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--tokens", "--head-dim"):
+        message = refused(capsys, "cost", "energon", "--experiment", "digits", option, "16")
+        assert f"`{option}` does not go with" in message
+
+
 def test_cost_of_a_file_and_of_bad_sizes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
