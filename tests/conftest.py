@@ -1,7 +1,11 @@
 """Settings and fixtures that every test shares."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# Half the compilation of the code generator that JAX has by default, which the tests of the wheel use (`XLA_FLAGS=`).
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax
 import pytest
