@@ -309,8 +309,8 @@ def test_soft_path_tends_to_the_hard_one_on_real_activations(
         is_different = (soft["keep"] != hard["keep"]) & ~is_alone
         differing.append(is_different[:, :, is_sure].mean())
         drift.append(np.abs(soft_logits - logits)[is_sure].max(axis=-1))
-    assert differing[0] > differing[1] > differing[2] == 0.0
-    # What is left are sums in single precision beside those of integers; one on the edge of a code may round otherwise.
+    # What is left are sums in single precision beside those of integers: one on the edge of a code may round otherwise.
+    assert differing[0] > differing[1] > differing[2] and differing[2] < 1e-4
     assert drift[0].mean() > drift[1].mean() > drift[2].mean()
     assert np.mean(drift[2] > 1e-4) < 0.1 and drift[2].max() < 0.05
 
