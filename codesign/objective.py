@@ -25,9 +25,8 @@ ONE_SIDED_WEIGHT = 0.1  # Uhlich et al., arXiv 1905.11452
 PID_INITIAL_PRICE = 0.1  # ours
 PID_PROPORTIONAL, PID_INTEGRAL, PID_DERIVATIVE = 1.0, 2e-3, 0.0  # HGQ2 repository, per epoch
 PID_STEPS = 50  # ours: steps that share one of those updates, or the price overshoots
-BUDGET_MISS = (
-    0.01  # ours: part of a budget by which a measured cost may exceed it before it counts as missed
-)
+# Ours: part of a budget by which a measured cost may exceed it before it counts as missed.
+BUDGET_MISS = 0.01
 PROJECTION_START, PROJECTION_GROWTH = 1e-3, 1.1  # HDX, arXiv 2301.09312 (recalled)
 
 

@@ -26,9 +26,9 @@ EXP_FRACTION_BITS = 12
 """Fraction bits of the exponent's table index: 4096 entries."""
 RECIPROCAL_BITS = 12
 """Bits that index the reciprocal table: 4096 entries."""
-LINEAR_BITS = 8
+LINEAR_CODE_BITS = 8
 """Most bits of the codes in a dense layer."""
-ATTENTION_BITS = 16
+ATTENTION_CODE_BITS = 16
 """Most bits of the codes in exact attention."""
 NORMS = {
     "qkv": ("attention_gain", "attention_bias"),
@@ -132,7 +132,7 @@ class IntegerArithmetic:
 
     def linear(self, x: jax.Array, site: str) -> jax.Array:
         """See `Arithmetic.linear`: an exact accumulator, requantised."""
-        product = exact_einsum("btk,kn->btn", x, self.weight_codes(site), LINEAR_BITS)
+        product = exact_einsum("btk,kn->btn", x, self.weight_codes(site), LINEAR_CODE_BITS)
         code = self._requantized(product, site)
         return saturate(code, ACTIVATION_LIMIT) if site in ("up", "pool") else code
 
@@ -165,7 +165,9 @@ class IntegerArithmetic:
 
     def scores(self, operands: Operands) -> jax.Array:
         """See `Arithmetic.scores`."""
-        return wide(exact_einsum("bhtd,bhsd->bhts", operands.query, operands.key, ATTENTION_BITS))
+        return wide(
+            exact_einsum("bhtd,bhsd->bhts", operands.query, operands.key, ATTENTION_CODE_BITS)
+        )
 
     def probabilities(self, scores: jax.Array, operands: Operands, weights: jax.Array) -> jax.Array:
         """See `Arithmetic.probabilities`: a table of powers of two and one reciprocal per row."""
@@ -197,7 +199,7 @@ class IntegerArithmetic:
             "bhts,bhds->bthd",
             probabilities,
             jnp.swapaxes(operands.value, 2, 3),
-            ATTENTION_BITS,
+            ATTENTION_CODE_BITS,
         )
         code = saturate(
             requantize(sums, self.arrays["context_mantissa"], self.arrays["context_shift"]),

@@ -20,7 +20,7 @@ from codesign.models.arithmetic import FloatArithmetic
 from codesign.models.config import ModelConfig
 from codesign.models.integer import (
     BIAS_FRACTION_BITS,
-    LINEAR_BITS,
+    LINEAR_CODE_BITS,
     RESIDUAL_LIMIT,
     IntegerArithmetic,
     limit,
@@ -342,7 +342,7 @@ def _outputs_hard(end: IntegerArithmetic, residual: jax.Array, left: jax.Array) 
         else:
             features = end.pooled(residual)
     summed = residual.shape[1] if structure.pooling == "mean" else 1
-    bits = LINEAR_BITS + math.ceil(math.log2(summed))
+    bits = LINEAR_CODE_BITS + math.ceil(math.log2(summed))
     product = exact_einsum("btk,kn->btn", features, end.weight_codes("head"), bits)
     bias = number * end.arrays["head_bias"][None, None, :]
     logits = (product.astype(jnp.int64) << BIAS_FRACTION_BITS) + bias
