@@ -1,8 +1,7 @@
 """One compiled training step on weights and policy at once, and what the host watches while it runs."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from numpy.typing import ArrayLike, NDArray
 
 from codesign.errors import CodesignError, NonFiniteError
 from codesign.gates import Relaxation
@@ -19,7 +19,7 @@ from codesign.objective import (
     init_constraint,
     update_constraint,
 )
-from codesign.policy import GROUPS, Policy, group, project
+from codesign.policy import GROUPS, Policy, group, has_whole_bits, project
 from codesign.rounding import hardened
 
 PyTree = Any
@@ -239,10 +239,37 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Takes a step; see `make_train_step`."""
         if self.ratios is not None and int(state.step) == self.hardened_step:
-            policy = hardened(state.policy, functools.partial(self.ratios, state, batch, constants))
-            state = state.replace(policy=policy)  # type: ignore[attr-defined]
+            if not has_whole_bits(state.policy):
+                state = self.harden(state, [(batch, 1.0)], constants)
         after: tuple[TrainState, dict[str, jax.Array]] = self.compiled(state, batch, constants)
         return after
+
+    def harden(
+        self, state: TrainState, batches: Sequence[tuple[PyTree, ArrayLike]], constants: PyTree
+    ) -> TrainState:
+        """Returns the state with trained widths in whole bits that meet the budgets on given batches.
+
+        The step does so with its own batch unless this was called before. Call it where one batch says too little of the
+        budgets, because its examples are few or of one length.
+
+        Args:
+          state: State before the first step of the hardened stage.
+          batches: Batches of the loss function, each with its weight, scalar or `[C]`, in the mean of cost over budget.
+          constants: As in a step.
+        """
+        ratios_fn = self.ratios
+        if ratios_fn is None:
+            return state
+
+        def mean_ratios(policy: Policy) -> NDArray[np.float64]:
+            ratios = [
+                np.asarray(ratios_fn(state, batch, constants, policy)) for batch, _ in batches
+            ]
+            weights = [np.broadcast_to(weight, ratios[0].shape) for _, weight in batches]
+            return np.average(ratios, axis=0, weights=weights)
+
+        hard: TrainState = state.replace(policy=hardened(state.policy, mean_ratios))  # type: ignore[attr-defined]
+        return hard
 
 
 def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings) -> TrainStep:

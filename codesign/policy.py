@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from codesign.errors import UnknownNameError
@@ -110,6 +111,16 @@ def project(policy: Policy) -> Policy:
     return Policy(
         layers={name: inside(name, value) for name, value in policy.layers.items()},
         ends={name: inside(name, value) for name, value in policy.ends.items()},
+    )
+
+
+def has_whole_bits(policy: Policy) -> bool:
+    """Returns whether every width is a whole number of bits."""
+    return all(
+        bool(np.all(np.asarray(value) % 1.0 == 0.0))
+        for knobs in (policy.layers, policy.ends)
+        for name, value in knobs.items()
+        if group(name) == "bits"
     )
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from codesign.policy import Policy, deployed_bits, group, project
 
@@ -13,7 +13,7 @@ BISECTIONS = 10
 """Halvings of the interval of shifts (ours)."""
 
 
-def hardened(policy: Policy, ratios_fn: Callable[[Policy], jax.Array]) -> Policy:
+def hardened(policy: Policy, ratios_fn: Callable[[Policy], ArrayLike]) -> Policy:
     """Returns the policy with widths in whole bits that meets its budgets with the most bits.
 
     One offset shifts the rounding of all widths, found by bisection between rounding up and rounding down; widths are

@@ -88,7 +88,8 @@ class Teacher:
         self, part: Part, indices: NDArray[np.int64], inputs: Inputs
     ) -> NDArray[np.float32]:
         """Returns logits of examples of a part of the data; `indices` are their places in it."""
-        return self._logits((part, indices.tobytes()), inputs)
+        length = inputs["valid"].shape[1] if "valid" in inputs else None
+        return self._logits((part, length, indices.tobytes()), inputs)
 
     def _logits(self, key: tuple[Any, ...], inputs: Inputs) -> NDArray[np.float32]:
         if key not in self._known:

@@ -12,6 +12,7 @@ import optax
 from numpy.typing import NDArray
 
 from codesign.calibration import Calibration
+from codesign.experiments.batches import Inputs
 from codesign.experiments.configs import Budget, Metric, Scope
 from codesign.experiments.dense_cost import DenseCost
 from codesign.experiments.evaluate import (
@@ -33,7 +34,6 @@ from codesign.optimize import (
     Group,
     LossAux,
     OptimizeSettings,
-    StepFn,
     TrainState,
     init_state,
     make_train_step,
@@ -181,7 +181,7 @@ class BudgetedTraining:
         self.settings = settings
         self.metrics = metrics
         self.scope: Scope = scope
-        self.step: StepFn = make_train_step(self._loss, self._ratios, settings)
+        self.step = make_train_step(self._loss, self._ratios, settings)
         self.dense_cost = DenseCost(problem.config.structure, problem.accelerator)
         self._batches = problem.batches(problem.experiment.batch_size, problem.experiment.seed + 1)
 
@@ -235,12 +235,31 @@ class BudgetedTraining:
         """Returns the batch of a step, a pure function of it; `dense` `[B, C]` are the dense costs under a budget."""
         batch = self._batches.batch(step)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
+        teacher = self.problem.teacher.batch_logits(self._batches.key(step), inputs)
+        return batch | {"teacher": teacher, "dense": self._dense_of(inputs)}
+
+    def _dense_of(self, inputs: Inputs) -> NDArray[np.float32]:
         dense = self.dense_cost.of(inputs)[self.scope]
-        costs = [dense[name] for name in self.metrics] or [np.ones(len(batch["labels"]))]
-        return batch | {
-            "teacher": self.problem.teacher.batch_logits(self._batches.key(step), inputs),
-            "dense": np.stack(costs, axis=-1).astype(np.float32),
-        }
+        num_examples = len(next(iter(inputs.values())))
+        costs = [dense[name] for name in self.metrics] or [np.ones(num_examples)]
+        return np.stack(costs, axis=-1).astype(np.float32)
+
+    def hardened(self, state: TrainState, constants: dict[str, Any]) -> TrainState:
+        """Returns the state with whole widths that meet the budget on all calibration examples.
+
+        A step's own batch would do where all examples are alike; texts of one bucket of lengths are not.
+        """
+        examples = self.problem.calibration_examples
+        size = min(self.problem.experiment.batch_size, len(examples))
+        batches = []
+        for start in range(0, len(examples), size):
+            indices = np.arange(start, min(start + size, len(examples)))
+            chosen = examples.take(indices)
+            teacher = self.problem.teacher.part_logits("train", indices, chosen.inputs)
+            dense = self._dense_of(chosen.inputs)
+            batch = {"labels": chosen.labels, "teacher": teacher, "dense": dense}
+            batches.append((chosen.inputs | batch, np.sum(dense, axis=0)))
+        return self.step.harden(state, batches, constants)
 
     def limits(self, budget: Budget) -> dict[Metric, float]:
         """Returns the bounds of a budget in pJ and cycles per calibration example."""
@@ -275,7 +294,8 @@ class BudgetedTraining:
 
         Before the first step, widths and thresholds are moved together until the deployed cost meets the budget, so that
         training redistributes instead of descending. Stage 1 anneals everything that is trained. At the hardened step the
-        ranges are measured again, on the weights as they are then; widths become whole bits and stay. Stage 2 goes on with
+        ranges are measured again, on the weights as they are then; widths become whole bits that meet the budget on the
+        calibration examples, and stay. Stage 2 goes on with
         thresholds and weights on the deployed decisions, the budget still held. At last, should the deployed cost on the
         calibration examples exceed the budget, all thresholds are raised together until it does not.
 
@@ -315,8 +335,12 @@ class BudgetedTraining:
         if done < settings.hardened_step:
             tree = until(settings.hardened_step, done, tree)
             done = settings.hardened_step
-        if done == settings.hardened_step and "params" in settings.train:
-            tree["constants"]["calibration"] = measured_ranges(self.problem, tree["state"].params)
+        if done == settings.hardened_step:
+            if "params" in settings.train:
+                tree["constants"]["calibration"] = measured_ranges(
+                    self.problem, tree["state"].params
+                )
+            tree["state"] = self.hardened(tree["state"], tree["constants"])
         if done < settings.num_steps:
             tree = until(settings.num_steps, done, tree)
         final = self.repaired(finished_point(tree), budget)

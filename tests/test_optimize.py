@@ -200,6 +200,48 @@ def test_rounding_widths_keeps_the_budget() -> None:
     np.testing.assert_array_equal([m["ratio"][0] for m in history[-80:]], after)
 
 
+def test_widths_meet_the_mean_over_the_batches_they_are_rounded_on() -> None:
+    """Two batches whose costs differ threefold, the cheaper one three times as heavy."""
+
+    def loss(
+        params: Any, policy: Policy, batch: Any, constants: Any, relaxation: Relaxation
+    ) -> tuple[jax.Array, LossAux]:
+        loss, aux = toy_loss(params, policy, toy_batch(0), constants, relaxation)
+        return loss, LossAux(terms=aux.terms, workload=aux.workload | {"scale": batch["scale"]})
+
+    def cost(workload: Any, constants: Any, smoothness: jax.Array) -> jax.Array:
+        return workload["scale"] * toy_cost(workload, constants, smoothness)
+
+    settings = OptimizeSettings(num_steps=10)
+    step_fn = make_train_step(loss, cost, settings)
+    state = init_state(toy_params(), toy_policy(), settings, num_constraints=1)
+    state = state.replace(step=jnp.asarray(settings.hardened_step))  # type: ignore[attr-defined]
+    cheap, dear = {"scale": jnp.asarray(0.5)}, {"scale": jnp.asarray(1.5)}
+    # At mean scale 0.75, widths between 7 and 8 bit and half the keys: in reach, but not with 8 bit throughout.
+    constants = toy_constants(0.75 * (0.5 * (7.5 / 8.0) ** 2 + 0.25))
+    hard = step_fn.harden(state, [(cheap, 3.0), (dear, 1.0)], constants)
+    widths = hard.policy.layers
+    assert all(np.all(v % 1.0 == 0.0) for k, v in widths.items() if group(k) == "bits")
+    scales = {"mean": jnp.asarray(0.75), "dear": jnp.asarray(1.5)}
+    ratios = {
+        name: float(step_fn.ratios(hard, {"scale": scale}, constants, hard.policy)[0])  # type: ignore[misc]
+        for name, scale in scales.items()
+    }
+    assert 0.97 < ratios["mean"] <= 1.0 < ratios["dear"]
+    # On the dear batch alone nothing meets the budget: widths would all have been rounded down.
+    alone = step_fn.harden(state, [(dear, 1.0)], constants).policy.layers
+    lost = [np.sum(widths[name] - alone[name]) for name in widths if group(name) == "bits"]
+    assert np.all(np.asarray(lost) >= 0.0) and np.any(np.asarray(lost) > 0.0)
+    # Whole widths are not rounded again by the step.
+    after, _ = step_fn(jax.tree.map(jnp.copy, hard), dear, constants)
+    chex.assert_trees_all_equal(
+        *(
+            {k: v for k, v in p.layers.items() if group(k) == "bits"}
+            for p in (after.policy, hard.policy)
+        )
+    )
+
+
 def test_widths_are_whole_and_held_in_the_hardened_stage() -> None:
     settings = OptimizeSettings(num_steps=60, hardened_fraction=0.5)
     state, history, policies = train(settings, 60)

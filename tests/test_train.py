@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_experiment import tiny
+from tiny_experiment import tiny, untrained
 
 from codesign.calibration import Calibration
 from codesign.errors import CodesignError, InfeasibleBudgetError
@@ -25,7 +25,14 @@ from codesign.experiments.train import (
     with_threshold,
 )
 from codesign.mechanisms import MECHANISMS
-from codesign.policy import ATTENTION_BITS, Policy, bits_range, group
+from codesign.policy import (
+    ATTENTION_BITS,
+    Policy,
+    bits_range,
+    deployed_bits,
+    group,
+    has_whole_bits,
+)
 from codesign.references.acceltran import PRUNED_SITES
 
 SCALE = MECHANISMS["energon"].thresholds
@@ -257,3 +264,27 @@ def test_broken_budget_is_repaired_by_thresholds(tiny_problem: Problem, start: P
     energy = BudgetedTraining(tiny_problem, optimize, ("energy",), "end_to_end")
     kept = energy.repaired(start, Budget(energy=0.1))
     np.testing.assert_array_equal(alpha(kept.policy), alpha(start.policy))
+
+
+@pytest.mark.parametrize("mechanism", ["energon", "acceltran"])
+def test_rounded_widths_meet_the_budget_on_texts_of_all_lengths(mechanism: str) -> None:
+    """Short texts cost another part of dense than long ones: widths that suit one batch break the budget on others."""
+    preset = {"energon": "energon", "acceltran": "acceltran-edge"}[mechanism]
+    problem = untrained("text", mechanism, preset, num_calibration=10)
+    training = BudgetedTraining(problem, problem.experiment.optimize, ("energy",), "end_to_end")
+    budget = Budget(energy=0.5)
+    point = training.fitted(start_point(problem), budget)
+    tree = training.initial(point, budget)
+    ratios = [
+        float(
+            training.step.ratios(
+                tree["state"], training.batch(step), tree["constants"], deployed_bits(point.policy)
+            )[0]
+        )  # type: ignore[misc]
+        for step in range(8)
+    ]
+    assert max(ratios) - min(ratios) > 0.01
+    policy = training.hardened(tree["state"], tree["constants"]).policy
+    assert has_whole_bits(policy)
+    reached = training.excess(dataclasses.replace(point, policy=policy), budget)
+    assert 0.97 < reached <= 1.001
