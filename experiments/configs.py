@@ -268,6 +268,7 @@ def sst2() -> Experiment:
         buckets=(32, 64),
         batch_size=16,
         dense=dataclasses.replace(_minilm().dense, num_steps=430, batch_size=32),
+        optimize=dataclasses.replace(_minilm().optimize, num_steps=120),
     )
 
 

@@ -168,6 +168,14 @@ class BudgetedTraining:
     """The compiled step of one choice of trained groups and budgeted metrics, used for any number of budgets.
 
     Budgets, ranges and the machine's sizes are traced, so one compilation serves a whole curve.
+
+    Args:
+      problem: Data, dense model, mechanism and machine.
+      settings: Settings of the step.
+      metrics: What budgets bound; none: nothing.
+      scope: What counts.
+      raises_thresholds: Whether thresholds are raised at the end, all together, should the budget be missed; None: if they
+        are trained.
     """
 
     def __init__(
@@ -176,8 +184,13 @@ class BudgetedTraining:
         settings: OptimizeSettings,
         metrics: tuple[Metric, ...],
         scope: Scope,
+        *,
+        raises_thresholds: bool | None = None,
     ):
         self.problem = problem
+        self.raises_thresholds = (
+            "thresholds" in settings.train if raises_thresholds is None else raises_thresholds
+        )
         self.settings = settings
         self.metrics = metrics
         self.scope: Scope = scope
@@ -375,6 +388,8 @@ class BudgetedTraining:
                 return narrowed(moved.policy, by, activation_share=share)
 
             candidate = self._moved(start, budget, move)
+            # Whole, as measured: between two whole widths, noise would decide which of them is deployed.
+            candidate = _with_policy(candidate, deployed_bits(candidate.policy))
             run = calibration_run(self.problem, candidate)
             return max(self._excess(run, budget), 1.0), run.kl_nats, share, candidate
 
@@ -408,7 +423,7 @@ class BudgetedTraining:
     def repaired(self, point: Point, budget: Budget) -> Point:
         """Returns the point with whole bits and, if the deployed cost breaks the budget, higher thresholds."""
         point = _with_policy(point, deployed_bits(point.policy))
-        if "thresholds" not in self.settings.train:
+        if not self.raises_thresholds:
             return point
         if self.excess(point, budget) <= 1.0 + BUDGET_TOLERANCE:
             return point
