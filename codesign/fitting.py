@@ -17,13 +17,12 @@ from codesign.optimize import (
     LossAux,
     OptimizeSettings,
     PyTree,
-    ThresholdWatch,
-    check_finite,
     init_state,
     make_train_step,
     relaxation_at,
 )
 from codesign.policy import Policy
+from codesign.watch import ThresholdWatch, check_finite
 from codesign.workload import Workload
 
 

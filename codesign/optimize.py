@@ -1,7 +1,7 @@
-"""One compiled training step on weights and policy at once, and what the host watches while it runs."""
+"""One compiled training step on weights and policy at once."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -11,7 +11,7 @@ import optax
 from flax import struct
 from numpy.typing import ArrayLike, NDArray
 
-from codesign.errors import CodesignError, NonFiniteError
+from codesign.errors import CodesignError
 from codesign.gates import Relaxation
 from codesign.objective import (
     ConstraintState,
@@ -21,6 +21,7 @@ from codesign.objective import (
 )
 from codesign.policy import GROUPS, Policy, group, has_whole_bits, project
 from codesign.rounding import hardened
+from codesign.watch import GRADIENT_NORM, THRESHOLD_GRADIENT
 
 PyTree = Any
 """A nested container of arrays."""
@@ -33,13 +34,6 @@ TRAINABLE: tuple[Group, ...] = ("params", "thresholds", "bits", "clips")
 # steps (ours).
 RATE_FLOOR = 0.1
 WEIGHT_WARMUP_FRACTION = 0.05
-
-# A gradient this small for this many steps is dead (learning rules, section 8).
-DEAD_GRADIENT_NORM = 1e-8
-DEAD_GRADIENT_STEPS = 100
-
-_GRADIENT_NORM = "gradient_norm."
-_THRESHOLD_GRADIENT = "threshold_gradient."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -257,19 +251,27 @@ class TrainStep:
           batches: Batches of the loss function, each with its weight, scalar or `[C]`, in the mean of cost over budget.
           constants: As in a step.
         """
-        ratios_fn = self.ratios
-        if ratios_fn is None:
+        if self.ratios is None:
             return state
 
-        def mean_ratios(policy: Policy) -> NDArray[np.float64]:
-            ratios = [
-                np.asarray(ratios_fn(state, batch, constants, policy)) for batch, _ in batches
-            ]
-            weights = [np.broadcast_to(weight, ratios[0].shape) for _, weight in batches]
-            return np.average(ratios, axis=0, weights=weights)
+        def ratios(policy: Policy) -> NDArray[np.float64]:
+            return self.mean_ratios(state, batches, constants, policy)
 
-        hard: TrainState = state.replace(policy=hardened(state.policy, mean_ratios))  # type: ignore[attr-defined]
+        hard: TrainState = state.replace(policy=hardened(state.policy, ratios))  # type: ignore[attr-defined]
         return hard
+
+    def mean_ratios(
+        self,
+        state: TrainState,
+        batches: Sequence[tuple[PyTree, ArrayLike]],
+        constants: PyTree,
+        policy: Policy,
+    ) -> NDArray[np.float64]:
+        """Returns cost over budget `[C]` of a state under another policy, the mean over batches as `harden` takes it."""
+        assert self.ratios is not None, "widths are not trained"
+        ratios = [np.asarray(self.ratios(state, batch, constants, policy)) for batch, _ in batches]
+        weights = [np.broadcast_to(weight, ratios[0].shape) for _, weight in batches]
+        return np.average(ratios, axis=0, weights=weights)
 
 
 def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings) -> TrainStep:
@@ -334,9 +336,9 @@ def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings
             "temperature": relaxation.temperature,
             "smoothness": relaxation.smoothness,
         }
-        metrics |= {_GRADIENT_NORM + name: optax.tree.norm(gradients[name]) for name in gradients}
+        metrics |= {GRADIENT_NORM + name: optax.tree.norm(gradients[name]) for name in gradients}
         for name, gradient in gradients.get("thresholds", {"layers": {}})["layers"].items():
-            metrics[_THRESHOLD_GRADIENT + name] = jnp.linalg.norm(
+            metrics[THRESHOLD_GRADIENT + name] = jnp.linalg.norm(
                 jnp.reshape(gradient, (gradient.shape[0], -1)), axis=1
             )
         if clash := sorted(terms.keys() & metrics.keys()):
@@ -367,64 +369,6 @@ def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings
         ratios=jax.jit(ratios_fn) if trains_bits else None,
         hardened_step=settings.hardened_step,
     )
-
-
-def check_finite(metrics: Mapping[str, Any], step: int) -> None:
-    """Raises an error if a step's metrics are not all finite.
-
-    Args:
-      metrics: Metrics of one step.
-      step: The step they belong to, for the message.
-
-    Raises:
-      NonFiniteError: Names the step and the first term; terms of the loss come before what is
-        computed from them.
-    """
-    if bool(metrics["is_finite"]):
-        return
-    derived = ("penalty", "objective", "price", _GRADIENT_NORM, _THRESHOLD_GRADIENT)
-    for name in sorted(metrics, key=lambda name: (name.startswith(derived), name)):
-        if not np.all(np.isfinite(metrics[name])):
-            raise NonFiniteError(
-                f"`{name}` is {np.asarray(metrics[name])} at step {step}: lower the rates or "
-                "check the data, then resume from the last checkpoint"
-            )
-    raise AssertionError("`is_finite` is False, yet every metric is finite")
-
-
-class ThresholdWatch:
-    """Counts, layer by layer, the steps in a row that a threshold had no gradient.
-
-    Attributes:
-      quiet_steps: Steps in a row below `DEAD_GRADIENT_NORM`, `[L]` for each knob.
-    """
-
-    def __init__(self) -> None:
-        self.quiet_steps: dict[str, np.ndarray] = {}
-
-    def observe(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Takes in one step's metrics.
-
-        Args:
-          metrics: Metrics of one step.
-          step: The step they belong to, for the message.
-
-        Raises:
-          CodesignError: If a threshold has been dead for `DEAD_GRADIENT_STEPS`; names the knob
-            and the layer.
-        """
-        for name, norms in metrics.items():
-            if not name.startswith(_THRESHOLD_GRADIENT):
-                continue
-            is_quiet = np.asarray(norms) < DEAD_GRADIENT_NORM
-            quiet = np.where(is_quiet, self.quiet_steps.get(name, 0) + 1, 0)
-            self.quiet_steps[name] = quiet
-            if np.any(quiet >= DEAD_GRADIENT_STEPS):
-                raise CodesignError(
-                    f"`{name.removeprefix(_THRESHOLD_GRADIENT)}` of layer {int(np.argmax(quiet))} "
-                    f"had no gradient for {DEAD_GRADIENT_STEPS} steps up to step {step}: start it "
-                    "at a quantile of the scores, or raise `temperature_end`"
-                )
 
 
 def _optimizer(settings: OptimizeSettings) -> optax.GradientTransformation:

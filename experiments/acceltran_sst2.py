@@ -18,8 +18,8 @@ from codesign.experiments.batches import chunks
 from codesign.experiments.data import Examples
 from codesign.experiments.evaluate import Point, dense_point, deployment, hard_chunks, quality
 from codesign.experiments.problem import Problem
+from codesign.experiments.start import measured_ranges, ranges_of, start_policy, with_threshold
 from codesign.experiments.teacher import float_chunk
-from codesign.experiments.train import measured_ranges, ranges_of, start_policy, with_threshold
 from codesign.mechanisms import Mechanism
 from codesign.mechanisms.acceltran_study import net_sparsity, strict_topk
 from codesign.mechanisms.protocol import Context, Counts, Hooks, Selection

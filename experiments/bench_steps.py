@@ -14,6 +14,7 @@ from codesign.experiments.configs import MODES, Budget, Experiment
 from codesign.experiments.data import Examples, Task, TextInput
 from codesign.experiments.evaluate import Point
 from codesign.experiments.problem import Problem, no_cost, outline, task_loss
+from codesign.experiments.start import measured_ranges, start_policy
 from codesign.experiments.teacher import Teacher
 from codesign.experiments.timing import (
     CompiledStep,
@@ -22,7 +23,7 @@ from codesign.experiments.timing import (
     interleaved_seconds,
     make_record,
 )
-from codesign.experiments.train import BudgetedTraining, measured_ranges, start_policy
+from codesign.experiments.train import BudgetedTraining
 from codesign.gates import Relaxation
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.spec import load_preset

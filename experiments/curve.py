@@ -20,14 +20,14 @@ from codesign.experiments.finished import measure_dense, record_data
 from codesign.experiments.problem import Problem, load_problem, outline
 from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import RunDirectory, write_json
-from codesign.experiments.train import (
-    BudgetedTraining,
+from codesign.experiments.start import (
     measured_ranges,
     ranges_of,
     start_point,
     start_policy,
     with_threshold,
 )
+from codesign.experiments.train import BudgetedTraining
 from codesign.policy import Policy
 
 CURVE_FILE = "curve.json"

@@ -26,13 +26,9 @@ from codesign.experiments.evaluate import (
 from codesign.experiments.problem import Problem, load_problem, outline
 from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import CONFIG, RunDirectory, write_json
+from codesign.experiments.start import start_point, start_policy
 from codesign.experiments.teacher import float_path
-from codesign.experiments.train import (
-    BudgetedTraining,
-    finished_point,
-    start_point,
-    start_policy,
-)
+from codesign.experiments.train import BudgetedTraining, finished_point
 from codesign.hw.hardware_config import IntegerPolicy
 from codesign.mechanisms import mechanism_by_name
 from codesign.models.deploy import Deployment

@@ -1,6 +1,5 @@
 """Training of a policy (and the weights) under a budget, from a problem to a deployable point."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,18 +16,20 @@ from codesign.experiments.configs import Budget, Metric, Scope
 from codesign.experiments.dense_cost import DenseCost
 from codesign.experiments.evaluate import (
     Point,
-    deployment,
-    divergence,
-    hard_chunks,
     metrics_of,
 )
+from codesign.experiments.moves import narrowed, raised, with_spare
 from codesign.experiments.problem import Problem, mean_loss, no_cost, task_loss
 from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import RunDirectory, train_loop
-from codesign.experiments.teacher import calibrate
+from codesign.experiments.start import (
+    CalibrationRun,
+    calibration_run,
+    measured_ranges,
+    with_policy,
+)
 from codesign.gates import Relaxation
-from codesign.hw.surrogate import SCOPES, cost
-from codesign.mechanisms.protocol import ThresholdScale
+from codesign.hw.surrogate import cost
 from codesign.models.model import apply
 from codesign.optimize import (
     Group,
@@ -38,130 +39,23 @@ from codesign.optimize import (
     init_state,
     make_train_step,
 )
-from codesign.policy import ATTENTION_BITS, Policy, bits_range, dense_knobs, deployed_bits
+from codesign.policy import (
+    Policy,
+    deployed_bits,
+)
 
-BISECTIONS = 6
-"""Halvings of the interval of alpha, 2, when start thresholds are sought: 1/32."""
 BUDGET_BISECTIONS = 7
 """Halvings of the interval [0, 1] of a move that is to meet a budget: 1/128."""
-FILTER_WIDTHS = ("query_bits", "key_bits")
-"""Widths that a common move leaves alone: they are at a few bits from the start."""
 ACTIVATION_SHARES = (1.0, 0.75, 0.5, 0.25)
 """How far the activations of linear layers may follow when their weights are narrowed to meet a budget (ours)."""
+MOST_SPARE = 0.45
+"""How far above a whole width training may start, bit: rounding to the nearest still deploys it (ours)."""
+SPARE_BISECTIONS = 5
+"""Halvings of that interval: to 0.014 bit (ours)."""
 THRESHOLD_RAISES = (0.25, 0.5)
 """How far thresholds may be raised first, so that widths need be narrowed less (ours)."""
 BUDGET_TOLERANCE = 0.005
 """Part of the budget by which the deployed cost may exceed it before thresholds are raised (ours)."""
-
-
-def start_policy(problem: Problem, *, linear_bits: float, attention_bits: float) -> Policy:
-    """Returns start widths and the mechanism's own start knobs, all layers alike."""
-    structure = problem.config.structure
-    policy = dense_knobs(
-        structure.num_layers,
-        linear_bits=linear_bits,
-        attention_bits=attention_bits,
-        end_sites=structure.end_sites,
-    )
-    own = problem.mechanism.knobs(structure.num_layers, structure.num_heads)
-    return Policy(layers=policy.layers | own, ends=policy.ends)
-
-
-def with_threshold(policy: Policy, threshold: NDArray[np.float64]) -> Policy:
-    """Returns the policy with another knob `threshold`."""
-    value = jnp.asarray(threshold, jnp.float32)
-    return policy.replace(layers=policy.layers | {"threshold": value})  # type: ignore[attr-defined,no-any-return]
-
-
-def ranges_of(calibration: Calibration) -> dict[str, NDArray[np.float64]]:
-    """Returns the calibrated ranges of the layers, `[L]` each."""
-    return {name: np.asarray(value, np.float64) for name, value in calibration.layers.items()}
-
-
-def measured_ranges(problem: Problem, params: dict[str, Any]) -> Calibration:
-    """Returns the static ranges of given weights on the calibration examples."""
-    return calibrate(params, problem.calibration_examples, problem.config, problem.buckets)
-
-
-def start_point(problem: Problem) -> Point:
-    """Returns where training starts: the dense weights, off-integer widths, thresholds at quantiles.
-
-    Each threshold is found by bisection of its strength on the hard path, so that the kept fractions on the calibration
-    examples are `start_kept`: entry by entry where one depends on those before it, else all at once.
-    """
-    experiment, scale = problem.experiment, problem.mechanism.thresholds
-    policy = start_policy(
-        problem,
-        linear_bits=experiment.start_linear_bits,
-        attention_bits=experiment.start_attention_bits,
-    )
-    calibration = measured_ranges(problem, problem.params)
-    point = Point(params=problem.params, policy=policy, calibration=calibration)
-    if scale is None:
-        return point
-    ranges = ranges_of(calibration)
-    strength = np.full(policy.layers["threshold"].shape, 0.25)
-    targets = np.asarray(experiment.start_kept or scale.start_kept)
-    entries = np.arange(len(targets))
-    for chosen in [entries[index, None] for index in entries] if scale.in_order else [entries]:
-        low, high = np.zeros_like(strength[..., chosen]), np.ones_like(strength[..., chosen])
-        for _ in range(BISECTIONS):
-            strength[..., chosen] = (low + high) / 2.0
-            tried = with_threshold(policy, scale.from_strength(strength, ranges))
-            kept = calibration_run(problem, _with_policy(point, tried)).kept
-            keeps_more = kept[..., chosen] > targets[chosen]
-            low = np.where(keeps_more, strength[..., chosen], low)
-            high = np.where(keeps_more, high, strength[..., chosen])
-    return _with_policy(point, with_threshold(policy, scale.from_strength(strength, ranges)))
-
-
-def _with_policy(point: Point, policy: Policy) -> Point:
-    return dataclasses.replace(point, policy=policy)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CalibrationRun:
-    """Means of a point's hard path over the calibration examples.
-
-    `costs[scope][metric]` in pJ and cycles, kept fractions `kept` `[L, ...]`, `kl_nats` from the dense float model.
-    """
-
-    costs: dict[Scope, dict[Metric, float]]
-    kept: NDArray[np.float64]
-    kl_nats: float
-
-
-def calibration_run(problem: Problem, point: Point) -> CalibrationRun:
-    """Returns what a point's hard path does on the calibration examples."""
-    chunked = list(
-        hard_chunks(
-            deployment(problem, point),
-            problem.calibration_examples,
-            problem.accelerator,
-            problem.buckets,
-        )
-    )
-    costs: dict[Scope, dict[Metric, float]] = {
-        scope: {
-            metric: float(np.mean(np.concatenate([one.costs[scope][metric] for one in chunked])))
-            for metric in chunked[0].costs[scope]
-        }
-        for scope in SCOPES
-    }
-    divergences = [
-        divergence(
-            problem.teacher.part_logits("train", one.indices, one.inputs),
-            one.logits,
-            one.inputs.get("valid"),
-        )
-        for one in chunked
-    ]
-    kept = np.average(
-        [one.kept for one in chunked], axis=0, weights=[len(one.indices) for one in chunked]
-    )
-    return CalibrationRun(
-        costs=costs, kept=kept, kl_nats=float(np.mean(np.concatenate(divergences)))
-    )
 
 
 class BudgetedTraining:
@@ -257,11 +151,9 @@ class BudgetedTraining:
         costs = [dense[name] for name in self.metrics] or [np.ones(num_examples)]
         return np.stack(costs, axis=-1).astype(np.float32)
 
-    def hardened(self, state: TrainState, constants: dict[str, Any]) -> TrainState:
-        """Returns the state with whole widths that meet the budget on all calibration examples.
-
-        A step's own batch would do where all examples are alike; texts of one bucket of lengths are not.
-        """
+    @functools.cached_property
+    def _calibration_batches(self) -> list[tuple[dict[str, NDArray[Any]], NDArray[np.float32]]]:
+        """The calibration examples in batches of the step, each with its weight in a mean of cost over budget, `[C]`."""
         examples = self.problem.calibration_examples
         size = min(self.problem.experiment.batch_size, len(examples))
         batches = []
@@ -272,7 +164,14 @@ class BudgetedTraining:
             dense = self._dense_of(chosen.inputs)
             batch = {"labels": chosen.labels, "teacher": teacher, "dense": dense}
             batches.append((chosen.inputs | batch, np.sum(dense, axis=0)))
-        return self.step.harden(state, batches, constants)
+        return batches
+
+    def hardened(self, state: TrainState, constants: dict[str, Any]) -> TrainState:
+        """Returns the state with whole widths that meet the budget on all calibration examples.
+
+        A step's own batch would do where all examples are alike; texts of one bucket of lengths are not.
+        """
+        return self.step.harden(state, self._calibration_batches, constants)
 
     def limits(self, budget: Budget) -> dict[Metric, float]:
         """Returns the bounds of a budget in pJ and cycles per calibration example."""
@@ -388,17 +287,38 @@ class BudgetedTraining:
                 return narrowed(moved.policy, by, activation_share=share)
 
             candidate = self._moved(start, budget, move)
-            # Whole, as measured: between two whole widths, noise would decide which of them is deployed.
-            candidate = _with_policy(candidate, deployed_bits(candidate.policy))
             run = calibration_run(self.problem, candidate)
             return max(self._excess(run, budget), 1.0), run.kl_nats, share, candidate
 
         best = min((tried(point, share) for share in ACTIVATION_SHARES), key=lambda one: one[:2])
         if "thresholds" in self.settings.train and self.problem.mechanism.thresholds is not None:
-            starts = (_with_policy(point, self._raised(point, by)) for by in THRESHOLD_RAISES)
+            starts = (with_policy(point, self._raised(point, by)) for by in THRESHOLD_RAISES)
             others = [tried(start, best[2]) for start in starts]
             best = min([best, *others], key=lambda one: one[:2])
-        return best[3]
+        return self._centred(best[3], budget)
+
+    def _centred(self, point: Point, budget: Budget) -> Point:
+        """Returns the point with narrowed widths as near above those deployed as the budget fills.
+
+        Between two whole widths, noise would soon decide which of them is deployed; at whole widths the budget would not
+        be filled, and nothing would hold the widths until they overshoot it together.
+        """
+        tree = self.initial(point, budget)
+
+        def above(spare: float) -> Policy:
+            return with_spare(point.policy, spare)
+
+        def is_met(policy: Policy) -> bool:
+            ratios = self.step.mean_ratios(
+                tree["state"], self._calibration_batches, tree["constants"], policy
+            )
+            return bool(np.all(ratios <= 1.0))
+
+        low, high = 0.0, MOST_SPARE
+        for _ in range(SPARE_BISECTIONS):
+            middle = (low + high) / 2.0
+            low, high = (middle, high) if is_met(above(middle)) else (low, middle)
+        return with_policy(point, above(low))
 
     def _raised(self, point: Point, move: float) -> Policy:
         return raised(point, move, self.problem.mechanism.thresholds)
@@ -408,9 +328,9 @@ class BudgetedTraining:
         low, high = 0.0, 1.0
         for _ in range(BUDGET_BISECTIONS):
             middle = (low + high) / 2.0
-            candidate = _with_policy(point, move(point, middle))
+            candidate = with_policy(point, move(point, middle))
             low, high = (middle, high) if self.excess(candidate, budget) > 1.0 else (low, middle)
-        return _with_policy(point, move(point, high))
+        return with_policy(point, move(point, high))
 
     def excess(self, point: Point, budget: Budget) -> float:
         """Returns the largest ratio of deployed cost, on the calibration examples, to its bound; 0 without a bound."""
@@ -422,7 +342,7 @@ class BudgetedTraining:
 
     def repaired(self, point: Point, budget: Budget) -> Point:
         """Returns the point with whole bits and, if the deployed cost breaks the budget, higher thresholds."""
-        point = _with_policy(point, deployed_bits(point.policy))
+        point = with_policy(point, deployed_bits(point.policy))
         if not self.raises_thresholds:
             return point
         if self.excess(point, budget) <= 1.0 + BUDGET_TOLERANCE:
@@ -430,37 +350,6 @@ class BudgetedTraining:
         mended = self._moved(point, budget, self._raised)
         # Thresholds that cannot mend it stay as trained; the measured cost is reported as it is.
         return mended if self.excess(mended, budget) <= 1.0 else point
-
-
-def narrowed(policy: Policy, move: float, *, activation_share: float = 1.0) -> Policy:
-    """Returns the policy with its widths moved towards their lower limits: `move` of the way, 0 to 1.
-
-    Exact attention goes first (up to a half), where narrowing costs least quality, then the linear layers, whose
-    activations go `activation_share` of the way of their weights.
-    """
-
-    def inside(name: str, value: jax.Array) -> jax.Array:
-        if not name.endswith("bits") or name in FILTER_WIDTHS:
-            return value
-        low = bits_range(name)[0]
-        part = min(max(2.0 * move if name in ATTENTION_BITS else 2.0 * move - 1.0, 0.0), 1.0)
-        share = activation_share if name.endswith(".activation_bits") else 1.0
-        return low + (value - low) * (1.0 - share * part)
-
-    return Policy(
-        layers={name: inside(name, value) for name, value in policy.layers.items()},
-        ends={name: inside(name, value) for name, value in policy.ends.items()},
-    )
-
-
-def raised(point: Point, move: float, scale: ThresholdScale | None) -> Policy:
-    """Returns the point's policy with every threshold, if it has any, made stronger: `move` of the way to 1, 0 to 1."""
-    if scale is None:
-        return point.policy
-    ranges = ranges_of(point.calibration)
-    strength = scale.to_strength(np.asarray(point.policy.layers["threshold"], np.float64), ranges)
-    stronger = strength + (1.0 - strength) * move
-    return with_threshold(point.policy, scale.from_strength(stronger, ranges))
 
 
 def finished_point(tree: dict[str, Any]) -> Point:

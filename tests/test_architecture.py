@@ -35,7 +35,7 @@ ORDER = [
     {"mechanisms"},
     {"applied", "layer_counts"},
     {"layers"},
-    {"objective", "rounding"},
+    {"objective", "rounding", "watch"},
     {"optimize"},
     {"fitting"},
 ]

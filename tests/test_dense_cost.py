@@ -15,7 +15,8 @@ from codesign.experiments.dense_cost import DenseCost, least_cost
 from codesign.experiments.evaluate import Point, dense_point, deployment, hard_chunks, measure
 from codesign.experiments.problem import Problem
 from codesign.experiments.reach import cheapest_ratio
-from codesign.experiments.train import BudgetedTraining, measured_ranges, start_policy
+from codesign.experiments.start import measured_ranges, start_policy
+from codesign.experiments.train import BudgetedTraining
 from codesign.hw.surrogate import SCOPES
 from codesign.mechanisms import MECHANISMS
 from codesign.policy import Policy, group

@@ -22,8 +22,8 @@ from codesign.experiments.evaluate import (
     summary,
 )
 from codesign.experiments.problem import Problem
+from codesign.experiments.start import measured_ranges, start_policy
 from codesign.experiments.teacher import float_path
-from codesign.experiments.train import measured_ranges, start_policy
 from codesign.hw.surrogate import SCOPES
 from codesign.mechanisms import MECHANISMS
 

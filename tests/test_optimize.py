@@ -10,17 +10,15 @@ import pytest
 from codesign.errors import CodesignError, NonFiniteError
 from codesign.gates import Relaxation
 from codesign.optimize import (
-    DEAD_GRADIENT_STEPS,
     LossAux,
     OptimizeSettings,
-    ThresholdWatch,
     TrainState,
-    check_finite,
     init_state,
     make_train_step,
     relaxation_at,
 )
 from codesign.policy import Policy, dense_knobs, deployed_bits, group
+from codesign.watch import DEAD_GRADIENT_STEPS, ThresholdWatch, check_finite
 
 NUM_LAYERS = 2
 TRAINED_GROUPS = (

@@ -14,12 +14,12 @@ from codesign.models.model import apply
 from codesign.optimize import (
     LossAux,
     OptimizeSettings,
-    check_finite,
     init_state,
     make_train_step,
     relaxation_at,
 )
 from codesign.policy import Policy
+from codesign.watch import check_finite
 from codesign.workload import Workload
 
 BUDGET = 0.25

@@ -11,19 +11,12 @@ from codesign.calibration import Calibration
 from codesign.errors import CodesignError, InfeasibleBudgetError
 from codesign.experiments.configs import Budget
 from codesign.experiments.evaluate import Point
+from codesign.experiments.moves import FILTER_WIDTHS, narrowed, raised
 from codesign.experiments.problem import Problem, load_problem, outline
 from codesign.experiments.reach import cheapest_ratio, check_reachable
+from codesign.experiments.start import calibration_run, start_point, start_policy, with_threshold
 from codesign.experiments.teacher import calibrate, float_path
-from codesign.experiments.train import (
-    FILTER_WIDTHS,
-    BudgetedTraining,
-    calibration_run,
-    narrowed,
-    raised,
-    start_point,
-    start_policy,
-    with_threshold,
-)
+from codesign.experiments.train import BudgetedTraining
 from codesign.mechanisms import MECHANISMS
 from codesign.policy import (
     ATTENTION_BITS,
