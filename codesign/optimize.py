@@ -251,27 +251,19 @@ class TrainStep:
           batches: Batches of the loss function, each with its weight, scalar or `[C]`, in the mean of cost over budget.
           constants: As in a step.
         """
-        if self.ratios is None:
+        ratios_fn = self.ratios
+        if ratios_fn is None:
             return state
 
-        def ratios(policy: Policy) -> NDArray[np.float64]:
-            return self.mean_ratios(state, batches, constants, policy)
+        def mean_ratios(policy: Policy) -> NDArray[np.float64]:
+            ratios = [
+                np.asarray(ratios_fn(state, batch, constants, policy)) for batch, _ in batches
+            ]
+            weights = [np.broadcast_to(weight, ratios[0].shape) for _, weight in batches]
+            return np.average(ratios, axis=0, weights=weights)
 
-        hard: TrainState = state.replace(policy=hardened(state.policy, ratios))  # type: ignore[attr-defined]
+        hard: TrainState = state.replace(policy=hardened(state.policy, mean_ratios))  # type: ignore[attr-defined]
         return hard
-
-    def mean_ratios(
-        self,
-        state: TrainState,
-        batches: Sequence[tuple[PyTree, ArrayLike]],
-        constants: PyTree,
-        policy: Policy,
-    ) -> NDArray[np.float64]:
-        """Returns cost over budget `[C]` of a state under another policy, the mean over batches as `harden` takes it."""
-        assert self.ratios is not None, "widths are not trained"
-        ratios = [np.asarray(self.ratios(state, batch, constants, policy)) for batch, _ in batches]
-        weights = [np.broadcast_to(weight, ratios[0].shape) for _, weight in batches]
-        return np.average(ratios, axis=0, weights=weights)
 
 
 def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings) -> TrainStep:

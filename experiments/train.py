@@ -18,7 +18,7 @@ from codesign.experiments.evaluate import (
     Point,
     metrics_of,
 )
-from codesign.experiments.moves import narrowed, raised, with_spare
+from codesign.experiments.moves import narrowed, raised
 from codesign.experiments.problem import Problem, mean_loss, no_cost, task_loss
 from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import RunDirectory, train_loop
@@ -48,10 +48,6 @@ BUDGET_BISECTIONS = 7
 """Halvings of the interval [0, 1] of a move that is to meet a budget: 1/128."""
 ACTIVATION_SHARES = (1.0, 0.75, 0.5, 0.25)
 """How far the activations of linear layers may follow when their weights are narrowed to meet a budget (ours)."""
-MOST_SPARE = 0.45
-"""How far above a whole width training may start, bit: rounding to the nearest still deploys it (ours)."""
-SPARE_BISECTIONS = 5
-"""Halvings of that interval: to 0.014 bit (ours)."""
 THRESHOLD_RAISES = (0.25, 0.5)
 """How far thresholds may be raised first, so that widths need be narrowed less (ours)."""
 BUDGET_TOLERANCE = 0.005
@@ -151,9 +147,11 @@ class BudgetedTraining:
         costs = [dense[name] for name in self.metrics] or [np.ones(num_examples)]
         return np.stack(costs, axis=-1).astype(np.float32)
 
-    @functools.cached_property
-    def _calibration_batches(self) -> list[tuple[dict[str, NDArray[Any]], NDArray[np.float32]]]:
-        """The calibration examples in batches of the step, each with its weight in a mean of cost over budget, `[C]`."""
+    def hardened(self, state: TrainState, constants: dict[str, Any]) -> TrainState:
+        """Returns the state with whole widths that meet the budget on all calibration examples.
+
+        A step's own batch would do where all examples are alike; texts of one bucket of lengths are not.
+        """
         examples = self.problem.calibration_examples
         size = min(self.problem.experiment.batch_size, len(examples))
         batches = []
@@ -164,14 +162,7 @@ class BudgetedTraining:
             dense = self._dense_of(chosen.inputs)
             batch = {"labels": chosen.labels, "teacher": teacher, "dense": dense}
             batches.append((chosen.inputs | batch, np.sum(dense, axis=0)))
-        return batches
-
-    def hardened(self, state: TrainState, constants: dict[str, Any]) -> TrainState:
-        """Returns the state with whole widths that meet the budget on all calibration examples.
-
-        A step's own batch would do where all examples are alike; texts of one bucket of lengths are not.
-        """
-        return self.step.harden(state, self._calibration_batches, constants)
+        return self.step.harden(state, batches, constants)
 
     def limits(self, budget: Budget) -> dict[Metric, float]:
         """Returns the bounds of a budget in pJ and cycles per calibration example."""
@@ -295,30 +286,7 @@ class BudgetedTraining:
             starts = (with_policy(point, self._raised(point, by)) for by in THRESHOLD_RAISES)
             others = [tried(start, best[2]) for start in starts]
             best = min([best, *others], key=lambda one: one[:2])
-        return self._centred(best[3], budget)
-
-    def _centred(self, point: Point, budget: Budget) -> Point:
-        """Returns the point with narrowed widths as near above those deployed as the budget fills.
-
-        Between two whole widths, noise would soon decide which of them is deployed; at whole widths the budget would not
-        be filled, and nothing would hold the widths until they overshoot it together.
-        """
-        tree = self.initial(point, budget)
-
-        def above(spare: float) -> Policy:
-            return with_spare(point.policy, spare)
-
-        def is_met(policy: Policy) -> bool:
-            ratios = self.step.mean_ratios(
-                tree["state"], self._calibration_batches, tree["constants"], policy
-            )
-            return bool(np.all(ratios <= 1.0))
-
-        low, high = 0.0, MOST_SPARE
-        for _ in range(SPARE_BISECTIONS):
-            middle = (low + high) / 2.0
-            low, high = (middle, high) if is_met(above(middle)) else (low, middle)
-        return with_policy(point, above(low))
+        return best[3]
 
     def _raised(self, point: Point, move: float) -> Policy:
         return raised(point, move, self.problem.mechanism.thresholds)
