@@ -14,20 +14,12 @@ from codesign.calibration import Calibration
 from codesign.experiments.batches import Inputs
 from codesign.experiments.configs import Budget, Metric, Scope
 from codesign.experiments.dense_cost import DenseCost
-from codesign.experiments.evaluate import (
-    Point,
-    metrics_of,
-)
+from codesign.experiments.evaluate import Point, metrics_of
 from codesign.experiments.moves import narrowed, raised
 from codesign.experiments.problem import Problem, mean_loss, no_cost, task_loss
 from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import RunDirectory, train_loop
-from codesign.experiments.start import (
-    CalibrationRun,
-    calibration_run,
-    measured_ranges,
-    with_policy,
-)
+from codesign.experiments.start import CalibrationRun, calibration_run, measured_ranges, with_policy
 from codesign.gates import Relaxation
 from codesign.hw.surrogate import cost
 from codesign.models.model import apply
@@ -39,10 +31,7 @@ from codesign.optimize import (
     init_state,
     make_train_step,
 )
-from codesign.policy import (
-    Policy,
-    deployed_bits,
-)
+from codesign.policy import Policy, deployed_bits
 
 BUDGET_BISECTIONS = 7
 """Halvings of the interval [0, 1] of a move that is to meet a budget: 1/128."""
