@@ -6,7 +6,7 @@ import numpy as np
 from codesign.experiments.evaluate import Point
 from codesign.experiments.start import ranges_of, with_threshold
 from codesign.mechanisms.protocol import ThresholdScale
-from codesign.policy import ATTENTION_BITS, Policy, bits_range
+from codesign.policy import ATTENTION_BITS, Policy, bits_range, deployed_bits, group, project
 
 FILTER_WIDTHS = ("query_bits", "key_bits")
 """Widths that a common move leaves alone: they are at a few bits from the start."""
@@ -30,6 +30,23 @@ def narrowed(policy: Policy, move: float, *, activation_share: float = 1.0) -> P
     return Policy(
         layers={name: inside(name, value) for name, value in policy.layers.items()},
         ends={name: inside(name, value) for name, value in policy.ends.items()},
+    )
+
+
+def with_spare(policy: Policy, spare: float) -> Policy:
+    """Returns the policy with widths that far above the whole ones that are deployed, in bit; filters' widths stay."""
+    deployed = deployed_bits(policy)
+
+    def part(trained: dict[str, jax.Array], whole: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {
+            name: value + spare
+            if group(name) == "bits" and name not in FILTER_WIDTHS
+            else trained[name]
+            for name, value in whole.items()
+        }
+
+    return project(
+        Policy(layers=part(policy.layers, deployed.layers), ends=part(policy.ends, deployed.ends))
     )
 
 

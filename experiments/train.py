@@ -15,7 +15,7 @@ from codesign.experiments.batches import Inputs
 from codesign.experiments.configs import Budget, Metric, Scope
 from codesign.experiments.dense_cost import DenseCost
 from codesign.experiments.evaluate import Point, metrics_of
-from codesign.experiments.moves import narrowed, raised
+from codesign.experiments.moves import narrowed, raised, with_spare
 from codesign.experiments.problem import Problem, mean_loss, no_cost, task_loss
 from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import RunDirectory, train_loop
@@ -37,6 +37,9 @@ BUDGET_BISECTIONS = 7
 """Halvings of the interval [0, 1] of a move that is to meet a budget: 1/128."""
 ACTIVATION_SHARES = (1.0, 0.75, 0.5, 0.25)
 """How far the activations of linear layers may follow when their weights are narrowed to meet a budget (ours)."""
+SPARE_BITS = 0.44
+"""How far above the whole width that is deployed a narrowed width starts, bit, < 0.5 (ours). A step or two deploy one more,
+and the price takes back what is worth least; from the middle, few steps reach either side."""
 THRESHOLD_RAISES = (0.25, 0.5)
 """How far thresholds may be raised first, so that widths need be narrowed less (ours)."""
 BUDGET_TOLERANCE = 0.005
@@ -275,7 +278,7 @@ class BudgetedTraining:
             starts = (with_policy(point, self._raised(point, by)) for by in THRESHOLD_RAISES)
             others = [tried(start, best[2]) for start in starts]
             best = min([best, *others], key=lambda one: one[:2])
-        return best[3]
+        return with_policy(best[3], with_spare(best[3].policy, SPARE_BITS))
 
     def _raised(self, point: Point, move: float) -> Policy:
         return raised(point, move, self.problem.mechanism.thresholds)

@@ -11,12 +11,12 @@ from codesign.calibration import Calibration
 from codesign.errors import CodesignError, InfeasibleBudgetError
 from codesign.experiments.configs import Budget
 from codesign.experiments.evaluate import Point
-from codesign.experiments.moves import FILTER_WIDTHS, narrowed, raised
+from codesign.experiments.moves import FILTER_WIDTHS, narrowed, raised, with_spare
 from codesign.experiments.problem import Problem, load_problem, outline
 from codesign.experiments.reach import cheapest_ratio, check_reachable
 from codesign.experiments.start import calibration_run, start_point, start_policy, with_threshold
 from codesign.experiments.teacher import calibrate, float_path
-from codesign.experiments.train import BudgetedTraining
+from codesign.experiments.train import SPARE_BITS, BudgetedTraining
 from codesign.mechanisms import MECHANISMS
 from codesign.policy import (
     ATTENTION_BITS,
@@ -102,6 +102,19 @@ def test_activations_follow_their_weights_as_far_as_told(policy: Policy) -> None
             part = 0.5 * (share if name.endswith(".activation_bits") else 1.0)
             if not (name in FILTER_WIDTHS or name in ATTENTION_BITS):
                 np.testing.assert_allclose(after[name], value - part * (value - low), rtol=1e-6)
+
+
+def test_spare_bits_change_nothing_that_is_deployed(policy: Policy) -> None:
+    moved = narrowed(policy, 0.7)
+    spared = with_spare(moved, SPARE_BITS)
+    for name, value in widths(spared).items():
+        if name in FILTER_WIDTHS:
+            np.testing.assert_array_equal(value, widths(moved)[name])
+            continue
+        whole = np.floor(widths(moved)[name] + 0.5)
+        wanted = np.minimum(whole + SPARE_BITS, bits_range(name)[1])
+        np.testing.assert_allclose(value, wanted, rtol=1e-6)
+        np.testing.assert_array_equal(widths(deployed_bits(spared))[name], whole)
 
 
 def test_raising_goes_to_the_largest_alpha(policy: Policy) -> None:
