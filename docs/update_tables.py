@@ -69,19 +69,28 @@ def points(record: dict[str, Any]) -> str:
 
 
 def gains(record: dict[str, Any]) -> str:
-    """Returns the paired gains of the trained points."""
+    """Returns the paired gains of the trained points: at equal budgets, and at the baseline's measured cost."""
     name, scale, digits = quality_of(record)
     unit = "points" if scale == PERCENT else name
+
+    def equal_cost(gain: dict[str, Any], field: str, scale: float, digits: int) -> str:
+        found = gain.get("equal_cost")
+        return interval(found[field], scale, digits) if found else "-"
+
     rows = [
         (
             KINDS[gain["baseline"]],
             f"{gain['budget']:g}",
             interval(gain["quality_gain"], scale, digits),
             interval(gain["kl_nats_gain"], 1.0, 4),
+            equal_cost(gain, "quality_gain", scale, digits),
+            equal_cost(gain, "kl_nats_gain", 1.0, 4),
         )
         for gain in record["comparisons"]
     ]
-    return table(("trained against", "budget", f"gain, {unit}", "KL gain, nat"), rows)
+    at = f"at its {record['metric']}"
+    heading = (f"gain, {unit}", "KL gain, nat", f"gain {at}", f"KL gain {at}")
+    return table(("trained against", "budget", *heading), rows)
 
 
 def equal_kl(record: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
-"""Statistics of curves: paired bootstrap intervals, and cost at equal divergence."""
+"""Statistics of curves: paired bootstrap intervals, cost at equal divergence, mixtures at equal cost."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,3 +68,31 @@ def cost_at_equal_kl(
     levels = np.linspace(low, high, 50)
     gap = np.interp(levels, kl_r, cost_r) - np.interp(levels, kl_c, cost_c)
     return float(np.exp(np.mean(gap)))
+
+
+def mixture_at(
+    costs: Sequence[float], values: Sequence[NDArray[np.floating]], cost: float
+) -> NDArray[np.float64] | None:
+    """Returns what a machine has that switches between two policies from example to example, at a given mean cost.
+
+    Such a mixture of the two policies next to that cost reaches every cost between theirs, and its expected quality and
+    divergence lie on the straight line between theirs.
+
+    Args:
+      costs: Mean costs of policies, `[points]`.
+      values: A figure of each policy by example, `[points]` of `[N]`.
+      cost: The mean cost that is wanted.
+
+    Returns:
+      The figure by example in expectation, `[N]`; None if the cost lies outside those of the policies.
+    """
+    order = np.argsort(costs)
+    sorted_costs = np.asarray(costs, np.float64)[order]
+    if not sorted_costs[0] <= cost <= sorted_costs[-1]:
+        return None
+    upper = max(1, int(np.searchsorted(sorted_costs, cost)))
+    low, high = sorted_costs[upper - 1], sorted_costs[upper]
+    share = 0.0 if high == low else (cost - low) / (high - low)
+    first, second = (np.asarray(values[order[i]], np.float64) for i in (upper - 1, upper))
+    mixed: NDArray[np.float64] = (1.0 - share) * first + share * second
+    return mixed

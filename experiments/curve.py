@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from codesign.calibration import Calibration
-from codesign.experiments.configs import Budget, Experiment, require
+from codesign.experiments.configs import Budget, Experiment, Metric, require
 from codesign.experiments.curve_record import CurvePoint, curve_record
 from codesign.experiments.curve_settings import TRAINED_KINDS, CurveSettings
 from codesign.experiments.data import Part
@@ -141,16 +141,14 @@ def _seed_points(
         )
         report(_line(points[-1], dense))
     for kind in settings.trained_kinds:
+        metrics: tuple[Metric, ...] = () if kind == "uniform_tuned" else (settings.metric,)
         optimize = dataclasses.replace(problem.experiment.optimize, train=TRAINED_KINDS[kind])
-        # Raised all together, uniform thresholds stay uniform.
-        training = BudgetedTraining(
-            problem, optimize, (settings.metric,), settings.scope, raises_thresholds=True
-        )
+        training = BudgetedTraining(problem, optimize, metrics, settings.scope)
         point = start
         for fraction in settings.budgets:
             if kind != "trained":
                 point = _uniform_point(problem, point, chosen[fraction])
-            budget = settings.budget(fraction)
+            budget = settings.budget(fraction) if metrics else Budget(scope=settings.scope)
             point = _trained_point(training, point, budget, kind, fraction, out, progress)
             measured = measure(problem, point, part)
             setting = {} if kind == "trained" else chosen[fraction]

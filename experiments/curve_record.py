@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codesign.experiments.comparison import bootstrap, cost_at_equal_kl
+from codesign.experiments.comparison import bootstrap, cost_at_equal_kl, mixture_at
 from codesign.experiments.configs import Metric, Scope
 from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.data import QualityName
 from codesign.experiments.evaluate import Measurement, summary
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BETTER: dict[QualityName, float] = {"accuracy": 1.0, "bits_per_token": -1.0}
 """Sign that makes a larger quality the better one."""
 
@@ -48,6 +48,31 @@ def curve_record(
     def interval(values: NDArray[np.float64]) -> dict[str, float]:
         return dataclasses.asdict(bootstrap(values, num_resamples=settings.num_resamples))
 
+    def equal_cost(baseline: str, fraction: float) -> dict[str, Any] | None:
+        """Returns the gains of the trained curve at the measured cost of a baseline's point; None where it has none."""
+        gains: dict[str, list[NDArray[np.float64]]] = {"quality": [], "kl_nats": []}
+        for point in points:
+            if (point.kind, point.budget) != (baseline, fraction):
+                continue
+            own = [
+                p.measurement
+                for p in points
+                if p.seed == point.seed and p.kind in ("dense", "trained")
+            ]
+            costs = [m.mean_cost(settings.metric, settings.scope) for m in own]
+            wanted = point.measurement.mean_cost(settings.metric, settings.scope)
+            for field, found in gains.items():
+                mixed = mixture_at(costs, [getattr(m, field) for m in own], wanted)
+                if mixed is None:
+                    return None
+                found.append(mixed - np.asarray(getattr(point.measurement, field), np.float64))
+        return {
+            "quality_gain": interval(better * np.mean(gains["quality"], axis=0)),
+            "kl_nats_gain": interval(-np.mean(gains["kl_nats"], axis=0)),
+        }
+
+    name = points[0].measurement.quality_name
+    better = BETTER[name]
     means = []
     for kind in kinds:
         for fraction in [None] if kind == "dense" else settings.budgets:
@@ -63,8 +88,6 @@ def curve_record(
             for scope in ("end_to_end", "attention"):
                 entry[scope] = _mean_costs(group, [dense[seed] for seed in seeds], scope)
             means.append(entry)
-    name = points[0].measurement.quality_name
-    better = BETTER[name]
     comparisons = []
     for baseline in [kind for kind in kinds if kind not in ("dense", "trained")]:
         for fraction in settings.budgets:
@@ -83,6 +106,7 @@ def curve_record(
                         stacked(baseline, fraction, "kl_nats")
                         - stacked("trained", fraction, "kl_nats")
                     ),
+                    "equal_cost": equal_cost(baseline, fraction),
                 }
             )
     return {

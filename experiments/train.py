@@ -56,8 +56,6 @@ class BudgetedTraining:
       settings: Settings of the step.
       metrics: What budgets bound; none: nothing.
       scope: What counts.
-      raises_thresholds: Whether thresholds are raised at the end, all together, should the budget be missed; None: if they
-        are trained.
     """
 
     def __init__(
@@ -66,13 +64,8 @@ class BudgetedTraining:
         settings: OptimizeSettings,
         metrics: tuple[Metric, ...],
         scope: Scope,
-        *,
-        raises_thresholds: bool | None = None,
     ):
         self.problem = problem
-        self.raises_thresholds = (
-            "thresholds" in settings.train if raises_thresholds is None else raises_thresholds
-        )
         self.settings = settings
         self.metrics = metrics
         self.scope: Scope = scope
@@ -303,7 +296,7 @@ class BudgetedTraining:
     def repaired(self, point: Point, budget: Budget) -> Point:
         """Returns the point with whole bits and, if the deployed cost breaks the budget, higher thresholds."""
         point = with_policy(point, deployed_bits(point.policy))
-        if not self.raises_thresholds:
+        if "thresholds" not in self.settings.train:
             return point
         if self.excess(point, budget) <= 1.0 + BUDGET_TOLERANCE:
             return point

@@ -1,9 +1,9 @@
-"""Statistics of curves: bootstrap intervals, and cost at equal divergence."""
+"""Statistics of curves: bootstrap intervals, cost at equal divergence, mixtures at equal cost."""
 
 import numpy as np
 import pytest
 
-from codesign.experiments.comparison import BOOTSTRAP_SEED, bootstrap, cost_at_equal_kl
+from codesign.experiments.comparison import BOOTSTRAP_SEED, bootstrap, cost_at_equal_kl, mixture_at
 
 
 def test_bootstrap_by_hand() -> None:
@@ -68,3 +68,16 @@ def test_a_divergence_of_zero_is_finite() -> None:
     exact = (COSTS, np.asarray([1.0, 0.25, 0.0625, 0.0]))
     ratio = cost_at_equal_kl(exact, exact)
     assert ratio == pytest.approx(1.0)
+
+
+def test_mixture_lies_on_the_line_between_its_neighbours() -> None:
+    costs, values = (
+        [3.0, 1.0, 2.0],
+        [np.array([9.0, 3.0]), np.array([1.0, 1.0]), np.array([5.0, 1.0])],
+    )
+    np.testing.assert_allclose(mixture_at(costs, values, 2.25), [6.0, 1.5])
+    np.testing.assert_allclose(mixture_at(costs, values, 1.5), [3.0, 1.0])
+    for cost, value in zip(costs, values, strict=True):
+        np.testing.assert_allclose(mixture_at(costs, values, cost), value)
+    assert mixture_at(costs, values, 0.99) is None and mixture_at(costs, values, 3.01) is None
+    np.testing.assert_allclose(mixture_at([1.0, 1.0], values[:2], 1.0), values[0])

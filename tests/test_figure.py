@@ -85,6 +85,15 @@ def test_record_compares_trained_with_uniform() -> None:
     assert gains["uniform", 0.6]["kl_nats_gain"]["mean"] == pytest.approx(0.9 - 0.1)
     assert gains["uniform", 0.6]["quality_gain"]["mean"] == pytest.approx((36 - 20) / 40)
     assert gains["uniform_tuned", 0.3]["quality_gain"]["mean"] == pytest.approx(0.0)
+    # Half-way between two trained points in cost: half-way in divergence and in quality; under them there is nothing.
+    at = {key: one["equal_cost"] for key, one in gains.items()}
+    share = 0.06 / 0.4  # 0.66 lies between 0.6 and dense
+    kl_nats = (1.0 - share) * 0.1
+    assert at["uniform", 0.6]["kl_nats_gain"]["mean"] == pytest.approx(0.9 - kl_nats)
+    quality = (1.0 - share) * 36 / 40 + share * 1.0
+    assert at["uniform", 0.6]["quality_gain"]["mean"] == pytest.approx(quality - 20 / 40)
+    kl_nats = 0.9 * 0.4 + 0.1 * 0.1  # 0.33 is a tenth of the way from 0.3 to 0.6
+    assert at["uniform_tuned", 0.3]["kl_nats_gain"]["mean"] == pytest.approx(0.4 - kl_nats)
     equal = {one["baseline"]: one for one in result["equal_kl"]}
     # Equal quality at 1.1 times the cost; the untrained setting never gets as good.
     assert equal["uniform_tuned"]["ratio"] == pytest.approx(1.1)

@@ -217,6 +217,12 @@ def kept_fractions(workload: Workload) -> jax.Array:
     return jnp.stack(densities, axis=-1)
 
 
+WIDTH_PART = 0.25
+"""Part of a threshold that a gate's temperature is at most measured in (ours)."""
+MIN_WIDTH_CODES = 0.5
+"""Least width of a gate, in codes of its site (ours)."""
+
+
 def existing(context: Context, site: str) -> jax.Array:
     """Returns 1 for elements of a site that exist, with the tensor's axes (1 where all agree)."""
     if site in ("scores", "probabilities"):
@@ -247,6 +253,19 @@ def spread(x: jax.Array, exists: jax.Array) -> jax.Array:
     )
     deviation = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0.0))
     return jnp.where(deviation > gates.MIN_SPREAD, deviation, 1.0)
+
+
+def gate_width(
+    x: jax.Array, threshold: jax.Array, code: jax.Array, exists: jax.Array, temperature: jax.Array
+) -> jax.Array:
+    """Returns a gate's width, unit of `x`: the temperature times the spread, or times a part of the threshold if less.
+
+    A gate as wide as the spread of |x| reaches far below a small threshold, where dropping an element costs nothing: the
+    loss then seems to hardly depend on the threshold (2 to 8 times less than by finite differences, on a decoder whose
+    thresholds were far below the spread). Narrower than half a code, the mass of one code would count several times.
+    """
+    narrower = temperature * jnp.minimum(spread(x, exists), WIDTH_PART * threshold)
+    return jnp.maximum(narrower, MIN_WIDTH_CODES * code)
 
 
 def soft_prune(
@@ -335,7 +354,7 @@ def _gated(
     # One code, and the threshold, in the unit of x.
     code, unit = (jnp.ones_like(scale), scale) if site in CODE_SITES else (scale, 1.0)
     threshold = real / unit
-    width = relaxation.temperature * spread(x, exists)
+    width = gate_width(x, gates.detach(threshold), code, exists, relaxation.temperature)
     if not relaxation.straight_through:
         return soft_prune(x, threshold, width, exists)
     range_ = jnp.ones_like(real) if site == "probabilities" else context.ranges[site]
