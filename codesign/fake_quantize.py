@@ -28,6 +28,8 @@ RESIDUAL_BITS = 16
 """Width in bit of the residual stream (docs/integer_path.md)."""
 WIDTHS = {"query": "qk_bits", "key": "qk_bits", "value": "v_bits"}
 """The knob that gives an attention operand its width."""
+MIN_DENSITY = 1e-6
+"""Keeps the logarithm of a density finite where all codes are zero (ours)."""
 MIN_WEIGHT_RANGE = 1e-12
 """Smallest range of a weight, so that a column of zeros still has a scale (unit of the weight)."""
 
@@ -43,6 +45,50 @@ def counted_widths(knobs: Mapping[str, jax.Array], relaxation: Relaxation) -> di
                 gates.straight_through(deployed, value) if relaxation.straight_through else value
             )
     return widths
+
+
+def density_of_width(
+    left: jax.Array, width: jax.Array, share: jax.Array | float = 1.0
+) -> jax.Array:
+    """Returns the fraction of codes that are not zero, with its derivative to their width added.
+
+    Codes are zero within half a step. Of exponentially distributed magnitudes a fraction `exp(-step / 2 s)` is not, whose
+    derivative to the width is `-ln 2 left ln(left)` (ours). Without it, a machine that skips zeros seems to gain from a
+    narrower width only what its narrower operands save.
+
+    Args:
+      left: The fraction as it is, any shape; its own derivative stays.
+      width: Width of the codes, scalar, bit.
+      share: Part of the elements whose zeros come from rounding, not from a threshold above half a step.
+    """
+    known = gates.detach(jnp.clip(left, MIN_DENSITY, 1.0))
+    modelled = known ** jnp.exp2(-share * (width - gates.detach(width)))
+    return left + (modelled - gates.detach(modelled))
+
+
+def weight_density(
+    quantised: jax.Array,
+    pruned: jax.Array,
+    scale: jax.Array,
+    knobs: Mapping[str, jax.Array],
+    site: str,
+) -> jax.Array:
+    """Returns the fraction of a quantised weight that is not zero, scalar, with its derivatives.
+
+    Args:
+      quantised: `[inputs, outputs]`.
+      pruned: What carries the derivative to a threshold of pruning, scalar.
+      scale: Real value of one code, `[1, outputs]`.
+      knobs: The layer's knobs.
+      site: Which weight.
+    """
+    stored = jnp.mean((quantised != 0.0).astype(quantised.dtype))
+    share: jax.Array | float = 1.0
+    if "weight_threshold" in knobs:
+        cut = gates.detach(jax.nn.softplus(knobs["weight_threshold"]))
+        share = jnp.mean((0.5 * scale > cut).astype(quantised.dtype))
+    left = gates.straight_through(stored, pruned)
+    return density_of_width(left, knobs[f"{site}.weight_bits"], share)
 
 
 def largest_code(knobs: Mapping[str, jax.Array], width: str) -> jax.Array:

@@ -28,6 +28,7 @@ from codesign.fake_quantize import (
     quantize_activation,
     quantize_weight,
     tensor_scale,
+    weight_density,
     weight_scale,
 )
 from codesign.gates import Relaxation
@@ -187,15 +188,14 @@ def linear(
         counts += added
     units = None
     if relaxation is not None:
+        scale = weight_scale(kernel, layer.knobs, site)
         if relaxation.straight_through:
-            unit = tensor_scale(_range(layer, site), layer.knobs, site)
-            units = unit, weight_scale(kernel, layer.knobs, site)
+            units = tensor_scale(_range(layer, site), layer.knobs, site), scale
         kernel, density = layer.hooks.on_weight(layer.knobs, kernel, site, relaxation)
         kernel = quantize_weight(kernel, layer.knobs, site, relaxation)
         if layer.hooks.skips_zeros and is_inside:
-            stored = jnp.mean((kernel != 0.0).astype(dtype))
-            density = jnp.reshape(gates.straight_through(stored, density), (1,))
-            counts += Counts(densities={f"{site}.weight": density})
+            density = weight_density(kernel, density, scale, layer.knobs, site)
+            counts += Counts(densities={f"{site}.weight": jnp.reshape(density, (1,))})
     y = dense_product(x, kernel, units)
     if bias is not None:
         y = y + jnp.reshape(jnp.asarray(bias).astype(dtype), (1,) * (y.ndim - 1) + (-1,))

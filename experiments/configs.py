@@ -268,7 +268,6 @@ def sst2() -> Experiment:
         buckets=(32, 64),
         batch_size=16,
         dense=dataclasses.replace(_minilm().dense, num_steps=430, batch_size=32),
-        optimize=dataclasses.replace(_minilm().optimize, num_steps=120),
     )
 
 
@@ -298,7 +297,7 @@ def _minilm() -> Experiment:
         checkpoint="minilm",
         dense=DenseSettings(num_steps=250, batch_size=8, rate=1e-4, label_smoothing=0.0),
         optimize=OptimizeSettings(
-            num_steps=60,
+            num_steps=120,
             hardened_fraction=0.5,
             weight_rate=1e-4,
             weight_epsilon=1e-4,

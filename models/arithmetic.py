@@ -19,6 +19,7 @@ from codesign.fake_quantize import (
     quantize_activation,
     quantize_weight,
     tensor_scale,
+    weight_density,
     weight_scale,
 )
 from codesign.gates import Relaxation
@@ -153,8 +154,9 @@ class FloatArithmetic:
         kernel, density = self.hooks.on_weight(self.knobs, kernel, site, self.relaxation)
         quantised = quantize_weight(kernel, self.knobs, site, self.relaxation)
         if self.hooks.skips_zeros and site in BLOCK_SITES:
-            stored = jnp.mean((quantised != 0.0).astype(quantised.dtype))
-            self.densities[f"{site}.weight"] = gates.straight_through(stored, density)
+            self.densities[f"{site}.weight"] = weight_density(
+                quantised, density, self._weight_scale(site), self.knobs, site
+            )
         return quantised
 
     def weight_densities(self) -> dict[str, jax.Array]:

@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from codesign import gates
 from codesign.errors import CodesignError
+from codesign.fake_quantize import WIDTHS, density_of_width
 from codesign.gates import Relaxation
 from codesign.mechanisms.protocol import (
     Context,
@@ -54,6 +55,8 @@ OCTAVES = 12.0
 """Strength 0 is this many octaves below a site's range, strength 1 the range itself (ours)."""
 OFF = 2.0**-40
 """Threshold that prunes nothing, in ranges: far below half a code of any site."""
+SITE_WIDTHS = WIDTHS | {"out": "out.activation_bits"}
+"""The knob that gives the codes of a pruned site their width; those of the others have a fixed one."""
 CODE_SITES = ("query", "key", "value", "scores")
 """Sites whose tensor consists of codes on the soft path too; elsewhere it has real values."""
 
@@ -361,7 +364,13 @@ def _gated(
     stored = threshold_code(gates.detach(real), scale, range_)
     threshold = gates.straight_through(stored * code, threshold)
     # Half a code above what is pruned: tensors need not be rounded, and rounding errors do not matter.
-    return straight_through_prune(x, threshold, (stored + 0.5) * code, width, exists)
+    y, left = straight_through_prune(x, threshold, (stored + 0.5) * code, width, exists)
+    if site in SITE_WIDTHS:
+        # A threshold of one code or more decides by itself what is zero.
+        left = density_of_width(
+            left, context.widths[SITE_WIDTHS[site]], (stored == 0.0).astype(x.dtype)
+        )
+    return y, left
 
 
 def soft_on_activation(
@@ -379,8 +388,10 @@ def soft_on_activation(
             plan.notes["gelu"] = left
         return x, Counts(densities={site: left})
     stored = density(jnp.abs(gates.detach(x)) > 0.5 * context.scales[site], exists)
+    stored = density_of_width(stored, context.widths[f"{site}.activation_bits"])
     if site == "down" and "gelu" in plan.notes:
-        stored = gates.straight_through(stored, plan.notes["gelu"])
+        left = plan.notes["gelu"]
+        stored = stored + (left - gates.detach(left))
     return x, Counts(densities={site: stored})
 
 
