@@ -10,11 +10,14 @@ import pytest
 import tiny_model
 
 from codesign.errors import CodesignError
+from codesign.fake_quantize import density_of_width
 from codesign.mechanisms import MECHANISMS
 from codesign.mechanisms.acceltran import (
+    WIDTH_PART,
     codes,
     from_setting,
     from_strength,
+    gate_width,
     integer_bits,
     prune,
     soft_on_weight,
@@ -167,6 +170,46 @@ def test_straight_through_derivatives_are_those_of_the_soft_gate() -> None:
         np.testing.assert_array_equal(y, np.where(kept, x, 0.0))
         share = np.sum(kept * exists, axis=(1, 2, 3)) / (12 * np.sum(exists, axis=(1, 2, 3)))
         np.testing.assert_allclose(left, share)
+
+
+@pytest.mark.parametrize("mean_magnitude", [0.3, 1.0, 4.0])
+def test_density_follows_the_width_of_codes(mean_magnitude: float) -> None:
+    """Exponential magnitudes in codes of 8 bits: a bit more takes the root of what is left, one less squares it."""
+    step = 1.0
+    left = np.exp(-step / 2.0 / mean_magnitude)
+    x = jax.random.exponential(jax.random.key(0), (200_000,)) * mean_magnitude
+    counted = {bits: float(jnp.mean(jnp.round(x / 2.0 ** (8 - bits)) != 0)) for bits in (7, 8, 9)}
+    np.testing.assert_allclose(counted[8], left, atol=0.005)
+    np.testing.assert_allclose(counted[9], np.sqrt(left), atol=0.005)
+    np.testing.assert_allclose(counted[7], left**2, atol=0.005)
+    with jax.enable_x64(True):
+        density, slope = jax.value_and_grad(lambda b: density_of_width(jnp.asarray(left), b))(8.0)
+        np.testing.assert_allclose(density, left)
+        steps = 1e-5 * np.array([-1.0, 1.0])
+        low, high = (left ** (2.0**-step) for step in steps)
+        np.testing.assert_allclose(slope, (high - low) / (steps[1] - steps[0]), rtol=1e-6)
+        # Where a threshold decides, the width does not; nothing left has no slope, nor has all.
+        none = jax.grad(lambda b: density_of_width(jnp.asarray(left), b, 0.0))(8.0)
+        ends = [
+            jax.grad(lambda b, d=d: density_of_width(jnp.asarray(d), b))(8.0) for d in (0.0, 1.0)
+        ]
+        np.testing.assert_allclose([none, *ends], 0.0, atol=1e-4)
+        kept = jax.grad(lambda d: density_of_width(d, jnp.asarray(8.0)))(jnp.asarray(left))
+        np.testing.assert_allclose(kept, 1.0)
+
+
+def test_gates_are_as_narrow_as_their_threshold() -> None:
+    """Magnitudes spread by 1: a threshold of 4 is far, one of 0.02 near; half a code is the least."""
+    x = jnp.asarray([-1.0, 1.0, 3.0, -3.0]).reshape(1, 4, 1)
+    code, exists = jnp.asarray(1e-3), jnp.ones((1, 4, 1))
+
+    def width(threshold: float, temperature: float) -> float:
+        tau = jnp.asarray(threshold)
+        return float(gate_width(x, tau, code, exists, jnp.asarray(temperature)))
+
+    assert width(8.0, 0.5) == pytest.approx(0.5 * 1.0)
+    assert width(0.02, 0.5) == pytest.approx(0.5 * WIDTH_PART * 0.02)
+    assert width(0.02, 0.05) == pytest.approx(0.5e-3)
 
 
 def test_soft_gate_becomes_the_comparison() -> None:

@@ -10,6 +10,9 @@ import pytest
 import tiny_model
 
 from codesign.hw import emulator
+from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.spec import load_preset
+from codesign.hw.surrogate import cost
 from codesign.mechanisms import MECHANISMS
 from codesign.mechanisms.acceltran import (
     from_setting,
@@ -209,3 +212,36 @@ def test_helpers_of_weight_thresholds() -> None:
         assert abs(np.mean(np.concatenate(sizes) <= quantile[layer]) - 0.1) < 0.001
     per_layer = with_weight_threshold(policy, quantile).layers["weight_threshold"]
     np.testing.assert_allclose(np.logaddexp(0.0, per_layer), quantile, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["weight_bits", "activation_bits"])
+def test_energy_derivative_to_widths_knows_of_the_zeros_they_leave(kind: str) -> None:
+    """One bit more or less, everywhere: the straight-through derivative lies between the two differences, or near."""
+    model = tiny_model.random_model("bert")
+    policy = policy_of(model, seed=None)
+    layers = {
+        name: jnp.full_like(value, 4.0 if "weight" in name else 5.0)
+        if name.endswith((".weight_bits", ".activation_bits"))
+        else value
+        for name, value in policy.layers.items()
+    }
+    machine = accelerator_from_spec(load_preset("acceltran-edge"))
+
+    def logarithm(change: jax.Array) -> jax.Array:
+        moved = {k: v + change if k.endswith(f".{kind}") else v for k, v in layers.items()}
+        output = models.apply(
+            model.params,
+            Policy(layers=moved, ends=policy.ends),
+            model.calibration,
+            tiny_model.as_inputs(model.inputs),
+            config=model.config,
+            mechanism=MECHANISMS["acceltran"],
+            relaxation=tiny_model.relaxation(),
+        )
+        price = cost(output.workload, machine, smoothness=8.0)
+        return jnp.log(jnp.mean(price.energy_pj("end_to_end")))
+
+    both = jax.jit(jax.value_and_grad(logarithm), compiler_options=tiny_model.FAST_COMPILE)
+    (here, slope), (more, _), (less, _) = (both(jnp.asarray(change)) for change in (0.0, 1.0, -1.0))
+    assert 0.0 < more - here < here - less
+    assert 0.8 * (more - here) < slope < 1.25 * (here - less)

@@ -263,9 +263,8 @@ def gate_width(
 ) -> jax.Array:
     """Returns a gate's width, unit of `x`: the temperature times the spread, or times a part of the threshold if less.
 
-    A gate as wide as the spread of |x| reaches far below a small threshold, where dropping an element costs nothing: the
-    loss then seems to hardly depend on the threshold (2 to 8 times less than by finite differences, on a decoder whose
-    thresholds were far below the spread). Narrower than half a code, the mass of one code would count several times.
+    A gate as wide as the spread of |x| reaches far below a small threshold, where dropping costs nothing: the loss seems
+    to depend on the threshold 2 to 8 times less than by finite differences. Below half a code, one code would count twice.
     """
     narrower = temperature * jnp.minimum(spread(x, exists), WIDTH_PART * threshold)
     return jnp.maximum(narrower, MIN_WIDTH_CODES * code)
