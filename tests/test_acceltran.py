@@ -200,7 +200,7 @@ def test_density_follows_the_width_of_codes(mean_magnitude: float) -> None:
 
 def test_gates_are_as_narrow_as_their_threshold() -> None:
     """Magnitudes spread by 1: a threshold of 4 is far, one of 0.02 near; half a code is the least."""
-    x = jnp.asarray([-1.0, 1.0, 3.0, -3.0]).reshape(1, 4, 1)
+    x = jnp.asarray([-0.5, 0.5, 2.5, -2.5]).reshape(1, 4, 1)
     code, exists = jnp.asarray(1e-3), jnp.ones((1, 4, 1))
 
     def width(threshold: float, temperature: float) -> float:
@@ -346,7 +346,10 @@ def test_stored_thresholds_by_hand() -> None:
 
 def test_unpruned_sites_count_what_quantisation_left() -> None:
     context = contexts(np.full(9, 0.1))["soft"]
-    context = context.replace(scales=context.scales | {"up": jnp.asarray(0.5)})
+    context = context.replace(
+        scales=context.scales | {"up": jnp.asarray(0.5)},
+        widths=context.widths | {"up.activation_bits": jnp.asarray(6.0)},
+    )
     x = (
         jnp.zeros((2, 5, 4)).at[:, :2].set(0.5).at[1, 4].set(0.5)
     )  # two rows of 5, of 4 without padding

@@ -220,10 +220,8 @@ def kept_fractions(workload: Workload) -> jax.Array:
     return jnp.stack(densities, axis=-1)
 
 
-WIDTH_PART = 0.25
-"""Part of a threshold that a gate's temperature is at most measured in (ours)."""
-MIN_WIDTH_CODES = 0.5
-"""Least width of a gate, in codes of its site (ours)."""
+WIDTH_PART, MIN_WIDTH_CODES = 0.25, 0.5
+"""Part of a threshold that a gate's temperature is at most measured in; least width of a gate in codes (ours)."""
 
 
 def existing(context: Context, site: str) -> jax.Array:
@@ -259,14 +257,14 @@ def spread(x: jax.Array, exists: jax.Array) -> jax.Array:
 
 
 def gate_width(
-    x: jax.Array, threshold: jax.Array, code: jax.Array, exists: jax.Array, temperature: jax.Array
+    x: jax.Array, tau: jax.Array | float, code: jax.Array, exists: jax.Array, temperature: jax.Array
 ) -> jax.Array:
     """Returns a gate's width, unit of `x`: the temperature times the spread, or times a part of the threshold if less.
 
     A gate as wide as the spread of |x| reaches far below a small threshold, where dropping costs nothing: the loss seems
     to depend on the threshold 2 to 8 times less than by finite differences. Below half a code, one code would count twice.
     """
-    narrower = temperature * jnp.minimum(spread(x, exists), WIDTH_PART * threshold)
+    narrower = temperature * jnp.minimum(spread(x, exists), WIDTH_PART * tau)
     return jnp.maximum(narrower, MIN_WIDTH_CODES * code)
 
 
@@ -356,7 +354,9 @@ def _gated(
     # One code, and the threshold, in the unit of x.
     code, unit = (jnp.ones_like(scale), scale) if site in CODE_SITES else (scale, 1.0)
     threshold = real / unit
-    width = gate_width(x, gates.detach(threshold), code, exists, relaxation.temperature)
+    # Few pairs lie next to a threshold: their gates stay as wide as the spread.
+    tau = jnp.inf if site in ("scores", "probabilities") else gates.detach(threshold)
+    width = gate_width(x, tau, code, exists, relaxation.temperature)
     if not relaxation.straight_through:
         return soft_prune(x, threshold, width, exists)
     range_ = jnp.ones_like(real) if site == "probabilities" else context.ranges[site]
@@ -365,10 +365,10 @@ def _gated(
     # Half a code above what is pruned: tensors need not be rounded, and rounding errors do not matter.
     y, left = straight_through_prune(x, threshold, (stored + 0.5) * code, width, exists)
     if site in SITE_WIDTHS:
-        # A threshold of one code or more decides by itself what is zero.
-        left = density_of_width(
-            left, context.widths[SITE_WIDTHS[site]], (stored == 0.0).astype(x.dtype)
-        )
+        is_rounding = (stored == 0.0).astype(
+            x.dtype
+        )  # a threshold of a code or more decides by itself
+        left = density_of_width(left, context.widths[SITE_WIDTHS[site]], is_rounding)
     return y, left
 
 
