@@ -28,11 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from codesign import __version__, errors
 from codesign.errors import CheckpointError, RunDirectoryError
-from codesign.optimize import (
-    PyTree,
-    StepFn,
-    TrainState,
-)
+from codesign.optimize import PyTree, StepFn, TrainState
 from codesign.watch import ThresholdWatch, check_finite
 
 CONFIG = "config.json"

@@ -55,6 +55,8 @@ OCTAVES = 12.0
 """Strength 0 is this many octaves below a site's range, strength 1 the range itself (ours)."""
 OFF = 2.0**-40
 """Threshold that prunes nothing, in ranges: far below half a code of any site."""
+WIDTH_PART, MIN_WIDTH_CODES = 0.25, 0.5
+"""Part of a threshold that a gate's temperature is at most measured in; least width of a gate in codes (ours)."""
 SITE_WIDTHS = WIDTHS | {"out": "out.activation_bits"}
 """The knob that gives the codes of a pruned site their width; those of the others have a fixed one."""
 CODE_SITES = ("query", "key", "value", "scores")
@@ -220,10 +222,6 @@ def kept_fractions(workload: Workload) -> jax.Array:
     return jnp.stack(densities, axis=-1)
 
 
-WIDTH_PART, MIN_WIDTH_CODES = 0.25, 0.5
-"""Part of a threshold that a gate's temperature is at most measured in; least width of a gate in codes (ours)."""
-
-
 def existing(context: Context, site: str) -> jax.Array:
     """Returns 1 for elements of a site that exist, with the tensor's axes (1 where all agree)."""
     if site in ("scores", "probabilities"):
@@ -365,9 +363,8 @@ def _gated(
     # Half a code above what is pruned: tensors need not be rounded, and rounding errors do not matter.
     y, left = straight_through_prune(x, threshold, (stored + 0.5) * code, width, exists)
     if site in SITE_WIDTHS:
-        is_rounding = (stored == 0.0).astype(
-            x.dtype
-        )  # a threshold of a code or more decides by itself
+        # A threshold of one code or more decides by itself what is zero.
+        is_rounding = (stored == 0.0).astype(x.dtype)
         left = density_of_width(left, context.widths[SITE_WIDTHS[site]], is_rounding)
     return y, left
 
@@ -387,11 +384,10 @@ def soft_on_activation(
             plan.notes["gelu"] = left
         return x, Counts(densities={site: left})
     stored = density(jnp.abs(gates.detach(x)) > 0.5 * context.scales[site], exists)
-    stored = density_of_width(stored, context.widths[f"{site}.activation_bits"])
     if site == "down" and "gelu" in plan.notes:
-        left = plan.notes["gelu"]
-        stored = stored + (left - gates.detach(left))
-    return x, Counts(densities={site: stored})
+        stored = gates.straight_through(stored, plan.notes["gelu"])
+    left = density_of_width(stored, context.widths[f"{site}.activation_bits"])
+    return x, Counts(densities={site: left})
 
 
 def soft_on_probabilities(
