@@ -16,6 +16,10 @@ SECONDS_RUN = 0.15
 SECONDS_SETUP = 45.0
 NUM_FITTING_RUNS = (len(ACTIVATION_SHARES) + len(THRESHOLD_RAISES)) * (BUDGET_BISECTIONS + 2)
 """Runs over the calibration examples that find where a budget is met, before a point is trained."""
+NUM_ROUNDING_RUNS = 50
+"""Forward passes of the step's model over the calibration examples that round the widths (about; counted on MiniLM)."""
+FORWARD_SHARE = 1.0 / 3.0
+"""Time of a forward pass over that of a step: the backward pass takes two (rule of thumb)."""
 
 
 def example_seconds(problem: Problem, rates: tuple[float, float]) -> float:
@@ -55,6 +59,8 @@ def estimate_seconds(
     steps = budgeted.num_steps * (
         SECONDS_STEP + experiment.batch_size * example_seconds(problem, STEP)
     )
+    rounding = NUM_ROUNDING_RUNS * experiment.num_calibration * FORWARD_SHARE
+    steps += num_fitted / num_points * rounding * example_seconds(problem, STEP)
     fitting = NUM_FITTING_RUNS * num_fitted
     measured = num_measured or num_runs * len(problem.task.part("validation"))
     examples = fitting * experiment.num_calibration + measured
