@@ -1,6 +1,7 @@
 """One compiled training step on weights and policy at once."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -88,14 +89,14 @@ class OptimizeSettings:
                 f"`train` must name one or more of {', '.join(TRAINABLE)}, each once, got {self.train}"
             )
         if self.num_steps < 1:
-            raise CodesignError(f"`num_steps` must be at least 1, got {self.num_steps}")
+            raise CodesignError(f"`num_steps` must be at least 1, got {self.num_steps}: raise it")
         if not 0.0 <= self.hardened_fraction < 1.0:
             raise CodesignError(
-                f"`hardened_fraction` must lie in [0, 1), got {self.hardened_fraction}"
+                f"`hardened_fraction` must lie in [0, 1), got {self.hardened_fraction}: change it"
             )
         if not 0.0 <= self.price_warmup_fraction <= 1.0:
             raise CodesignError(
-                f"`price_warmup_fraction` must lie in [0, 1], got {self.price_warmup_fraction}"
+                f"`price_warmup_fraction` must lie in [0, 1], got {self.price_warmup_fraction}: change it"
             )
         for name in (
             "weight_rate",
@@ -105,19 +106,23 @@ class OptimizeSettings:
             "clip_rate",
             "clip_norm",
         ):
-            if not getattr(self, name) > 0.0:
-                raise CodesignError(f"`{name}` must be > 0, got {getattr(self, name)}")
-        if not self.weight_decay >= 0.0:
-            raise CodesignError(f"`weight_decay` must be >= 0, got {self.weight_decay}")
-        if not 0.0 < self.temperature_end <= self.temperature_start:
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise CodesignError(
+                    f"`{name}` must be > 0 and finite, got {getattr(self, name)}: change it"
+                )
+        if not 0.0 <= self.weight_decay < math.inf:
             raise CodesignError(
-                "`temperature_end` must lie in (0, `temperature_start`], got "
-                f"{self.temperature_end} with a start of {self.temperature_start}"
+                f"`weight_decay` must be >= 0 and finite, got {self.weight_decay}: change it"
             )
-        if not 1.0 < self.smoothness_start <= self.smoothness_end:
+        if not 0.0 < self.temperature_end <= self.temperature_start < math.inf:
             raise CodesignError(
-                "`smoothness_start` must lie in (1, `smoothness_end`], got "
-                f"{self.smoothness_start} with an end of {self.smoothness_end}"
+                "`temperature_end` must lie in (0, `temperature_start`], both finite, got "
+                f"{self.temperature_end} with a start of {self.temperature_start}: change one"
+            )
+        if not 1.0 < self.smoothness_start <= self.smoothness_end < math.inf:
+            raise CodesignError(
+                "`smoothness_start` must lie in (1, `smoothness_end`], both finite, got "
+                f"{self.smoothness_start} with an end of {self.smoothness_end}: change one"
             )
         init_constraint(self.method, 0)
 

@@ -180,7 +180,7 @@ def check_text(
     if max_tokens > model.max_tokens:
         raise CheckpointError(
             f"texts of {max_tokens} tokens are longer than the model's {model.max_tokens} positions: "
-            f"lower `max_tokens`"
+            "lower `--max-tokens`"
         )
 
 
@@ -196,7 +196,7 @@ def check_images(config: ModelConfig, *, image_size: int, channels: int) -> None
     if (image_size, channels) != (model.image_size, model.channels):
         raise CheckpointError(
             f"images of {image_size} pixels and {channels} channels do not fit the model, which takes "
-            f"{model.image_size} pixels and {model.channels} channels: resize them"
+            f"{model.image_size} pixels and {model.channels} channels: choose another checkpoint or task"
         )
 
 

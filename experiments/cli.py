@@ -9,6 +9,7 @@ import functools
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -178,9 +179,10 @@ def _call(function: Callable[..., int], arguments: list[str], program: str, **de
         return ready
 
     # The call stands outside the parser, which would take errors of the command for its own. It wraps those of settings
-    # in many lines: a first, silent try finds them, a second prints help and usage errors.
+    # and its own in many lines: a first, silent try finds them, a second prints help.
+    silent = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(silent):
             ready = parsed()
     except SystemExit as stop:
         cause: BaseException | None = stop
@@ -188,8 +190,26 @@ def _call(function: Callable[..., int], arguments: list[str], program: str, **de
             cause = cause.__context__
         if cause is not None:
             raise cause from None
+        if stop.code:
+            raise CodesignError(_usage_error(silent.getvalue(), program)) from None
         ready = parsed()
     return ready()
+
+
+def _usage_error(box: str, program: str) -> str:
+    """Returns the parser's message, printed in parts between rules under a title, as one line."""
+    parts = [""]
+    for line in box.strip().splitlines()[1:]:
+        text = line.strip("│╰╯ ")
+        if text and not text.strip("─-"):
+            parts.append("")
+        else:
+            parts[-1] = f"{parts[-1]} {text}".strip()
+    parts = [part for part in parts if part] or ["options cannot be read"]
+    message = parts[0].partition(" Got errors:")[0].rstrip(". ")
+    nearest = re.search(r"Perhaps you meant: (--[\w.-]+)", " ".join(parts))
+    advice = f"did you mean `{nearest[1]}`? " if nearest else ""
+    return f"{message}: {advice}see `{program} --help`"
 
 
 def _overview() -> str:

@@ -23,7 +23,7 @@ from codesign.experiments.finished import (
     train_run,
 )
 from codesign.experiments.problem import Problem
-from codesign.experiments.run import CONFIG, write_json
+from codesign.experiments.run import CONFIG, check_directory, write_json
 from codesign.experiments.tables import (
     COLUMNS,
     policy_table,
@@ -63,6 +63,7 @@ def train(
       overwrite: Delete the run in `--out` first.
       estimate: Print the expected time and stop.
     """
+    check_directory(out, resume=resume, overwrite=overwrite)
     outlined = checked(experiment, budget)
     tell_notes(outlined)
     announce(estimate_seconds(outlined))
@@ -165,6 +166,7 @@ def curve(
         num_selection=num_selection,
         ablations=ablations,
     )
+    check_directory(out, resume=resume, overwrite=overwrite)
     announce(curve_seconds(experiment, settings, seeds, part))
     if estimate:
         return 0
@@ -224,16 +226,18 @@ def report(path: tyro.conf.Positional[Path], *, as_json: Json = False) -> int:
             path = path / name
     if (path / CONFIG).is_file():
         raise RunDirectoryError(f"'{path}' is not finished: continue it with `--resume`")
+    advice = "give a curve.json, a result.json, or the directory of a finished curve or run"
+    if not path.exists():
+        raise CodesignError(f"'{path}' does not exist: {advice}")
+    if path.is_dir():
+        raise CodesignError(f"'{path}' has neither {CURVE_FILE} nor {RESULT_FILE}: {advice}")
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         is_curve = "means" in record
         point = record["means"][0] if is_curve else record["trained"]
         record["clock_hz"], point["quality"]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise CodesignError(
-            f"'{path}' holds no result of this version ({type(error).__name__}): give a curve.json, a result.json, "
-            "or the directory of a finished curve or run"
-        ) from error
+        raise CodesignError(f"'{path}' holds no result of this version: {advice}") from error
     if as_json:
         print_json(record)
     elif is_curve:
@@ -270,9 +274,9 @@ def bench(
 
 
 def tell_notes(problem: Problem) -> None:
-    """Prints what was done to a checkpoint so that it fits the task."""
+    """Prints what was done so that checkpoint, task and settings fit each other."""
     for note in problem.notes:
-        say(f"checkpoint: {note}")
+        say(note)
 
 
 def announce(seconds: float) -> None:

@@ -53,17 +53,19 @@ def estimate_seconds(
     """
     experiment = problem.experiment
     dense, budgeted = experiment.dense, experiment.optimize
+    num_training = len(problem.task.part("train"))
+    num_calibration = min(experiment.num_calibration, num_training)
     dense_steps = dense.num_steps * (
-        SECONDS_STEP + dense.batch_size * example_seconds(problem, DENSE_STEP)
+        SECONDS_STEP + min(dense.batch_size, num_training) * example_seconds(problem, DENSE_STEP)
     )
     steps = budgeted.num_steps * (
-        SECONDS_STEP + experiment.batch_size * example_seconds(problem, STEP)
+        SECONDS_STEP + min(experiment.batch_size, num_training) * example_seconds(problem, STEP)
     )
-    rounding = NUM_ROUNDING_RUNS * experiment.num_calibration * FORWARD_SHARE
+    rounding = NUM_ROUNDING_RUNS * num_calibration * FORWARD_SHARE
     steps += num_fitted / num_points * rounding * example_seconds(problem, STEP)
     fitting = NUM_FITTING_RUNS * num_fitted
     measured = num_measured or num_runs * len(problem.task.part("validation"))
-    examples = fitting * experiment.num_calibration + measured
+    examples = fitting * num_calibration + measured
     integer_path = (num_runs + fitting) * SECONDS_RUN
     integer_path += examples * example_seconds(problem, INTEGER_PATH)
     return num_seeds * (SECONDS_SETUP + dense_steps + num_points * steps + integer_path)

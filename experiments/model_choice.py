@@ -10,6 +10,7 @@ from codesign.errors import CodesignError
 from codesign.experiments.checkpoints import check_images, check_text, load_checkpoint
 from codesign.experiments.configs import Experiment, ModelSettings
 from codesign.experiments.data import ImageInput, Task
+from codesign.experiments.text import check_same_tokens
 from codesign.hw.operating_points import ModelShape
 from codesign.models.config import ModelConfig
 from codesign.models.parameters import init_params
@@ -40,6 +41,11 @@ def choose_model(task: Task, experiment: Experiment) -> ChosenModel:
         )
         check_fit(task, checkpoint.config, experiment.checkpoint)
         notes = checkpoint.notes
+        given, own = experiment.data.tokenizer, checkpoint.tokenizer_path
+        if given is not None and own is not None and task.kind != "language":
+            check_same_tokens(given, own)
+        if task.classes and not checkpoint.has_own_head:
+            notes += (f"the task's classes are {_listed(task.classes)}",)
         fault = None if checkpoint.has_own_head else "has no head for the task"
         if checkpoint.labels and task.classes and checkpoint.labels != task.classes:
             outputs = f"{_listed(checkpoint.labels)}, the task's classes {_listed(task.classes)}"

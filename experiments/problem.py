@@ -42,7 +42,7 @@ class Problem:
       accelerator: The machine for the cost model.
       params: Parameters of the trained dense model; empty in an outline.
       teacher: Its outputs.
-      notes: What was done to a checkpoint so that it fits.
+      notes: What was done so that checkpoint, task and settings fit each other.
     """
 
     experiment: Experiment
@@ -104,6 +104,13 @@ def _outline(experiment: Experiment) -> tuple[Problem, ChosenModel]:
             f"`experiment.start_kept` must have one entry for each of {', '.join(scale.names)} of "
             f"`{mechanism.name}`, got {kept}: give {len(scale.names)}, or none for its own"
         )
+    num_training = len(task.part("train"))
+    asked = {"batch_size": experiment.batch_size, "num_calibration": experiment.num_calibration}
+    more = tuple(
+        f"settings: `experiment.{name}` {count} is more than the {num_training} training examples: all are used"
+        for name, count in asked.items()
+        if count > num_training
+    )
     outlined = Problem(
         experiment=experiment,
         task=task,
@@ -113,7 +120,7 @@ def _outline(experiment: Experiment) -> tuple[Problem, ChosenModel]:
         accelerator=accelerator_from_spec(spec),
         params={},
         teacher=Teacher({}, chosen.config),
-        notes=chosen.notes,
+        notes=tuple(f"checkpoint: {note}" for note in chosen.notes) + more,
     )
     return outlined, chosen
 

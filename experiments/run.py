@@ -67,26 +67,10 @@ class RunDirectory:
         """
         run = cls(Path(path).absolute())
         plain = json.loads(json.dumps(config, allow_nan=False))
-        if resume and overwrite:
-            raise RunDirectoryError("`--resume` and `--overwrite` exclude each other: give one")
-        if run.path.exists() and not (run.path.is_dir() and not any(run.path.iterdir())):
-            if not resume and not overwrite:
-                raise RunDirectoryError(
-                    f"'{path}' exists: continue it with `--resume`, delete it with `--overwrite`, "
-                    "or choose another directory"
-                )
-            if not run._is_ours():
-                raise RunDirectoryError(
-                    f"'{path}' is not a run directory (it lacks a sound {CONFIG} or {VERSIONS}): "
-                    "choose another one, or remove it by hand"
-                )
+        if check_directory(path, resume=resume, overwrite=overwrite):
             if resume:
                 run._check_config(plain)
                 return run
-            if Path.cwd().is_relative_to(run.path.resolve()):
-                raise RunDirectoryError(
-                    f"'{path}' holds the current directory: go elsewhere to `--overwrite` it"
-                )
             shutil.rmtree(run.path.resolve())
         run.path.mkdir(parents=True, exist_ok=True)
         write_json(run.path / VERSIONS, _versions())
@@ -214,15 +198,6 @@ class RunDirectory:
     def _checkpoint(self, step: int) -> Path:
         return self.path / CHECKPOINTS / str(step)
 
-    def _is_ours(self) -> bool:
-        """Returns whether the directory holds the two files that every run starts with."""
-        with contextlib.suppress(OSError, ValueError):
-            versions, config = (
-                json.loads((self.path / name).read_text()) for name in (VERSIONS, CONFIG)
-            )
-            return "codesign" in versions and isinstance(config, dict)
-        return False
-
     def _check_config(self, config: dict[str, Any]) -> None:
         """Raises `RunDirectoryError` naming the first setting that differs from the run's."""
         saved = json.loads((self.path / CONFIG).read_text())
@@ -231,6 +206,49 @@ class RunDirectory:
                 f"'{self.path}' was made with another `{key}`: give it the same value to "
                 "`--resume`, or choose another directory"
             )
+
+
+def check_directory(path: Path | str, *, resume: bool, overwrite: bool) -> bool:
+    """Checks that a run can be made in a directory; returns whether there is one, to be continued or deleted.
+
+    Args:
+      path: The directory; need not exist.
+      resume: Whether the run that is there is to be continued, if there is one.
+      overwrite: Whether the run that is there is to be deleted, if there is one.
+
+    Raises:
+      RunDirectoryError: If the path is of a file, or the directory is in use and neither flag is given, or is not a run's.
+    """
+    if resume and overwrite:
+        raise RunDirectoryError("`--resume` and `--overwrite` exclude each other: give one")
+    whole = Path(path).absolute()
+    file = next((one for one in (whole, *whole.parents) if one.exists() and not one.is_dir()), None)
+    if file is not None:
+        raise RunDirectoryError(f"'{file}' is a file: give a directory")
+    if not whole.exists() or not any(whole.iterdir()):
+        return False
+    if not resume and not overwrite:
+        raise RunDirectoryError(
+            f"'{path}' exists: continue it with `--resume`, delete it with `--overwrite`, or choose another directory"
+        )
+    if not _is_run(whole):
+        raise RunDirectoryError(
+            f"'{path}' is not a run directory (it lacks a sound {CONFIG} or {VERSIONS}): "
+            "choose another one, or remove it by hand"
+        )
+    if overwrite and Path.cwd().is_relative_to(whole.resolve()):
+        raise RunDirectoryError(
+            f"'{path}' holds the current directory: go elsewhere to `--overwrite` it"
+        )
+    return True
+
+
+def _is_run(path: Path) -> bool:
+    """Returns whether a directory holds the two files that every run starts with."""
+    with contextlib.suppress(OSError, ValueError):
+        versions, config = (json.loads((path / name).read_text()) for name in (VERSIONS, CONFIG))
+        return "codesign" in versions and isinstance(config, dict)
+    return False
 
 
 def train_loop(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from codesign.errors import DataError
-from codesign.experiments.checkpoint_sources import TOKENIZER_FILE, checkpoint_folder
+from codesign.experiments.checkpoint_sources import CONFIG_FILE, TOKENIZER_FILE, checkpoint_folder
 
 NUM_NAMED = 10
 """Unknown characters that an error names at most."""
@@ -58,7 +58,7 @@ class WordPieces:
         added = self.tokenizer.num_special_tokens_to_add(False)
         if max_tokens <= added:
             raise DataError(
-                f"`max_tokens` must exceed the {added} tokens that `{self.path}` adds to a text, "
+                f"`--max-tokens` must exceed the {added} tokens that `{self.path}` adds to a text, "
                 f"got {max_tokens}: raise it"
             )
         self.tokenizer.no_padding()
@@ -72,8 +72,8 @@ class WordPieces:
             length = len(encoding.ids)
             if length > max_tokens:
                 raise DataError(
-                    f"{origin}, {places[index]}: the text has {length} tokens, above `max_tokens` {max_tokens}: "
-                    "let it be cut (`truncate`), shorten it, or raise `max_tokens`"
+                    f"{origin}, {places[index]}: the text has {length} tokens, above the {max_tokens} allowed: "
+                    "raise `--max-tokens`, leave `--no-truncate` out, or shorten it"
                 )
             if length <= added:
                 raise DataError(
@@ -96,7 +96,10 @@ def load_word_pieces(source: str) -> WordPieces:
     """
     file = Path(source)
     if file.suffix != ".json":
-        file = checkpoint_folder(source) / TOKENIZER_FILE
+        folder = checkpoint_folder(source)
+        file = folder / TOKENIZER_FILE
+        if not file.is_file():
+            raise DataError(_no_tokenizer(folder))
     if not file.is_file():
         raise DataError(f"tokenizer `{file}` does not exist: give the file or its folder")
     try:
@@ -115,6 +118,40 @@ def load_word_pieces(source: str) -> WordPieces:
     return WordPieces(
         tokenizer=tokenizer, path=file, vocabulary_size=max(numbers) + 1, pad_id=pad_id or 0
     )
+
+
+def _no_tokenizer(folder: Path) -> str:
+    if not (folder / CONFIG_FILE).is_file():
+        return (
+            f"`{folder}` has neither {CONFIG_FILE} nor {TOKENIZER_FILE}: give a checkpoint's folder"
+        )
+    if (folder / "vocab.txt").is_file():
+        return (
+            f"`{folder}` has a vocab.txt, and only {TOKENIZER_FILE} is read: let transformers write it, "
+            "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`"
+        )
+    return f"`{folder}` has no {TOKENIZER_FILE}: give a checkpoint of text, or one's file with `--tokenizer`"
+
+
+def check_same_tokens(source: str, own: Path) -> None:
+    """Checks that a tokenizer numbers its tokens as the checkpoint's own does.
+
+    Args:
+      source: As in `load_word_pieces`.
+      own: The `tokenizer.json` of the checkpoint.
+
+    Raises:
+      DataError: If a token has another number there, or is not there; names it.
+    """
+    given, known = load_word_pieces(source), load_word_pieces(str(own))
+    numbers = known.tokenizer.get_vocab(with_added_tokens=True)
+    for token, number in sorted(given.tokenizer.get_vocab(with_added_tokens=True).items()):
+        if numbers.get(token) != number:
+            there = f"number {numbers[token]}" if token in numbers else "unknown"
+            raise DataError(
+                f"tokenizer `{given.path}` is another model's: its {token!r} has number {number}, in `{own}` it is "
+                f"{there}: leave `--tokenizer` out"
+            )
 
 
 def decoded(content: bytes, path: Path) -> str:

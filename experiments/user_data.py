@@ -23,6 +23,7 @@ Label = int | str
 Row = tuple[str, Any, Any]
 """Where a row is ("line 3"), its text and its label, both unchecked."""
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+NUMBER = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]*)?|\.[0-9]+)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,7 +183,21 @@ def _csv_rows(path: Path, text_column: str, label_column: str) -> list[Row]:
         ) from error
     finally:
         csv.field_size_limit(limit)
-    return rows
+    return _without_decimals(rows)
+
+
+def _without_decimals(rows: list[Row]) -> list[Row]:
+    """Returns rows with labels such as 1.0 written as 1 if all are numbers (JSON and Parquet tell numbers from text)."""
+    if not all(NUMBER.fullmatch(str(label).strip()) for _, _, label in rows):
+        return rows
+
+    def whole(label: str) -> str | float:
+        if WHOLE_NUMBER.fullmatch(label.strip()):
+            return label
+        value = float(label)
+        return str(int(value)) if value.is_integer() else value
+
+    return [(place, text, whole(label)) for place, text, label in rows]
 
 
 def _json_rows(path: Path, text_column: str, label_column: str) -> Iterator[Row]:
@@ -264,6 +279,8 @@ def _checked_text(text: Any, column: str, where: str) -> str:
         raise DataError(f"{where}: `{column}` is {kind}: correct or remove the row")
     if not text.strip():
         raise DataError(f"{where}: `{column}` is empty: fill or remove the row")
+    if "\0" in text:
+        raise DataError(f"{where}: `{column}` holds a NUL character: correct or remove the row")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -86,11 +86,23 @@ def test_help_of_list_does_not_import_jax() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", "digits", *BUDGET) == 2
-    assert "--out" in capsys.readouterr().err
-    assert run("train", "digits", "--out", "x", "--budget.energy", "half") == 2
-    assert "half" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Missing from codesign train digits: --out PATH"),
+        (("--out",), "Missing value for argument '--out'"),
+        (("--out", "x", "--budget.energy", "half"), "Error parsing --budget.energy"),
+        (("--out", "x", "--mode", "foo"), "invalid choice 'foo' for argument '--mode'"),
+        (("--out", "x", "--bugdet.energy", "1"), "did you mean `--budget.energy`?"),
+        (("--out", "x", "y"), "Unrecognized options: y"),
+    ],
+)
+def test_usage_errors_are_one_line(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(capsys, "train", "digits", *arguments)
+    assert message in error and "see `codesign train digits --help`" in error
+    assert "Got errors" not in error and "\u2502" not in error
 
 
 @pytest.mark.smoke
@@ -233,7 +245,8 @@ def test_faulty_preset_is_one_line(
         (("export", "{}", "--out", "{}/export"), "is not a run directory"),
         (("simulate", "{}"), "is not a run directory"),
         (("verify", "{}"), "name the directory of an export"),
-        (("report", "{}"), "holds no result"),
+        (("report", "{}"), "does not exist"),
+        (("report", "."), "has neither curve.json nor result.json"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -320,6 +333,10 @@ def test_existing_directory_is_refused_and_left_alone(
     assert "`--resume`" in refused(capsys, *train, out, *BUDGET)
     assert "another `budget.energy`" in refused(capsys, *train, out, *BUDGET, "--resume")
     assert "exclude each other" in refused(capsys, *train, out, *BUDGET, "--resume", "--overwrite")
+    assert "`--resume`" in refused(capsys, *train, out, *BUDGET, "--estimate")
+    for below in (stranger / "thesis.tex", stranger / "thesis.tex" / "run"):
+        message = refused(capsys, *train, below, *BUDGET, "--overwrite")
+        assert f"'{stranger / 'thesis.tex'}' is a file: give a directory" in message
     assert "not a run directory" in refused(capsys, *train, stranger, *BUDGET, "--overwrite")
     # A setting that cannot work is found before `--overwrite` deletes anything.
     for wrong in (("--budget.energy", "0.01"), (*BUDGET, "--experiment.task", "nope")):
@@ -389,6 +406,11 @@ def test_estimate_grows_with_the_work_and_runs_nothing(
     deeper = outline(dataclasses.replace(digits(), model=deep))
     assert example_seconds(deeper, STEP) == pytest.approx(2.0 * example_seconds(problem, STEP))
     larger = outline(dataclasses.replace(digits(), batch_size=64))
+    whole = outline(dataclasses.replace(digits(), num_calibration=1_000_000))
+    (note,) = whole.notes
+    assert f"more than the {len(whole.task.part('train'))} training examples: all are used" in note
+    all_of_them = dataclasses.replace(digits(), num_calibration=len(whole.task.part("train")))
+    assert estimate_seconds(whole) == estimate_seconds(outline(all_of_them))
     growth = estimate_seconds(larger) - estimate_seconds(problem)
     assert growth == pytest.approx(100 * 32 * example_seconds(problem, STEP))
     assert estimate_seconds(problem, num_seeds=3) == pytest.approx(3 * estimate_seconds(problem))

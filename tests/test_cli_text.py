@@ -1,6 +1,7 @@
 """Bad text, labels, tokenizers and checkpoints on the command line: exit status 2, one line, nothing overwritten."""
 
 import gzip
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,12 @@ def write(content: bytes) -> Callable[[Path], None]:
     return damage
 
 
+def write_fewer_tokens(path: Path) -> None:
+    tokenizer = json.loads(write_tokenizer(path).read_text())
+    tokenizer["model"]["vocab"].popitem()
+    path.write_text(json.dumps(tokenizer))
+
+
 ONLY_ZEROS_AND_ONES = b'{"text": "good", "label": 0}\n{"text": "bad", "label": 1}\n'
 
 
@@ -60,6 +67,12 @@ ONLY_ZEROS_AND_ONES = b'{"text": "good", "label": 0}\n{"text": "bad", "label": 1
         ("bert/model.safetensors", cut, (), "model.safetensors"),
         ("bert/model.safetensors", write(b"\x80\x04]."), (), "model.safetensors"),
         (None, None, ("--tokenizer", "{}/other.json"), "it is another model's"),
+        (
+            "bert/tokenizer.json",
+            write_fewer_tokens,
+            ("--tokenizer", "{}/tokenizer.json"),
+            "tokenizer.json` it is unknown: leave `--tokenizer` out",
+        ),
         (None, None, ("--tokenizer", "{}/absent.json"), "absent.json` does not exist"),
         (None, None, ("--text-column", "body"), "has no column `body`"),
         (None, None, ("--label-column", "class"), "name it with `--label-column`"),
@@ -82,14 +95,14 @@ ONLY_ZEROS_AND_ONES = b'{"text": "good", "label": 0}\n{"text": "bad", "label": 1
             None,
             None,
             ("--max-tokens", "13"),
-            "longer than the model's 12 positions: lower `max_tokens`",
+            "longer than the model's 12 positions: lower `--max-tokens`",
         ),
         (None, None, ("--max-tokens", "0"), "`max_tokens` must be at least 1, got 0"),
         (
             None,
             None,
             ("--max-tokens", "4", "--no-truncate"),
-            "above `max_tokens` 4",
+            "above the 4 allowed",
         ),
         (None, None, ("--experiment.checkpoint", "{}/nowhere/bert"), "does not exist"),
         (None, None, ("--experiment.checkpoint", "{}/own.csv"), "is a file: give its folder"),
@@ -137,6 +150,7 @@ def test_good_text_has_an_estimate(text: Path, capsys: pytest.CaptureFixture[str
     assert main(arguments) == 0
     *notes, expected = capsys.readouterr().out.splitlines()
     assert any(note.startswith("checkpoint: fresh head of 2 outputs") for note in notes)
+    assert "checkpoint: the task's classes are blame, praise" in notes
     assert expected.startswith("expected time: ")
     assert not (text / "run").exists()
 

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from typing import Any
 
 import chex
@@ -336,8 +337,13 @@ def test_threshold_gradients_are_logged_by_layer() -> None:
         ("hardened_fraction", 1.0),
         ("price_warmup_fraction", -0.1),
         ("bits_rate", 0.0),
+        ("bits_rate", math.nan),
+        ("weight_rate", math.inf),
         ("weight_decay", -1.0),
+        ("weight_decay", math.inf),
         ("temperature_end", 0.6),
+        ("temperature_start", math.inf),
+        ("smoothness_end", math.inf),
         ("smoothness_start", 1.0),
         ("method", "doubling"),
     ],

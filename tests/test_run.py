@@ -255,7 +255,7 @@ def test_overwrite_deletes_runs_only(
     (stranger / CONFIG).write_text("{}")
     with pytest.raises(RunDirectoryError, match="not a run directory"):
         open_run(stranger, overwrite=True)
-    with pytest.raises(RunDirectoryError, match="not a run directory"):
+    with pytest.raises(RunDirectoryError, match="is a file: give a directory"):
         open_run(stranger / CONFIG, overwrite=True)
     assert (stranger / CONFIG).read_text() == "{}"
     with monkeypatch.context() as patch:

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from codesign.experiments.data import DataSettings, TextInput
 from codesign.experiments.tasks import load_task
 from codesign.experiments.text import (
     character_numbers,
+    check_same_tokens,
     decoded,
     load_word_pieces,
     next_character_windows,
@@ -77,7 +79,7 @@ def test_word_pieces_worked_by_hand(tokenizer_file: Path) -> None:
 
 def test_a_long_text_is_an_error_only_without_truncation(tokenizer_file: Path) -> None:
     text = "bad bad bad bad bad"
-    with pytest.raises(DataError, match="`f`, line 2: the text has 7 tokens, above `max_tokens` 6"):
+    with pytest.raises(DataError, match="`f`, line 2: the text has 7 tokens, above the 6 allowed"):
         encode(tokenizer_file, "good", text, truncate=False)
     np.testing.assert_array_equal(
         encode(tokenizer_file, text, max_tokens=7, truncate=False)[0], [[2, 5, 5, 5, 5, 5, 3]]
@@ -88,8 +90,39 @@ def test_texts_without_tokens_and_rows_without_room_are_refused(tokenizer_file: 
     # A zero-width control character is all that BERT's normaliser removes.
     with pytest.raises(DataError, match="`f`, line 1: the text has no token"):
         encode(tokenizer_file, "\u200b\x00")
-    with pytest.raises(DataError, match="`max_tokens` must exceed the 2 tokens .* got 2"):
+    with pytest.raises(DataError, match="`--max-tokens` must exceed the 2 tokens .* got 2"):
         encode(tokenizer_file, "good", max_tokens=2)
+
+
+def test_folders_without_a_tokenizer_say_what_they_lack(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has neither config.json nor tokenizer.json"):
+        load_word_pieces(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="has no tokenizer.json: give a checkpoint of text"):
+        load_word_pieces(str(tmp_path))
+    (tmp_path / "vocab.txt").write_text("[PAD]")
+    with pytest.raises(DataError, match="has a vocab.txt, .* `AutoTokenizer"):
+        load_word_pieces(str(tmp_path))
+
+
+def test_a_tokenizer_with_other_numbers_is_another_models(
+    tmp_path: Path, tokenizer_file: Path
+) -> None:
+    check_same_tokens(str(tokenizer_file.parent), tokenizer_file)
+
+    def variant(name: str, change: Callable[[dict[str, int]], None]) -> str:
+        content = json.loads(tokenizer_file.read_text())
+        change(content["model"]["vocab"])
+        (tmp_path / name).write_text(json.dumps(content))
+        return str(tmp_path / name)
+
+    # Fewer tokens with the same numbers are the same tokenizer, cut.
+    check_same_tokens(variant("cut.json", lambda vocab: vocab.pop("!")), tokenizer_file)
+    with pytest.raises(DataError, match="another model's: its 'bad' has number 4, in .* number 5"):
+        moved = variant("moved.json", lambda vocab: vocab.update(good=5, bad=4))
+        check_same_tokens(moved, tokenizer_file)
+    with pytest.raises(DataError, match="its 'new' has number 10, in .* it is unknown: leave"):
+        check_same_tokens(variant("more.json", lambda vocab: vocab.update(new=10)), tokenizer_file)
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"version": "1.0"}', "[1, 2]", "\x00\x01"])
@@ -98,7 +131,7 @@ def test_malformed_tokenizers_are_refused(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(DataError, match="tokenizer.json` is not a tokenizer"):
         load_word_pieces(str(path))
-    with pytest.raises(DataError, match="none/tokenizer.json` does not exist"):
+    with pytest.raises(DataError, match="has neither config.json nor tokenizer.json"):
         (tmp_path / "none").mkdir()
         load_word_pieces(str(tmp_path / "none"))
 

@@ -49,6 +49,8 @@ def test_formats_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
     [
         (".csv", ["10", "9", " 9 "], (9, 10)),
         (".csv", ["10", "9", "x"], ("10", "9", "x")),
+        (".csv", ["10.0", "9", " 9.0"], (9, 10)),
+        (".csv", ["10.0", "9", "x"], ("10.0", "9", "x")),
         (".jsonl", [10, 9, 9.0], (9, 10)),
         (".jsonl", [True, False, False], (0, 1)),
         (".parquet", [2.0, 1.0, 1.0], (1, 2)),
@@ -89,6 +91,8 @@ BAD_FILES = {
         (b"text,label\na,0\nb,\n", "line 3: `label` is missing"),
         (b"text,label\na,0\nb,c,1\n", "line 3: more cells than the header"),
         (b"text,label\na,0\n  ,1\n", "line 3: `text` is empty"),
+        (b"text,label\na,0\na\0b,1\n", "line 3: `text` holds a NUL"),
+        (b"text,label\na,0\nb,0.5\n", "line 3: `label` is 0.5, neither"),
         (b'text,label\n"a,0\nb,1\n', "after line 1: unexpected end of data: mend"),
     ],
     "own.jsonl": [
