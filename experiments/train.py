@@ -42,6 +42,9 @@ SPARE_BITS = 0.44
 and the price takes back what is worth least; from the middle, few steps reach either side."""
 THRESHOLD_RAISES = (0.25, 0.5)
 """How far thresholds may be raised first, so that widths need be narrowed less (ours)."""
+RAISE_GAIN = 0.9
+"""Part of the divergence without raising that a start with raised thresholds may have at most (ours). Where both are near
+chance, differences say nothing, and of keys that nobody looks at any more a threshold learns little."""
 BUDGET_TOLERANCE = 0.005
 """Part of the budget by which the deployed cost may exceed it before thresholds are raised (ours)."""
 
@@ -269,8 +272,9 @@ class BudgetedTraining:
         best = min((tried(point, share) for share in ACTIVATION_SHARES), key=lambda one: one[:2])
         if "thresholds" in self.settings.train and self.problem.mechanism.thresholds is not None:
             starts = (with_policy(point, self._raised(point, by)) for by in THRESHOLD_RAISES)
-            others = [tried(start, best[2]) for start in starts]
-            best = min([best, *others], key=lambda one: one[:2])
+            other = min((tried(start, best[2]) for start in starts), key=lambda one: one[:2])
+            if other[0] < best[0] or (other[0] == best[0] and other[1] < RAISE_GAIN * best[1]):
+                best = other
         return with_policy(best[3], with_spare(best[3].policy, SPARE_BITS))
 
     def _raised(self, point: Point, move: float) -> Policy:

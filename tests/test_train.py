@@ -9,12 +9,19 @@ from tiny_experiment import tiny, untrained
 
 from codesign.calibration import Calibration
 from codesign.errors import CodesignError, InfeasibleBudgetError
+from codesign.experiments import train
 from codesign.experiments.configs import Budget
 from codesign.experiments.evaluate import Point
 from codesign.experiments.moves import FILTER_WIDTHS, narrowed, raised, with_spare
 from codesign.experiments.problem import Problem, load_problem, outline
 from codesign.experiments.reach import cheapest_ratio, check_reachable
-from codesign.experiments.start import calibration_run, start_point, start_policy, with_threshold
+from codesign.experiments.start import (
+    CalibrationRun,
+    calibration_run,
+    start_point,
+    start_policy,
+    with_threshold,
+)
 from codesign.experiments.teacher import calibrate, float_path
 from codesign.experiments.train import SPARE_BITS, BudgetedTraining
 from codesign.mechanisms import MECHANISMS
@@ -216,6 +223,27 @@ def test_sites_start_and_move_together(pruning: Problem) -> None:
     before, after = (np.asarray(p.policy.layers["threshold"]) for p in (start, fitted))
     assert np.all(after > before)
     np.testing.assert_array_less(calibration_run(pruning, fitted).kept, kept)
+
+
+@pytest.mark.parametrize(("divergence", "is_raised"), [(0.95, False), (0.8, True)])
+def test_thresholds_are_raised_first_only_for_a_clear_gain(
+    tiny_problem: Problem,
+    start: Point,
+    divergence: float,
+    is_raised: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(problem: Problem, point: Point) -> CalibrationRun:
+        raised = np.any(alpha(point.policy) > alpha(start.policy) + 1e-6)
+        kl_nats = divergence if raised else 1.0
+        return dataclasses.replace(calibration_run(problem, point), kl_nats=kl_nats)
+
+    monkeypatch.setattr(train, "calibration_run", run)
+    optimize = dataclasses.replace(tiny_problem.experiment.optimize, train=("thresholds", "bits"))
+    budget = Budget(energy=0.5)
+    training = BudgetedTraining(tiny_problem, optimize, ("energy",), budget.scope)
+    fitted = training.fitted(start, budget)
+    assert np.any(alpha(fitted.policy) > alpha(start.policy) + 1e-6) == is_raised
 
 
 @pytest.mark.parametrize(
