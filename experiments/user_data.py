@@ -22,8 +22,8 @@ from codesign.experiments.text import decoded
 Label = int | str
 Row = tuple[str, Any, Any]
 """Where a row is ("line 3"), its text and its label, both unchecked."""
-WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
-NUMBER = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]*)?|\.[0-9]+)")
+WHOLE_NUMBER = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
+FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]*[1-9][0-9]*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,10 @@ class LabelledTexts:
         )
 
     def classes(self) -> tuple[Label, ...]:
-        """Returns the different labels, sorted; as numbers if every one is a whole number."""
-        if all(isinstance(label, int) or WHOLE_NUMBER.fullmatch(label) for label in self.labels):
-            return tuple(sorted({int(label) for label in self.labels}))
+        """Returns the different labels, sorted; as numbers if every one is, or spells, a whole number (1, 1.0)."""
+        numbers = {_whole_number(label) for label in self.labels}
+        if None not in numbers:
+            return tuple(sorted(number for number in numbers if number is not None))
         return tuple(sorted({str(label) for label in self.labels}))
 
     def class_numbers(self, classes: Sequence[Label]) -> NDArray[np.int32]:
@@ -76,9 +77,8 @@ class LabelledTexts:
         are_numbers = isinstance(classes[0], int)
         result = np.zeros(len(self.labels), np.int32)
         for row, label in enumerate(self.labels):
-            is_number = isinstance(label, str) and WHOLE_NUMBER.fullmatch(label)
-            key = int(label) if are_numbers and is_number else label
-            if key not in number:
+            key = _whole_number(label) if are_numbers else label
+            if key is None or key not in number:
                 raise DataError(
                     f"`{self.path}`, {self.places[row]}: label {label!r} is not one of {_some(classes)}: correct it"
                 )
@@ -183,21 +183,15 @@ def _csv_rows(path: Path, text_column: str, label_column: str) -> list[Row]:
         ) from error
     finally:
         csv.field_size_limit(limit)
-    return _without_decimals(rows)
+    return rows
 
 
-def _without_decimals(rows: list[Row]) -> list[Row]:
-    """Returns rows with labels such as 1.0 written as 1 if all are numbers (JSON and Parquet tell numbers from text)."""
-    if not all(NUMBER.fullmatch(str(label).strip()) for _, _, label in rows):
-        return rows
-
-    def whole(label: str) -> str | float:
-        if WHOLE_NUMBER.fullmatch(label.strip()):
-            return label
-        value = float(label)
-        return str(int(value)) if value.is_integer() else value
-
-    return [(place, text, whole(label)) for place, text, label in rows]
+def _whole_number(label: Label) -> int | None:
+    """Returns the number that a label is or spells; None if it spells none."""
+    if isinstance(label, int):
+        return label
+    spelled = WHOLE_NUMBER.fullmatch(label)
+    return int(spelled[1]) if spelled else None
 
 
 def _json_rows(path: Path, text_column: str, label_column: str) -> Iterator[Row]:
@@ -297,9 +291,9 @@ def _checked_label(label: Any, column: str, where: str) -> Label:
         raise DataError(f"{where}: `{column}` is missing: fill it or remove the row")
     if isinstance(label, float) and label.is_integer():
         label = int(label)  # Whole numbers beside missing ones are often written as 1.0.
-    if not isinstance(label, int | str):
+    if not isinstance(label, int | str) or (isinstance(label, str) and FRACTION.fullmatch(label)):
         raise DataError(
-            f"{where}: `{column}` is {label!r}, neither a whole number nor text: give the row a class"
+            f"{where}: `{column}` is {label}, neither a whole number nor text: give the row a class"
         )
     return int(label) if isinstance(label, int) else label
 
