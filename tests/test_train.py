@@ -225,18 +225,23 @@ def test_sites_start_and_move_together(pruning: Problem) -> None:
     np.testing.assert_array_less(calibration_run(pruning, fitted).kept, kept)
 
 
-@pytest.mark.parametrize(("divergence", "is_raised"), [(0.95, False), (0.8, True)])
-def test_thresholds_are_raised_first_only_for_a_clear_gain(
+@pytest.mark.parametrize(
+    ("divergence", "keys", "is_raised"), [(0.95, 6.0, False), (0.8, 6.0, True), (0.8, 3.9, False)]
+)
+def test_thresholds_are_raised_first_only_for_a_clear_gain_that_leaves_keys(
     tiny_problem: Problem,
     start: Point,
     divergence: float,
+    keys: float,
     is_raised: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def run(problem: Problem, point: Point) -> CalibrationRun:
         raised = np.any(alpha(point.policy) > alpha(start.policy) + 1e-6)
-        kl_nats = divergence if raised else 1.0
-        return dataclasses.replace(calibration_run(problem, point), kl_nats=kl_nats)
+        found = calibration_run(problem, point)
+        share = keys / problem.config.structure.max_tokens
+        kept = np.full_like(found.kept, share) if raised else found.kept
+        return dataclasses.replace(found, kl_nats=divergence if raised else 1.0, kept=kept)
 
     monkeypatch.setattr(train, "calibration_run", run)
     optimize = dataclasses.replace(tiny_problem.experiment.optimize, train=("thresholds", "bits"))
