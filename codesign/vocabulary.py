@@ -63,6 +63,21 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
         "index.bits",
         *ATTENTION_OPERATIONS,
     ),
+    "sofa": (
+        "predict.shift_add",
+        "encode.encode",
+        "filter0.shift_add",
+        "select.compare",
+        "threshold.compare",
+        "generate.mac",
+        "qk.mac",
+        "softmax.exp",
+        "softmax.add",
+        "softmax.compare",
+        "softmax.multiply",
+        "pv.mac",
+        "output.divide",
+    ),
 }
 """Operations that a mechanism feeds to its machine; `*` stands for a round's number."""
 

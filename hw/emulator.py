@@ -13,6 +13,7 @@ import numpy.typing as npt
 from codesign.errors import DataError, ExportError, UnknownNameError
 from codesign.references import LAYER_TENSORS, layer_shapes, reference_by_name, tensor_names
 from codesign.references.integers import (
+    BIAS_SHIFT,
     EXACT_LIMIT,
     Booleans,
     IntegerLike,
@@ -20,6 +21,7 @@ from codesign.references.integers import (
     exact_matmul,
     exact_product,
     limit,
+    linear_output,
     requantise,
     round_shift,
     saturate,
@@ -30,7 +32,6 @@ Array = npt.NDArray[Any]
 
 RESIDUAL_LIMIT = 32767  # 16-bit residual stream
 _NORM_SHIFT = 14  # fraction bits of a normalised value
-_BIAS_SHIFT = 8  # fraction bits of a sum of products below their scale, for the bias
 _GAIN_SHIFT = 30  # fraction bits of a normalised value times its gain
 _MIN_TOTAL = 4096  # least sum of exponentials, that of a row without kept keys
 
@@ -243,8 +244,7 @@ def _checked_tokens(
 
 def _linear(inputs: Integers, arrays: Mapping[str, Integers], site: str) -> Integers:
     """Returns the requantised output of the linear layer `site`, last axis transformed."""
-    sums = (exact_matmul(inputs, arrays[f"{site}_weight"]) << _BIAS_SHIFT) + arrays[f"{site}_bias"]
-    return requantise(sums, arrays[f"{site}_mantissa"], arrays[f"{site}_shift"])
+    return linear_output(exact_matmul(inputs, arrays[f"{site}_weight"]), arrays, site)
 
 
 def _embed_patches(sizes: PatchInput, ends: Mapping[str, Integers], pixels: Integers) -> Integers:
@@ -341,7 +341,8 @@ def _layer(
             strict=True,
         )
     )
-    kept, filter_tensors = reference.filter(layer, query, key, exists)
+    planned = reference.plan(structure, layer, inputs)
+    kept, filter_tensors = reference.filter(layer, query, key, exists, planned)
     raw_scores = prune(exact_matmul(query, np.swapaxes(key, -1, -2)), "scores")
     probabilities = softmax_codes(
         raw_scores, kept, layer["exp_mantissa"], layer["exp_shift"], layer["qk_bits"]
@@ -361,7 +362,7 @@ def _layer(
     gelu = prune(saturate(_linear(inputs, layer, "up"), ACTIVATION_LIMIT), "gelu")
     hidden = prune(layer["activation_table"][gelu + ACTIVATION_LIMIT], "down")
     ffn_branch = reference.on_output(layer, _linear(hidden, layer, "down"), "ffn_branch")
-    return filter_tensors | {
+    return planned | filter_tensors | {
         "query": query,
         "key": key,
         "value": value,
@@ -392,7 +393,7 @@ def _head(
     if structure.pooling == "mean":
         inputs = np.where(valid[..., None], inputs, 0).sum(axis=1)
         bias = exact_product(valid.sum(axis=1)[:, None], bias)
-    logits: Integers = (exact_matmul(inputs, ends["head_weight"]) << _BIAS_SHIFT) + bias
+    logits: Integers = (exact_matmul(inputs, ends["head_weight"]) << BIAS_SHIFT) + bias
     return logits
 
 

@@ -23,7 +23,7 @@ from codesign.fake_quantize import (
     weight_scale,
 )
 from codesign.gates import Relaxation
-from codesign.mechanisms.protocol import Hooks, Operands
+from codesign.mechanisms.protocol import OPERANDS, Hooks, Operands, part_columns
 from codesign.quantize import code_limit, quantize
 from codesign.structure import ModelStructure
 from codesign.vocabulary import BLOCK_SITES
@@ -76,8 +76,8 @@ class Arithmetic(Protocol):
     def weight_codes(self, site: str) -> jax.Array:
         """Returns the weight of `site` as codes."""
 
-    def estimate(self, accumulator: jax.Array) -> Operands:
-        """Returns the operands that an estimated accumulator of `qkv` becomes."""
+    def estimate(self, accumulator: jax.Array, part: str) -> jax.Array:
+        """Returns the codes that an estimated accumulator of a part of `qkv` becomes."""
 
     def add(self, r: jax.Array, branch: jax.Array, site: str) -> jax.Array:
         """Adds the output of `site` to the residual stream, and normalises the sum if post-norm."""
@@ -192,7 +192,7 @@ class FloatArithmetic:
 
     def _split(self, projected: jax.Array) -> dict[str, jax.Array]:
         split = split_heads(projected, self.structure.num_heads)
-        return dict(zip(("query", "key", "value"), split, strict=True))
+        return dict(zip(OPERANDS, split, strict=True))
 
     def _operands(self, tensors: dict[str, jax.Array]) -> Operands:
         codes, scales = zip(
@@ -243,11 +243,14 @@ class FloatArithmetic:
         """See `Numbers.weight_codes`."""
         return self._rounded(self.weight(site) / self._weight_scale(site))
 
-    def estimate(self, accumulator: jax.Array) -> Operands:
+    def estimate(self, accumulator: jax.Array, part: str) -> jax.Array:
         """See `Numbers.estimate`; nothing is observed."""
-        product = accumulator * (self.scale("qkv") * self._weight_scale("qkv"))[None]
-        bias = self.params["qkv"]["bias"]
-        return self._operands(self._split(product + bias[None, None, :]))
+        unit = self.scale("qkv") * self._weight_scale("qkv")
+        unit = jnp.broadcast_to(unit, (1, self.params["qkv"]["kernel"].shape[1]))
+        bias = part_columns(self.params["qkv"]["bias"], part)
+        product = accumulator * part_columns(unit, part)[None] + bias[None, None, :]
+        split = jnp.reshape(product, (*product.shape[:2], self.structure.num_heads, -1))
+        return self._code(jnp.swapaxes(split, 1, 2), part)[0]
 
     def scores(self, operands: Operands) -> jax.Array:
         """See `Arithmetic.scores`."""

@@ -9,7 +9,7 @@ correctly rounded.
 import jax
 import jax.numpy as jnp
 
-from codesign.mechanisms.protocol import Hooks, Operands
+from codesign.mechanisms.protocol import OPERANDS, Hooks, Operands, part_columns
 from codesign.quantize import exact_einsum
 from codesign.structure import ACTIVATION_LIMIT, ModelStructure
 from codesign.vocabulary import BLOCK_SITES
@@ -136,32 +136,38 @@ class IntegerArithmetic:
         code = self._requantized(product, site)
         return saturate(code, ACTIVATION_LIMIT) if site in ("up", "pool") else code
 
-    def _requantized(self, accumulator: jax.Array, site: str) -> jax.Array:
-        """Returns the accumulator with its bias in the scale of what consumes it."""
-        bias = wide(self.arrays[f"{site}_bias"])[None, None, :]
+    def _requantized(
+        self, accumulator: jax.Array, site: str, part: str | None = None
+    ) -> jax.Array:
+        """Returns the accumulator (of a part of the columns) with its bias in the scale of what consumes it."""
+        names = (f"{site}_bias", f"{site}_mantissa", f"{site}_shift")
+        bias, mantissa, shift = (
+            self.arrays[name] if part is None else part_columns(self.arrays[name], part)
+            for name in names
+        )
         return requantize(
-            wide(accumulator) * 2.0**BIAS_FRACTION_BITS + bias,
-            self.arrays[f"{site}_mantissa"][None, None, :],
-            self.arrays[f"{site}_shift"][None, None, :],
+            wide(accumulator) * 2.0**BIAS_FRACTION_BITS + wide(bias)[None, None, :],
+            mantissa[None, None, :],
+            shift[None, None, :],
         )
 
     def heads(self, projected: jax.Array) -> Operands:
         """See `Arithmetic.heads`."""
-        return self._operands(projected)
-
-    def estimate(self, accumulator: jax.Array) -> Operands:
-        """See `Numbers.estimate`."""
-        return self._operands(self._requantized(accumulator, "qkv"))
-
-    def _operands(self, code: jax.Array) -> Operands:
-        split = jnp.reshape(code, (*code.shape[:2], 3, self.structure.num_heads, -1))
-        qk_limit, v_limit = limit(self.arrays["qk_bits"]), limit(self.arrays["v_bits"])
         query, key, value = (
-            saturate(jnp.swapaxes(split[:, :, index], 1, 2), largest)
-            for index, largest in ((0, qk_limit), (1, qk_limit), (2, v_limit))
+            self._operand(part_columns(projected, part), part) for part in OPERANDS
         )
         one = jnp.ones((), jnp.float64)
         return Operands(query=query, key=key, value=value, logit_scale=one, value_scale=one)
+
+    def estimate(self, accumulator: jax.Array, part: str) -> jax.Array:
+        """See `Numbers.estimate`."""
+        return self._operand(self._requantized(accumulator, "qkv", part), part)
+
+    def _operand(self, code: jax.Array, part: str) -> jax.Array:
+        """Returns whole numbers `[B, T, H*d]` as the codes of an operand's heads, `[B, H, T, d]`."""
+        split = jnp.reshape(code, (*code.shape[:2], self.structure.num_heads, -1))
+        bits = self.arrays["v_bits" if part == "value" else "qk_bits"]
+        return saturate(jnp.swapaxes(split, 1, 2), limit(bits))
 
     def scores(self, operands: Operands) -> jax.Array:
         """See `Arithmetic.scores`."""

@@ -167,6 +167,7 @@ def apply(
             scales=arithmetic.scales() | residual_scale,
             tracing=tracing,
             calibrating=calibrating,
+            width=structure.width,
         )
         residual, valid, carry, output = block(
             arithmetic, mechanism.soft, context, structure, residual, carry
@@ -283,6 +284,7 @@ def apply_hard(
             valid=valid,
             pairs=pairs * valid[:, None, None, :],
             tracing=tracing,
+            width=structure.width,
         )
         return block(arithmetic, mechanism.hard, context, structure, residual, carry)
 

@@ -172,7 +172,8 @@ def block_gemms(
     generated = plan.keys if keys is None else keys
     parts = [plan.queries, generated, generated]
     if hooks.generates_keys:
-        rows["qkv"] = _mean_rows(parts[:1], context.valid) / 3.0
+        shapes["qkv"] = (structure.width, structure.attention_width)
+        rows["qkv"] = _mean_rows(parts[:1], context.valid)
     elif any(part is not None for part in parts):
         rows["qkv"] = _mean_rows(parts, context.valid) / 3.0
     if plan.heads is not None:

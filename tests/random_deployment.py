@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Every way of building a model that the integer path has."""
 
-MECHANISMS = {"dense": 0, "energon": 2, "acceltran": 0}
+MECHANISMS = {"dense": 0, "energon": 2, "acceltran": 0, "sofa": 2}
 """Rounds by mechanism."""
 
 
@@ -345,6 +345,14 @@ def build(
             arrays["threshold"] = codes.astype(np.int64)
             arrays["query_bits"] = np.asarray(4)
             arrays["key_bits"] = 2 + 2 * np.arange(shape.num_rounds)
+        if shape.mechanism == "sofa":
+            largest = np.abs(values["raw_scores"]).max() / scale["raw_scores"]
+            arrays["score_shift"] = np.asarray(max(int(np.frexp(largest)[1]) - 15, 0))
+            # Few enough keys of few enough segments that both rules drop some.
+            arrays["tile_bits"] = np.asarray(2 + len(layers) % 2)
+            shares = np.linspace(300, 900, shape.num_heads).astype(np.int64)
+            radii = np.linspace(20000, 2000, shape.num_heads).astype(np.int64)
+            arrays["threshold"] = np.stack([shares, radii], axis=-1)
         if shape.mechanism == "acceltran":
             sites = "query key value raw_scores probabilities context attention_branch gelu"
             quantiles = [

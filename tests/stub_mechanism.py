@@ -22,6 +22,7 @@ from codesign.mechanisms.protocol import (
     keep_all,
     keep_probabilities,
     keep_weight,
+    part_columns,
     reuse_rows,
 )
 from codesign.workload import Operation, operation
@@ -80,7 +81,8 @@ class Stub:
         ffn_source = self.picked("ffn", copied, alone)
         codes, weights = numbers.codes(x, "qkv"), numbers.weight_codes("qkv")
         # An exact estimate of the accumulator must become the real keys.
-        estimate = numbers.estimate(jnp.einsum("btk,kn->btn", codes, weights))
+        keys = part_columns(weights, "key")
+        estimate = numbers.estimate(jnp.einsum("btk,kn->btn", codes, keys), "key")
         products = jnp.full((BATCH, HEADS), TOKENS * WIDTH * HEAD_DIM, ones.dtype)
         plan = Plan(
             tokens=self.picked("tokens", ones.at[:, GONE].set(0.0), ones),
@@ -90,7 +92,7 @@ class Stub:
             attention_source=jnp.broadcast_to(source, (*per_head.shape, TOKENS)),
             ffn_source=jnp.broadcast_to(ffn_source, (*ones.shape, TOKENS)),
             ffn_bits=self.picked("ffn_bits", (8.0 * ones).at[:, 0].set(4.0), 8.0 * ones),
-            notes={"codes": codes, "weights": weights, "estimate": estimate.key},
+            notes={"codes": codes, "weights": weights, "estimate": estimate},
         )
         return plan, Counts(operations={"predict.shift_add": operation(products, 8.0, 4.0)})
 

@@ -25,6 +25,9 @@ from codesign.models.model import apply_hard
         ("prefix", "acceltran", 16),
         ("bert", "acceltran", 9),
         ("decoder", "acceltran", 12),
+        ("patches", "sofa", 16),
+        ("bert", "sofa", 9),
+        ("decoder", "sofa", 12),
     ],
 )
 def test_jax_path_agrees_in_every_bit(variant: str, mechanism: str, bits: int) -> None:

@@ -5,8 +5,9 @@ from codesign.mechanisms.acceltran import acceltran
 from codesign.mechanisms.dense import dense
 from codesign.mechanisms.energon import energon
 from codesign.mechanisms.protocol import Hooks, Mechanism
+from codesign.mechanisms.sofa import sofa
 
-MECHANISMS = {mechanism.name: mechanism for mechanism in (dense, energon, acceltran)}
+MECHANISMS = {mechanism.name: mechanism for mechanism in (dense, energon, acceltran, sofa)}
 
 __all__ = ["MECHANISMS", "Hooks", "Mechanism", "mechanism_by_name"]
 

@@ -74,6 +74,7 @@ class Context:
       scales: Real value of one code by tensor, scalars, for soft hooks that see values; empty on the hard path.
       tracing: Whether hooks return their decisions for the simulator and the emulator.
       calibrating: Whether this run measures the mechanism's own ranges.
+      width: Width of the residual stream, D; 0 where the model is not one of `codesign.models`.
     """
 
     knobs: dict[str, jax.Array]
@@ -85,6 +86,7 @@ class Context:
     scales: dict[str, jax.Array] = struct.field(default_factory=dict)
     tracing: bool = struct.field(pytree_node=False, default=False)
     calibrating: bool = struct.field(pytree_node=False, default=False)
+    width: int = struct.field(pytree_node=False, default=0)
 
     def calibrated(self, name: str, measured: jax.Array) -> tuple[jax.Array, Counts]:
         """Returns a range of the soft path: the stored one, or `measured` while calibrating.
@@ -121,13 +123,24 @@ class Numbers(Protocol):
     def weight_codes(self, site: str) -> jax.Array:
         """Returns the weight of `site` as codes, `[inputs, outputs]`."""
 
-    def estimate(self, accumulator: jax.Array) -> "Operands":
-        """Returns the operands that an estimate of the product's accumulator becomes.
+    def estimate(self, accumulator: jax.Array, part: str) -> jax.Array:
+        """Returns the codes that an estimate of a part of the product's accumulator becomes, `[B, H, T, d]`.
 
         Args:
-          accumulator: Estimate of codes times weight codes, `[B, T, 3*H*d]`; bias and requantisation
-            are those of the real product.
+          accumulator: Estimate of codes times the weight codes of that part (`part_columns`), `[B, T, H*d]`; bias and
+            requantisation are those of the real product.
+          part: `query`, `key` or `value`.
         """
+
+
+OPERANDS = ("query", "key", "value")
+"""Parts of the product `qkv`, in the order of its columns."""
+
+
+def part_columns(product: jax.Array, part: str) -> jax.Array:
+    """Returns the columns `[..., H*d]` of `query`, `key` or `value` among those of `qkv`, `[..., 3*H*d]`."""
+    columns: jax.Array = jnp.split(product, len(OPERANDS), axis=-1)[OPERANDS.index(part)]
+    return columns
 
 
 @struct.dataclass
@@ -170,6 +183,7 @@ class Selection:
       trace: `scores` and `keep` of every round, `[R, B, H, T, S]`, if the context traces.
       keys: Key and value rows generated on demand, `[B, H, S]`; None: those of the plan.
       scores: Scores that the softmax takes, `[B, H, T, S]`; None: query times key.
+      notes: What `execution` wants to know, `[B, H, ...]`.
     """
 
     weights: jax.Array
@@ -178,6 +192,7 @@ class Selection:
     trace: dict[str, jax.Array]
     keys: jax.Array | None = None
     scores: jax.Array | None = None
+    notes: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 Carry: TypeAlias = Any
@@ -448,6 +463,7 @@ class Mechanism:
       prune_weight: One layer's trained knobs, kernel and site to the kernel that is quantised and stored.
       soft: Differentiable hooks.
       hard: Integer hooks.
+      bypass: Hooks of both paths when its machine runs without it: the dense reference on that machine.
     """
 
     name: str
@@ -461,3 +477,4 @@ class Mechanism:
     prune_weight: Callable[[Mapping[str, np.ndarray], np.ndarray, str], np.ndarray] = stored_whole
     soft: Hooks = field(default_factory=Hooks)
     hard: Hooks = field(default_factory=Hooks)
+    bypass: Hooks = field(default_factory=Hooks)

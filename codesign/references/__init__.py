@@ -5,12 +5,13 @@ from codesign.references.acceltran import acceltran
 from codesign.references.dense import dense
 from codesign.references.energon import energon
 from codesign.references.protocol import Reference, Shapes
+from codesign.references.sofa import sofa
 from codesign.structure import ModelStructure
 
-REFERENCES = {reference.name: reference for reference in (dense, energon, acceltran)}
+REFERENCES = {reference.name: reference for reference in (dense, energon, acceltran, sofa)}
 
 LAYER_TENSORS = (
-    *("query", "key", "value", "scores", "keep", "raw_scores", "probabilities", "context"),
+    *("predicted_key", "query", "key", "value", "scores", "keep", "raw_scores", "probabilities", "context"),
     *("attention_branch", "attended", "gelu", "hidden", "ffn_branch", "residual"),
 )
 """Tensors of one layer of any mechanism, in order of computation; stored with the layer axis first."""

@@ -101,9 +101,10 @@ def reference_filter(
 
 
 def filter_pairs(
-    layer: Layer, query: Integers, key: Integers, exists: Booleans
+    layer: Layer, query: Integers, key: Integers, exists: Booleans, planned: LayerTensors
 ) -> tuple[Booleans, LayerTensors]:
     """Keeps the pairs that are alive after the last round."""
+    del planned
     scores, keep = reference_filter(
         query,
         key,

@@ -3,6 +3,7 @@
 Below 2**53 float64 holds every integer, so sums that stay there are exact whatever the order of summation.
 """
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -16,6 +17,8 @@ Booleans: TypeAlias = npt.NDArray[np.bool_]
 
 EXACT_LIMIT = 2**53
 """float64 holds every integer of smaller magnitude."""
+BIAS_SHIFT = 8
+"""Fraction bits of a sum of products below their scale, for the bias."""
 
 
 def limit(bits: IntegerLike) -> Integers:
@@ -81,3 +84,41 @@ def exact_matmul(a: Integers, b: Integers) -> Integers:
             "lower the bits of the deployment"
         )
     return (a.astype(np.float64) @ b.astype(np.float64)).astype(np.int64)
+
+
+def leading_one(values: Integers) -> Integers:
+    """Returns sign(y) * 2**floor(log2(abs(y))) of every element y, 0 of 0; magnitudes below 2**53."""
+    exponent = np.frexp(np.abs(values).astype(np.float64))[1].astype(np.int64) - 1
+    powers: Integers = np.sign(values) << np.maximum(exponent, 0)
+    return powers
+
+
+def linear_output(
+    sums: Integers, arrays: Mapping[str, Integers], site: str, columns: slice = slice(None)
+) -> Integers:
+    """Returns sums of products of the linear layer `site`, last axis its `columns`, with their bias and requantised."""
+    bias, mantissa, shift = (
+        arrays[f"{site}_{name}"][columns] for name in ("bias", "mantissa", "shift")
+    )
+    return requantise((sums << BIAS_SHIFT) + bias, mantissa, shift)
+
+
+def estimated_operand(
+    layer: Mapping[str, Integers], sums: Integers, part: int, num_heads: int
+) -> Integers:
+    """Returns the codes that estimated sums of Q (`part` 0), K (1) or V (2) become.
+
+    Args:
+      layer: Arrays of the layer.
+      sums: Estimates of inputs times the weights of that part, `[B, T, H*d]`.
+      part: Which of the three.
+      num_heads: H.
+
+    Returns:
+      Codes `[B, H, T, d]`.
+    """
+    width = sums.shape[-1]
+    codes = linear_output(sums, layer, "qkv", slice(part * width, (part + 1) * width))
+    largest = limit(layer["v_bits" if part == 2 else "qk_bits"])
+    split = saturate(codes, largest).reshape(*sums.shape[:2], num_heads, -1)
+    return np.swapaxes(split, 1, 2)

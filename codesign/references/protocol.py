@@ -39,11 +39,17 @@ def check_no_rounds(structure: ModelStructure, layers: Mapping[str, npt.NDArray[
         )
 
 
+def plan_nothing(structure: ModelStructure, layer: Layer, inputs: Integers) -> LayerTensors:
+    """Predicts nothing."""
+    del structure, layer, inputs
+    return {}
+
+
 def keep_existing(
-    layer: Layer, query: Integers, key: Integers, exists: Booleans
+    layer: Layer, query: Integers, key: Integers, exists: Booleans, planned: LayerTensors
 ) -> tuple[Booleans, LayerTensors]:
     """Keeps every pair that exists."""
-    del layer
+    del layer, planned
     return np.broadcast_to(exists, (*query.shape[:-1], key.shape[-2])), {}
 
 
@@ -64,8 +70,9 @@ class Reference:
       decision_tensors: Tensors of which each element is a decision to keep or to drop.
       ranges: Lowest and highest legal value of its own arrays.
       check: Raises `ExportError` if its arrays or the structure break another rule.
-      filter: From one layer's arrays, query `[B, H, T, d]`, key `[B, H, S, d]` and the pairs that exist,
-        `[B, 1, T, S]`, to the kept pairs `[B, H, T, S]` and its own tensors without the layer axis.
+      plan: From the structure, one layer's arrays and what enters `qkv`, `[B, T, D]`, to tensors of its own.
+      filter: From one layer's arrays, query `[B, H, T, d]`, key `[B, H, S, d]`, the pairs that exist, `[B, 1, T, S]`,
+        and the planned tensors, to the kept pairs `[B, H, T, S]` and more tensors without the layer axis.
       on_activation: What becomes of a tensor that enters `site`, given one layer's arrays.
       on_output: What becomes of what a branch leaves (`attention_branch`, `ffn_branch`).
     """
@@ -76,8 +83,9 @@ class Reference:
     decision_tensors: tuple[str, ...] = ()
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     check: Callable[[ModelStructure, Mapping[str, npt.NDArray[Any]]], None] = check_no_rounds
-    filter: Callable[[Layer, Integers, Integers, Booleans], tuple[Booleans, LayerTensors]] = (
-        keep_existing
-    )
+    plan: Callable[[ModelStructure, Layer, Integers], LayerTensors] = plan_nothing
+    filter: Callable[
+        [Layer, Integers, Integers, Booleans, LayerTensors], tuple[Booleans, LayerTensors]
+    ] = keep_existing
     on_activation: Callable[[Layer, Integers, str], Integers] = keep_values
     on_output: Callable[[Layer, Integers, str], Integers] = keep_values

@@ -1,0 +1,260 @@
+"""Top-k inside segments of a row of keys, ties to the lowest index: hard, and with the derivatives of a soft threshold.
+
+A segment is a run of `2^tile_bits` neighbouring keys. Its k-th largest score is found by bisection, never by sorting: on a
+processor a sort takes seven times as long. Scores are whole numbers; every score gets its place as low bits, so that no two
+of a segment are equal.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from codesign import gates
+from codesign.backward import row_products
+from codesign.gates import Relaxation
+from codesign.policy import bits_range
+
+SHARE_ONE = 1024
+"""A kept share is stored in 1/1024 (10 bits, 0 standing for 1024)."""
+SCORE_LIMIT = 32767
+"""Largest magnitude of a score that enters the sorter, 16 bits."""
+RADIUS_OFF = 2 * SCORE_LIMIT + 1
+"""Radius that clips nothing: no two scores are as far apart."""
+SORTER_INPUTS, SORTER_OUTPUTS = 12, 4
+"""New scores and winners of one cycle of a 16-to-4 sorting network (arXiv 2407.10416: the other 4 inputs are its winners)."""
+_SCORE_BITS = 16
+
+
+@struct.dataclass
+class Chosen:
+    """What is left of each row's keys.
+
+    Attributes:
+      largest: 1 for the largest of each segment, `[B, H, T, S]`.
+      weights: 1 for those of them that also lie within the radius of their segment's maximum, `[B, H, T, S]`.
+      cycles: Cycles of the sorting network, `[B, H, T]`.
+      segments: Segments that hold an existing key, `[B, 1, T]`.
+    """
+
+    largest: jax.Array
+    weights: jax.Array
+    cycles: jax.Array
+    segments: jax.Array
+
+
+@struct.dataclass
+class _Cut:
+    """One segmentation of a row: `[B, H, T, G, b]` where by key, `[B, H or 1, T, G, 1]` where by segment.
+
+    `ranked` are the scores with their place behind them, below all others where no key exists; `sizes` the keys that
+    exist; `number` those that are kept; `kth` the least kept.
+    """
+
+    scores: jax.Array
+    exists: jax.Array
+    ranked: jax.Array
+    sizes: jax.Array
+    number: jax.Array
+    kth: jax.Array
+
+
+def _split(x: jax.Array, tile_bits: int) -> jax.Array:
+    """Returns `[..., S]` as segments `[..., G, 2^tile_bits]`, padded with zeros."""
+    length = 2**tile_bits
+    missing = -x.shape[-1] % length
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+    return jnp.reshape(padded, (*x.shape[:-1], -1, length))
+
+
+def _joined(x: jax.Array, num_keys: int) -> jax.Array:
+    """Returns segments `[..., G, b]` as `[..., S]` without what pads the last one."""
+    return jnp.reshape(x, (*x.shape[:-2], -1))[..., :num_keys]
+
+
+def _cut(scores: jax.Array, pairs: jax.Array, share: jax.Array, tile_bits: int) -> _Cut:
+    """Returns the segments of scores `[B, H, T, S]`; `share` are the kept shares in 1/1024, int32 `[H]`."""
+    length = 2**tile_bits
+    apart = _split(scores.astype(jnp.int32), tile_bits)
+    exists = _split(pairs > 0.5, tile_bits)
+    place = length - 1 - jnp.arange(length, dtype=jnp.int32)
+    lowest = -(2 ** (_SCORE_BITS - 1 + tile_bits))
+    ranked = jnp.where(exists, apart * length + place[None, None, None, None, :], lowest - 1)
+    sizes = jnp.sum(exists, axis=-1, keepdims=True, dtype=jnp.int32)
+    wanted = share.astype(jnp.int32)[None, :, None, None, None] * sizes
+    number = (wanted + (SHARE_ONE - 1)) // SHARE_ONE
+    return _Cut(apart, exists, ranked, sizes, number, _kth(ranked, number, tile_bits))
+
+
+def _kth(ranked: jax.Array, number: jax.Array, tile_bits: int) -> jax.Array:
+    """Returns the `number`-th largest of each segment, `[..., G, 1]`; below all keys where `number` is 0."""
+    bound = 2 ** (_SCORE_BITS - 1 + tile_bits)
+    low = jnp.full(number.shape, -bound, jnp.int32)
+
+    def halve(_: int, limits: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = limits
+        middle = jnp.right_shift(low + high, 1)
+        above = jnp.sum(ranked >= middle, axis=-1, keepdims=True, dtype=jnp.int32)
+        has_enough = above >= number
+        return jnp.where(has_enough, middle, low), jnp.where(has_enough, high, middle)
+
+    return jax.lax.fori_loop(0, _SCORE_BITS + tile_bits, halve, (low, -low))[0]
+
+
+def _hard(cut: _Cut, radius: jax.Array, num_keys: int) -> Chosen:
+    """Returns the decisions of one segmentation; `radius` is int32 `[H]`."""
+    largest = cut.exists & (cut.ranked >= cut.kth)
+    top = jnp.max(jnp.where(cut.exists, cut.scores, -SCORE_LIMIT), axis=-1, keepdims=True)
+    near = cut.scores >= top - radius.astype(jnp.int32)[None, :, None, None, None]
+    inputs = -(-cut.sizes // SORTER_INPUTS)
+    passes = -(-cut.number // SORTER_OUTPUTS)
+    return Chosen(
+        largest=_joined(largest, num_keys),
+        weights=_joined(largest & near, num_keys),
+        cycles=jnp.sum(inputs * passes, axis=(-2, -1)),
+        segments=jnp.sum(cut.sizes > 0, axis=(-2, -1)),
+    )
+
+
+def _by_tile(function: Callable[[int], Any], tile_bits: jax.Array) -> Any:
+    """Returns what `function` returns for a traced width of the place, within its legal range."""
+    low, high = (int(limit) for limit in bits_range("tile_bits"))
+    branches = [functools.partial(lambda bits, _: function(bits), bits) for bits in range(low, high + 1)]
+    return jax.lax.switch(tile_bits.astype(jnp.int32) - low, branches, ())
+
+
+def hard_segments(
+    scores: jax.Array, pairs: jax.Array, share: jax.Array, radius: jax.Array, tile_bits: jax.Array
+) -> Chosen:
+    """Returns which keys are kept, as the chip does: booleans, and whole numbers of cycles.
+
+    Of the n keys of a segment that exist, the `ceil(share n / 1024)` largest stay, equal ones in order of their index, and
+    of these the ones whose score is at least the segment's maximum minus the radius.
+
+    Args:
+      scores: Whole numbers in [-32767, 32767], `[B, H, T, S]`.
+      pairs: 1 for pairs that exist, `[B, 1, T, S]`.
+      share: Kept share in 1/1024, 1 to 1024, integers `[H]`.
+      radius: In units of the scores, 0 to 65535 (off), integers `[H]`.
+      tile_bits: Bits of a key's place in its segment, integer scalar in [2, 8].
+
+    References:
+      SADS of SOFA (arXiv 2407.10416). Clipping after the last pass instead of against a running maximum is a
+      reconstruction: it does not depend on the order of arrival.
+    """
+
+    def at(bits: int) -> Chosen:
+        return _hard(_cut(scores, pairs, share, bits), radius, scores.shape[-1])
+
+    chosen: Chosen = _by_tile(at, tile_bits)
+    return chosen
+
+
+def soft_segments(
+    scores: jax.Array,
+    pairs: jax.Array,
+    share: jax.Array,
+    radius: jax.Array,
+    tile_bits: jax.Array,
+    relaxation: Relaxation,
+) -> Chosen:
+    """Returns which keys are kept as weights, differentiable in everything but `pairs`.
+
+    A key passes two sigmoid gates of width `temperature` times the standard deviation of its row's scores: round the
+    quantile `share` of its segment, at place `share n - 1/2` between neighbouring scores, and round the segment's maximum
+    minus the radius. Between two whole widths of the place both segmentations are mixed. Straight-through, the forward
+    values are those of `hard_segments` at `share` in 1/1024, a whole radius and the nearest width.
+
+    Args:
+      scores: Whole numbers in [-32767, 32767] in floating point, `[B, H, T, S]`.
+      pairs: 1 for pairs that exist, `[B, 1, T, S]`.
+      share: Kept share in (0, 1], `[H]`.
+      radius: In units of the scores, `[H]`.
+      tile_bits: Bits of a key's place in its segment, scalar in [2, 8].
+      relaxation: Temperature, and which forward value.
+    """
+    num_keys, dtype = scores.shape[-1], scores.dtype
+    low_limit, high_limit = bits_range("tile_bits")
+    low = jnp.clip(jnp.floor(gates.detach(tile_bits)), low_limit, high_limit - 1.0)
+    stored = jnp.clip(jnp.ceil(gates.detach(share) * SHARE_ONE), 1, SHARE_ONE).astype(jnp.int32)
+    whole_radius = jnp.round(gates.detach(radius)).astype(jnp.int32)
+    whole = jax.lax.stop_gradient(scores)
+    total = jnp.maximum(jnp.sum(pairs, axis=-1, keepdims=True), 1.0)
+    mean = row_products(pairs, whole) / total
+    variance = row_products(pairs, jnp.square(whole - mean)) / total
+    width = relaxation.temperature * gates.gate_width(jnp.sqrt(variance))
+
+    def relaxed(bits: int) -> Chosen:
+        cut = jax.lax.stop_gradient(_cut(whole, pairs, stored, bits))
+        soft = _soft(cut, _split(scores, bits), share, radius, width, num_keys)
+        if not relaxation.straight_through:
+            return soft
+        hard = _hard(cut, whole_radius, num_keys)
+        return jax.tree.map(gates.straight_through, hard, soft)
+
+    def decided(bits: int) -> Chosen:
+        cut = _cut(whole, pairs, stored, bits)
+        chosen = _hard(cut, whole_radius, num_keys)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), chosen)
+
+    if relaxation.straight_through:
+        is_high = gates.detach(tile_bits) >= low + 0.5
+        own = _by_tile(relaxed, jnp.where(is_high, low + 1.0, low))
+        other = jax.lax.stop_gradient(_by_tile(decided, jnp.where(is_high, low, low + 1.0)))
+        # Derivative to the width: the difference of both decisions.
+        sign = jnp.where(is_high, 1.0, -1.0).astype(dtype)
+        step = sign * (tile_bits - gates.detach(tile_bits))
+        return jax.tree.map(lambda mine, others: mine + step * (gates.detach(mine) - others), own, other)
+    fraction = tile_bits - low
+    coarse, fine = _by_tile(relaxed, low), _by_tile(relaxed, low + 1.0)
+    mixed: Chosen = jax.tree.map(lambda a, b: (1.0 - fraction) * a + fraction * b, coarse, fine)
+    return mixed
+
+
+def _soft(
+    cut: _Cut,
+    scores: jax.Array,
+    share: jax.Array,
+    radius: jax.Array,
+    width: jax.Array,
+    num_keys: int,
+) -> Chosen:
+    """Returns the weights of one segmentation; `cut` is constant, `scores` `[B, H, T, G, b]` are what is differentiated."""
+    sizes = cut.sizes.astype(scores.dtype)
+    by_head = (None, slice(None), None, None, None)
+    wanted = share[by_head] * sizes
+    place = jnp.clip(wanted - 0.5, 0.0, jnp.maximum(sizes - 1.0, 0.0))
+    first = jnp.floor(gates.detach(place))
+    # The k-th largest is one of the two neighbours of the quantile; the other lies next to it.
+    is_second = first + 1.0 < cut.number
+    big = jnp.iinfo(jnp.int32).max
+    above = jnp.min(jnp.where(cut.exists & (cut.ranked > cut.kth), cut.ranked, big), axis=-1, keepdims=True)
+    below = jnp.max(jnp.where(cut.exists & (cut.ranked < cut.kth), cut.ranked, -big), axis=-1, keepdims=True)
+    upper = _score_at(cut, scores, jnp.where(is_second, above, cut.kth))
+    lower = _score_at(cut, scores, jnp.where(is_second, cut.kth, below))
+    fraction = place - first
+    has_lower = first + 1.0 < sizes
+    theta = upper + jnp.where(has_lower, fraction * (lower - upper), 0.0)
+    best = jnp.max(jnp.where(cut.exists, cut.ranked, -big), axis=-1, keepdims=True)
+    floor = _score_at(cut, scores, best) - radius[by_head]
+    exists = cut.exists.astype(scores.dtype)
+    scale = width[..., None]
+    largest = exists * jax.nn.sigmoid((scores - theta) / scale)
+    near = jax.nn.sigmoid((scores - floor) / scale)
+    inputs = -(-cut.sizes // SORTER_INPUTS)
+    passes = gates.straight_through(jnp.ceil(jnp.ceil(wanted) / SORTER_OUTPUTS), wanted / SORTER_OUTPUTS)
+    return Chosen(
+        largest=_joined(largest, num_keys),
+        weights=_joined(largest * near, num_keys),
+        cycles=jnp.sum(inputs.astype(scores.dtype) * passes, axis=(-2, -1)),
+        segments=jnp.sum((cut.sizes > 0).astype(scores.dtype), axis=(-2, -1)),
+    )
+
+
+def _score_at(cut: _Cut, scores: jax.Array, ranked: jax.Array) -> jax.Array:
+    """Returns the score of the key with a rank, `[..., G, 1]`, 0 if there is none; its derivative goes to that key."""
+    is_it = (cut.ranked == ranked) & cut.exists
+    return jnp.sum(jnp.where(is_it, scores, 0.0), axis=-1, keepdims=True)
