@@ -25,7 +25,7 @@ SCORE_LIMIT = 32767
 RADIUS_OFF = 2 * SCORE_LIMIT + 1
 """Radius that clips nothing: no two scores are as far apart."""
 SORTER_INPUTS, SORTER_OUTPUTS = 12, 4
-"""New scores and winners of one cycle of a 16-to-4 sorting network (arXiv 2407.10416: the other 4 inputs are its winners)."""
+"""New scores and winners of a cycle of a 16-to-4 sorting network (arXiv 2407.10416: the other 4 inputs are its winners)."""
 _SCORE_BITS = 16
 
 
@@ -122,7 +122,9 @@ def _hard(cut: _Cut, radius: jax.Array, num_keys: int) -> Chosen:
 def _by_tile(function: Callable[[int], Any], tile_bits: jax.Array) -> Any:
     """Returns what `function` returns for a traced width of the place, within its legal range."""
     low, high = (int(limit) for limit in bits_range("tile_bits"))
-    branches = [functools.partial(lambda bits, _: function(bits), bits) for bits in range(low, high + 1)]
+    branches = [
+        functools.partial(lambda bits, _: function(bits), bits) for bits in range(low, high + 1)
+    ]
     return jax.lax.switch(tile_bits.astype(jnp.int32) - low, branches, ())
 
 
@@ -164,9 +166,11 @@ def soft_segments(
     """Returns which keys are kept as weights, differentiable in everything but `pairs`.
 
     A key passes two sigmoid gates of width `temperature` times the standard deviation of its row's scores: round the
-    quantile `share` of its segment, at place `share n - 1/2` between neighbouring scores, and round the segment's maximum
-    minus the radius. Between two whole widths of the place both segmentations are mixed. Straight-through, the forward
-    values are those of `hard_segments` at `share` in 1/1024, a whole radius and the nearest width.
+    quantile `share` of its segment, at place `(share - 1/2048) n` between neighbouring scores, and round the segment's
+    maximum minus the radius. Half a step of the stored share puts the threshold between the last key kept and the first
+    one dropped, whatever n; at n = 1024 it is the specification's `share n - 1/2`. Between two whole widths of the place
+    both segmentations are mixed. Straight-through, the forward values are those of `hard_segments` at `share` in 1/1024,
+    a whole radius and the nearest width.
 
     Args:
       scores: Whole numbers in [-32767, 32767] in floating point, `[B, H, T, S]`.
@@ -185,11 +189,13 @@ def soft_segments(
     total = jnp.maximum(jnp.sum(pairs, axis=-1, keepdims=True), 1.0)
     mean = row_products(pairs, whole) / total
     variance = row_products(pairs, jnp.square(whole - mean)) / total
-    width = relaxation.temperature * gates.gate_width(jnp.sqrt(variance))
+    spread = gates.gate_width(jnp.sqrt(variance))
 
     def relaxed(bits: int) -> Chosen:
         cut = jax.lax.stop_gradient(_cut(whole, pairs, stored, bits))
-        soft = _soft(cut, _split(scores, bits), share, radius, width, num_keys)
+        soft = _soft(
+            cut, _split(scores, bits), share, radius, relaxation.temperature, spread, num_keys
+        )
         if not relaxation.straight_through:
             return soft
         hard = _hard(cut, whole_radius, num_keys)
@@ -207,7 +213,9 @@ def soft_segments(
         # Derivative to the width: the difference of both decisions.
         sign = jnp.where(is_high, 1.0, -1.0).astype(dtype)
         step = sign * (tile_bits - gates.detach(tile_bits))
-        return jax.tree.map(lambda mine, others: mine + step * (gates.detach(mine) - others), own, other)
+        return jax.tree.map(
+            lambda mine, others: mine + step * (gates.detach(mine) - others), own, other
+        )
     fraction = tile_bits - low
     coarse, fine = _by_tile(relaxed, low), _by_tile(relaxed, low + 1.0)
     mixed: Chosen = jax.tree.map(lambda a, b: (1.0 - fraction) * a + fraction * b, coarse, fine)
@@ -219,33 +227,43 @@ def _soft(
     scores: jax.Array,
     share: jax.Array,
     radius: jax.Array,
-    width: jax.Array,
+    temperature: jax.Array,
+    spread: jax.Array,
     num_keys: int,
 ) -> Chosen:
     """Returns the weights of one segmentation; `cut` is constant, `scores` `[B, H, T, G, b]` are what is differentiated."""
+    apart = spread[..., None]
     sizes = cut.sizes.astype(scores.dtype)
     by_head = (None, slice(None), None, None, None)
     wanted = share[by_head] * sizes
-    place = jnp.clip(wanted - 0.5, 0.0, jnp.maximum(sizes - 1.0, 0.0))
+    half_step = 0.5 / SHARE_ONE * sizes
+    place = jnp.maximum(wanted - half_step, 0.0)
     first = jnp.floor(gates.detach(place))
     # The k-th largest is one of the two neighbours of the quantile; the other lies next to it.
     is_second = first + 1.0 < cut.number
     big = jnp.iinfo(jnp.int32).max
-    above = jnp.min(jnp.where(cut.exists & (cut.ranked > cut.kth), cut.ranked, big), axis=-1, keepdims=True)
-    below = jnp.max(jnp.where(cut.exists & (cut.ranked < cut.kth), cut.ranked, -big), axis=-1, keepdims=True)
+    above = jnp.min(
+        jnp.where(cut.exists & (cut.ranked > cut.kth), cut.ranked, big), axis=-1, keepdims=True
+    )
+    below = jnp.max(
+        jnp.where(cut.exists & (cut.ranked < cut.kth), cut.ranked, -big), axis=-1, keepdims=True
+    )
     upper = _score_at(cut, scores, jnp.where(is_second, above, cut.kth))
     lower = _score_at(cut, scores, jnp.where(is_second, cut.kth, below))
     fraction = place - first
     has_lower = first + 1.0 < sizes
-    theta = upper + jnp.where(has_lower, fraction * (lower - upper), 0.0)
+    # Below the last key the threshold goes on falling, by the spread of the row.
+    theta = upper + fraction * jnp.where(has_lower, lower - upper, -apart)
     best = jnp.max(jnp.where(cut.exists, cut.ranked, -big), axis=-1, keepdims=True)
     floor = _score_at(cut, scores, best) - radius[by_head]
     exists = cut.exists.astype(scores.dtype)
-    scale = width[..., None]
+    scale = temperature * apart
     largest = exists * jax.nn.sigmoid((scores - theta) / scale)
     near = jax.nn.sigmoid((scores - floor) / scale)
     inputs = -(-cut.sizes // SORTER_INPUTS)
-    passes = gates.straight_through(jnp.ceil(jnp.ceil(wanted) / SORTER_OUTPUTS), wanted / SORTER_OUTPUTS)
+    passes = gates.straight_through(
+        jnp.ceil(jnp.ceil(wanted) / SORTER_OUTPUTS), wanted / SORTER_OUTPUTS
+    )
     return Chosen(
         largest=_joined(largest, num_keys),
         weights=_joined(largest * near, num_keys),

@@ -143,9 +143,7 @@ def _planned(
             "tokens": stream(
                 jnp.broadcast_to(tokens / key.shape[1], key.shape[:2])[..., None], bits, width
             ),
-            "weight_codes": stream(
-                _blocks(context, key.shape) * head_dim, WEIGHT_CODE_BITS, width
-            ),
+            "weight_codes": stream(_blocks(context, key.shape) * head_dim, WEIGHT_CODE_BITS, width),
         },
     )
     return Plan(notes={"key": key}), counts
@@ -315,7 +313,9 @@ def execution(
     blocks = _blocks(context, operands.key.shape)
     return Counts(
         operations={
-            "generate.mac": operation(2.0 * wanted * width * head_dim, activation_bits, weight_bits),
+            "generate.mac": operation(
+                2.0 * wanted * width * head_dim, activation_bits, weight_bits
+            ),
             "qk.mac": operation(kept * head_dim, qk_bits, qk_bits),
             "softmax.exp": operation(kept + joins, qk_bits, qk_bits),
             "softmax.add": operation(kept + joins * (head_dim + 1), qk_bits, qk_bits),

@@ -11,7 +11,17 @@ from codesign.structure import ModelStructure
 REFERENCES = {reference.name: reference for reference in (dense, energon, acceltran, sofa)}
 
 LAYER_TENSORS = (
-    *("predicted_key", "query", "key", "value", "scores", "keep", "raw_scores", "probabilities", "context"),
+    *(
+        "predicted_key",
+        "query",
+        "key",
+        "value",
+        "scores",
+        "keep",
+        "raw_scores",
+        "probabilities",
+        "context",
+    ),
     *("attention_branch", "attended", "gelu", "hidden", "ffn_branch", "residual"),
 )
 """Tensors of one layer of any mechanism, in order of computation; stored with the layer axis first."""
