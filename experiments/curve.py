@@ -225,9 +225,9 @@ def _choose_uniform(
     The grid runs over thresholds and bits at once, on the dense weights without training. It is kept in `path`.
     """
     part = problem.task.part("validation").first(settings.num_selection)
-    dense = DenseCost(problem.config.structure, problem.accelerator).mean(
-        part, problem.buckets, settings.scope
-    )[settings.metric]
+    dense = DenseCost(
+        problem.config.structure, problem.accelerator, problem.machine_mechanism
+    ).mean(part, problem.buckets, settings.scope)[settings.metric]
     if path.exists():
         measured: list[dict[str, Any]] = json.loads(path.read_text())
     else:

@@ -14,7 +14,7 @@ from codesign.experiments.data import Examples
 from codesign.experiments.evaluate import DENSE_ATTENTION_BITS, DENSE_LINEAR_BITS, costs_of
 from codesign.hw.accelerator import Accelerator
 from codesign.hw.surrogate import SCOPES
-from codesign.mechanisms import Mechanism
+from codesign.mechanisms import Hooks, Mechanism
 from codesign.models.counting import dense_workload
 from codesign.policy import BITS_RANGE
 from codesign.structure import ModelStructure, PatchInput
@@ -27,12 +27,13 @@ Costs = dict[Scope, dict[Metric, NDArray[np.float64]]]
 
 
 @functools.partial(
-    jax.jit, static_argnames=("structure", "linear_bits", "attention_bits", "is_empty")
+    jax.jit, static_argnames=("structure", "hooks", "linear_bits", "attention_bits", "is_empty")
 )
 def _costs(
     valid: jax.Array,
     accelerator: Accelerator,
     structure: ModelStructure,
+    hooks: Hooks,
     linear_bits: float,
     attention_bits: float,
     is_empty: bool,
@@ -44,6 +45,7 @@ def _costs(
         linear_bits=linear_bits,
         attention_bits=attention_bits,
         densities=densities,
+        hooks=hooks,
     )
     return costs_of(workload, accelerator)
 
@@ -58,6 +60,7 @@ class DenseCost:
     Args:
       structure: Sizes of the model.
       accelerator: The machine.
+      mechanism: The mechanism that the machine was made for, here switched off.
       linear_bits: Bits of weights and activations of linear layers.
       attention_bits: Bits of Q, K, probabilities and V.
       is_empty: Whether all that a machine can skip is zero: the least it can cost.
@@ -67,6 +70,7 @@ class DenseCost:
         self,
         structure: ModelStructure,
         accelerator: Accelerator,
+        mechanism: Mechanism,
         *,
         linear_bits: float = DENSE_LINEAR_BITS,
         attention_bits: float = DENSE_ATTENTION_BITS,
@@ -74,6 +78,7 @@ class DenseCost:
     ):
         self.structure = structure
         self.accelerator = accelerator
+        self.hooks = mechanism.bypass
         self.settings: dict[str, Any] = {
             "linear_bits": linear_bits,
             "attention_bits": attention_bits,
@@ -122,7 +127,11 @@ class DenseCost:
                 with jax.enable_x64(True):
                     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), self.accelerator)
                     found = _costs(
-                        jnp.asarray(valid, jnp.float64), wide, self.structure, **self.settings
+                        jnp.asarray(valid, jnp.float64),
+                        wide,
+                        self.structure,
+                        self.hooks,
+                        **self.settings,
                     )
                 for scope in SCOPES:
                     for metric, values in found[scope].items():
@@ -141,6 +150,7 @@ def least_cost(
     return DenseCost(
         structure,
         accelerator,
+        mechanism,
         linear_bits=BITS_RANGE["linear"][0],
         attention_bits=BITS_RANGE["attention"][0],
         is_empty=mechanism.soft.skips_zeros,

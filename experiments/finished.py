@@ -30,7 +30,7 @@ from codesign.experiments.start import start_point, start_policy
 from codesign.experiments.teacher import float_path
 from codesign.experiments.train import BudgetedTraining, finished_point
 from codesign.hw.hardware_config import IntegerPolicy
-from codesign.mechanisms import mechanism_by_name
+from codesign.mechanisms import dense_beside
 from codesign.models.deploy import Deployment
 from codesign.models.parameters import init_params
 from codesign.objective import BUDGET_MISS
@@ -77,7 +77,7 @@ class FinishedRun:
 def measure_dense(problem: Problem, point: Point, part: Part) -> Measurement:
     """Returns what the dense model of a problem does on a part of the data, hard path."""
     reference = dense_point(problem, point.calibration)
-    return measure(problem, reference, part, mechanism=mechanism_by_name("dense"))
+    return measure(problem, reference, part, mechanism=dense_beside(problem.machine_mechanism))
 
 
 def checked(experiment: Experiment, budget: Budget) -> Problem:

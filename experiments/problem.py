@@ -61,6 +61,11 @@ class Problem:
         return self.experiment.buckets_of(self.task)
 
     @property
+    def machine_mechanism(self) -> Mechanism:
+        """The mechanism that the machine was made for; the problem's own may be `dense`."""
+        return mechanism_by_name(self.spec.mechanism)
+
+    @property
     def calibration_examples(self) -> Examples:
         """The fixed examples that measure ranges and start thresholds: the first of the training part."""
         return self.task.part("train").first(self.experiment.num_calibration)

@@ -10,7 +10,7 @@ from codesign.experiments.dense_cost import DenseCost, least_cost
 from codesign.experiments.evaluate import metrics_of
 from codesign.experiments.model_choice import model_shape
 from codesign.experiments.problem import Problem
-from codesign.hw.operating_points import Setting, cheapest_setting, workload_from_fractions
+from codesign.hw.operating_points import Setting, cheapest_setting, closed_form_workload
 from codesign.hw.surrogate import cost
 
 
@@ -20,8 +20,8 @@ def cheapest_ratio(problem: Problem, scope: Scope) -> dict[Metric, float]:
     dense, least = (
         price.mean(examples, problem.buckets, scope)
         for price in (
-            DenseCost(structure, problem.accelerator),
-            least_cost(structure, problem.accelerator, problem.mechanism),
+            DenseCost(structure, problem.accelerator, problem.machine_mechanism),
+            least_cost(structure, problem.accelerator, problem.machine_mechanism),
         )
     )
     ratios: dict[Metric, float] = {metric: least[metric] / dense[metric] for metric in dense}
@@ -35,7 +35,7 @@ def cheapest_ratio(problem: Problem, scope: Scope) -> dict[Metric, float]:
     assert problem.mechanism.thresholds is not None
     rounds = len(problem.mechanism.thresholds.names)
     prices = [
-        cost(workload_from_fractions(shape, setting), problem.accelerator)
+        cost(closed_form_workload(problem.spec, shape, setting), problem.accelerator)
         for setting in (cheapest_setting(shape, num_rounds=rounds), Setting())
     ]
     lowest, whole = (

@@ -77,7 +77,9 @@ class BudgetedTraining:
         self.metrics = metrics
         self.scope: Scope = scope
         self.step = make_train_step(self._loss, self._ratios, settings)
-        self.dense_cost = DenseCost(problem.config.structure, problem.accelerator)
+        self.dense_cost = DenseCost(
+            problem.config.structure, problem.accelerator, problem.machine_mechanism
+        )
         self._batches = problem.batches(problem.experiment.batch_size, problem.experiment.seed + 1)
 
     @functools.cached_property

@@ -121,10 +121,12 @@ class Structure:
     buffers: tuple[BufferStructure, ...]
     stages: tuple[tuple[str, ...], ...]
     drain_cycles: float
+    rows_at_once: float
     query_block: float | None
     clock_hz: float
     dram_pj_per_byte: float
     standing_pj_per_cycle: float
+    rest_mm2: float
     elements: ElementStructure | None
     host: HostStructure | None
     storage: StorageStructure | None
@@ -357,7 +359,7 @@ def _storage(spec: AcceleratorSpec) -> StorageStructure | None:
 
 
 def _structure(spec: AcceleratorSpec) -> Structure:
-    switches, block = spec.switches, spec.pipeline.query_block
+    switches, block, at_once = spec.switches, spec.pipeline.query_block, spec.pipeline.rows_at_once
     standing = 0.0 if spec.standing_power is None else spec.standing_power.base
     return Structure(
         name=spec.name,
@@ -365,10 +367,12 @@ def _structure(spec: AcceleratorSpec) -> Structure:
         buffers=tuple(_buffer(spec, name) for name in spec.memories),
         stages=spec.pipeline.stages,
         drain_cycles=spec.pipeline.drain.value,
+        rows_at_once=1.0 if at_once is None else at_once.value,
         query_block=None if block is None else block.value,
         clock_hz=spec.clock_hz,
         dram_pj_per_byte=energy.dram_pj_per_byte(spec),
         standing_pj_per_cycle=energy.pj_per_cycle(spec, standing),
+        rest_mm2=0.0 if spec.area.rest is None else spec.area.rest.base,
         elements=_elements(spec),
         host=_host(spec),
         storage=_storage(spec),

@@ -362,20 +362,24 @@ def _layer(
     gelu = prune(saturate(_linear(inputs, layer, "up"), ACTIVATION_LIMIT), "gelu")
     hidden = prune(layer["activation_table"][gelu + ACTIVATION_LIMIT], "down")
     ffn_branch = reference.on_output(layer, _linear(hidden, layer, "down"), "ffn_branch")
-    return planned | filter_tensors | {
-        "query": query,
-        "key": key,
-        "value": value,
-        "raw_scores": raw_scores,
-        "probabilities": probabilities,
-        "context": context,
-        "attention_branch": attention_branch,
-        "attended": attended,
-        "gelu": gelu,
-        "hidden": hidden,
-        "ffn_branch": ffn_branch,
-        "residual": _leave(structure, layer, epsilon, attended, ffn_branch, norm),
-    }
+    return (
+        planned
+        | filter_tensors
+        | {
+            "query": query,
+            "key": key,
+            "value": value,
+            "raw_scores": raw_scores,
+            "probabilities": probabilities,
+            "context": context,
+            "attention_branch": attention_branch,
+            "attended": attended,
+            "gelu": gelu,
+            "hidden": hidden,
+            "ffn_branch": ffn_branch,
+            "residual": _leave(structure, layer, epsilon, attended, ffn_branch, norm),
+        }
+    )
 
 
 def _head(

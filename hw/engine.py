@@ -88,8 +88,11 @@ def unit_cycles(
         if not matches(key, unit.paces):
             continue
         repeats = passes(operation.bits_a[..., 0], operation.bits_b[..., 0], unit)
-        if unit.rule == "flat":
-            count = jnp.sum(operation.count, axis=2)
+        if unit.rule != "rows":
+            count = operation.count
+            if unit.rule == "blocks":
+                count = count * _filled(workload, lanes_of(unit, sizes))
+            count = jnp.sum(count, axis=2)
             parts = flat_cycles(unit, count, density_of(key, unit, workload), sizes)
             for name, value in parts.items():
                 add_to(cycles, name, value * repeats)
@@ -101,6 +104,12 @@ def unit_cycles(
     if queries is not None and unit.overhead_cycles:
         add_to(cycles, unit.name, queries * unit.overhead_cycles)
     return cycles
+
+
+def _filled(workload: Workload, lanes: jax.Array) -> jax.Array:
+    """Returns by how much the rows of a head grow when they fill up the lanes, at least 1, `[B, L, H]`."""
+    queries = jnp.maximum(workload.rows["attention"].queries, 1.0)
+    return ceil(queries / lanes) * lanes / queries
 
 
 def density_of(key: str, unit: UnitStructure, workload: Workload) -> jax.Array | float:
@@ -193,6 +202,8 @@ def area_mm2(accelerator: Accelerator) -> dict[str, jax.Array]:
         area[buffer.name] = capacity[buffer.name] * buffer.mm2_per_byte
     if structure.elements is not None:
         area["processing_elements"] = sizes["processing_elements"] * structure.elements.mm2
+    if structure.rest_mm2:
+        area["rest"] = jnp.asarray(structure.rest_mm2)
     return area
 
 

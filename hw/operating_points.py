@@ -1,5 +1,6 @@
 """Workloads in closed form: points of a machine before anything is trained on it."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 from codesign.errors import UnknownNameError
 from codesign.hw.quantities import Quantity
 from codesign.hw.spec import AcceleratorSpec
+from codesign.segments import SORTER_INPUTS, SORTER_OUTPUTS
 from codesign.vocabulary import SITES
 from codesign.workload import (
     Gemm,
@@ -49,6 +51,8 @@ class Setting:
 
     `kept` is a fraction of the keys that a query may attend to. `union` is the fraction of keys that
     some query of any block wants after each round; None estimates it from independent queries.
+    `tile_bits` are those of a key's place in its segment; `generation_bits` those of tokens and weights from
+    which keys and values are made on demand, None as in linear layers.
     Densities are fractions of elements that are not zero, of all activations and all weights alike.
     """
 
@@ -61,6 +65,8 @@ class Setting:
     weight_bits: float = 8.0
     activation_bits: float = 8.0
     output_bits: float | None = None
+    tile_bits: float = 6.0
+    generation_bits: float | None = None
     activation_density: float = 1.0
     weight_density: float = 1.0
 
@@ -160,6 +166,91 @@ def workload_from_fractions(shape: ModelShape, setting: Setting) -> Workload:
         head_dim=width,
         densities=_densities(shape, setting),
     )
+
+
+def on_demand_workload(shape: ModelShape, setting: Setting) -> Workload:
+    """Returns one example's workload `[1, L, 1]` on a machine that predicts keys and makes them on demand (SOFA).
+
+    `setting.kept` are the fractions after the segments and after the radius, of a segment as of a row; `union` the
+    tokens that some query of a head, and of any head, wants. Without `kept` nothing is predicted, and all keys are made.
+    """
+    dense = workload_from_fractions(
+        shape,
+        dataclasses.replace(setting, kept=setting.kept[-1:], key_bits=(8.0,) * bool(setting.kept)),
+    )
+    tokens, head_dim, heads = shape.num_tokens, shape.head_dim, shape.num_heads
+    kept = setting.kept[-1] if setting.kept else 1.0
+    union = 1.0 if setting.union is None else max(setting.union, kept)
+    wanted = tokens * (union if setting.kept else 1.0)
+    queries, pairs = float(tokens * heads), float(heads * np.sum(_row_lengths(shape)))
+    made_bits = setting.generation_bits
+    token_bits = setting.activation_bits if made_bits is None else made_bits
+    weight_bits = setting.weight_bits if made_bits is None else made_bits
+    score_bits = 16.0
+    blocks = np.ceil(tokens / 2.0 ** np.arange(grid_levels(tokens))) * heads * head_dim
+
+    def operation(count: float, bits_a: float, bits_b: float) -> Operation:
+        return Operation(
+            count=_scalar(count, shape),
+            bits_a=_scalar(bits_a, shape),
+            bits_b=_scalar(bits_b, shape),
+        )
+
+    def stream(vectors: Sequence[float] | np.ndarray, bits: float, width: int) -> Stream:
+        moved = _stream(vectors, bits, "", 0.0, shape)
+        return Stream(moved.vectors, moved.bits, moved.resident_bits, width)
+
+    segments = _segments(kept, setting, shape) if setting.kept else np.zeros(2)
+    joins = segments[1] * heads
+    qk_bits, v_bits = setting.qk_bits, setting.v_bits
+    made = 2.0 * wanted * heads * shape.width * head_dim
+    operations = {
+        "generate.mac": operation(made, token_bits, weight_bits),
+        "qk.mac": dense.operations["qk.mac"],
+        "softmax.exp": operation(kept * pairs + joins, qk_bits, qk_bits),
+        "softmax.add": operation(kept * pairs + joins * (head_dim + 1), qk_bits, qk_bits),
+        "softmax.compare": operation(joins, qk_bits, qk_bits),
+        "softmax.multiply": operation(joins * (head_dim + 1), qk_bits, qk_bits),
+        "pv.mac": dense.operations["pv.mac"],
+        "output.divide": operation(queries * head_dim, qk_bits, v_bits),
+    }
+    streams = {
+        "generate_tokens": stream([wanted], token_bits, shape.width),
+        "generate_weights": stream(2.0 * blocks, weight_bits, shape.width),
+        "query": dense.streams["query"],
+        "output": dense.streams["output"],
+    }
+    if setting.kept:
+        predicted = float(queries * shape.width * head_dim)
+        operations |= {
+            "predict.shift_add": operation(predicted, setting.activation_bits, 4.0),
+            "encode.encode": operation(queries * head_dim, qk_bits, 5.0),
+            "filter0.shift_add": operation(pairs * head_dim, qk_bits, 5.0),
+            "select.compare": operation(segments[0] * heads, score_bits, score_bits),
+            "threshold.compare": operation(setting.kept[0] * pairs, score_bits, score_bits),
+        }
+        streams["tokens"] = stream([float(tokens)], setting.activation_bits, shape.width)
+        streams["weight_codes"] = stream(blocks, 4.0, shape.width)
+    gemms = dict(dense.block_gemms)
+    gemms["qkv"] = dataclasses.replace(gemms["qkv"], outer=heads * head_dim)
+    return dataclasses.replace(
+        dense,
+        operations=operations,
+        rows={"attention": dense.rows["attention"]},
+        streams=streams,
+        block_gemms=gemms,
+    )
+
+
+def _segments(kept: float, setting: Setting, shape: ModelShape) -> np.ndarray:
+    """Returns cycles of the sorting network and segments that hold a key, of all rows of a head, `[2]`."""
+    length = 2.0**setting.tile_bits
+    totals = np.zeros(2)
+    for row in _row_lengths(shape):
+        sizes = np.minimum(row - np.arange(0.0, row, length), length)
+        passes = np.ceil(np.ceil(kept * sizes) / SORTER_OUTPUTS)
+        totals += [np.sum(np.ceil(sizes / SORTER_INPUTS) * passes), len(sizes)]
+    return totals
 
 
 def _densities(shape: ModelShape, setting: Setting) -> dict[str, jax.Array]:
@@ -279,6 +370,9 @@ def published_setting(spec: AcceleratorSpec) -> Setting:
         v_bits=point.v_bits.value,
         weight_bits=given(point.linear_bits, default.weight_bits),
         activation_bits=given(point.linear_bits, default.activation_bits),
+        output_bits=None if point.generation_bits is None else point.generation_bits.value,
+        tile_bits=given(point.tile_bits, default.tile_bits),
+        generation_bits=None if point.generation_bits is None else point.generation_bits.value,
         activation_density=given(point.activation_density, 1.0),
         weight_density=given(point.weight_density, 1.0),
     )
@@ -312,6 +406,17 @@ def skips_zeros(spec: AcceleratorSpec) -> bool:
     )
 
 
+def generates_keys(spec: AcceleratorSpec) -> bool:
+    """Whether a unit of the machine makes keys and values on demand."""
+    return any("generate.mac" in unit.serves for unit in spec.units.values())
+
+
+def closed_form_workload(spec: AcceleratorSpec, shape: ModelShape, setting: Setting) -> Workload:
+    """Returns one example's workload on a machine of this kind, `[1, L, 1]`."""
+    build = on_demand_workload if generates_keys(spec) else workload_from_fractions
+    return build(shape, setting)
+
+
 def operating_points(spec: AcceleratorSpec, shape: ModelShape) -> list[OperatingPoint]:
     """Returns dense, the cheapest legal and the published operating point of a machine on a model."""
     published = published_setting(spec)
@@ -323,6 +428,6 @@ def operating_points(spec: AcceleratorSpec, shape: ModelShape) -> list[Operating
         "published": published,
     }
     return [
-        OperatingPoint(name=name, workload=workload_from_fractions(shape, setting))
+        OperatingPoint(name=name, workload=closed_form_workload(spec, shape, setting))
         for name, setting in settings.items()
     ]

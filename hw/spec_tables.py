@@ -79,14 +79,15 @@ class Unit(Strict):
     Rule `rows`: for each query row, ceil(keys / lanes) steps, each taking ceil(d / width) *
     ceil(bits_a / slice_a) * ceil(bits_b / slice_b) cycles, plus `overhead` once per row.
     Rule `flat`: count / (lanes * width * per_lane) cycles times the same slices. Linear layers are
-    always `flat`. Either time is divided by the utilisation.
+    always `flat`. Rule `blocks`: as `flat`, but each lane takes a query row, so that the rows of a head
+    count as a multiple of the lanes. Any time is divided by the utilisation.
     """
 
     serves: tuple[Text, ...]
     """Operations executed here, `stage.kind`; `*` for any round."""
     paced_by: Text | tuple[Text, ...]
     """The served operations that take the unit's time, one after the other; the rest ride along."""
-    rule: Literal["rows", "flat"]
+    rule: Literal["rows", "flat", "blocks"]
     rows: Literal["filter*", "attention"] | None = None
     """Row statistics of rule `rows`."""
     lanes: Lanes
@@ -127,7 +128,9 @@ class Unit(Strict):
             raise ValueError(f"rule `rows` needs `rows`: add one of {', '.join(ROW_SETS)}")
         for name in ("per_lane", "skips_zeros", "issue_rate"):
             if self.rule == "rows" and getattr(self, name) is not None:
-                raise ValueError(f'`{name}` needs rule = "flat": lanes of rows move in lock step')
+                raise ValueError(
+                    f'`{name}` needs rule = "flat" or "blocks": lanes of rows move in lock step'
+                )
         if self.utilisation is not None and not 0.0 < self.utilisation.value <= 1.0:
             raise ValueError("`utilisation` must lie in (0, 1]: write the busy fraction")
         if self.scaling != "never" and (self.slice_a is None or self.slice_b is None):
@@ -202,6 +205,8 @@ class Pipeline(Strict):
     """Consecutive query rows that share a fetch of keys and values; absent: all of a head."""
     index_queue: Rows | None = None
     """Rows by which a stage may run ahead of the next one; the simulator needs it."""
+    rows_at_once: Rows | None = None
+    """Rows that move through the stages together; absent: one."""
 
 
 class Host(Strict):
@@ -238,6 +243,8 @@ class AreaModel(Strict):
 
     node: Length
     factor: Count
+    rest: Area | None = None
+    """Area of what belongs to no unit and no memory, as published; absent: none."""
 
 
 class Switches(Strict):
@@ -266,9 +273,13 @@ class OperatingPoint(Strict):
     kept: tuple[Fraction, ...] = ()
     query_bits: Bits | None = None
     key_bits: tuple[Bits, ...] = ()
+    tile_bits: Bits | None = None
+    """Bits of a key's place in its segment."""
     qk_bits: Bits
     v_bits: Bits
     union: Fraction | None = None
+    generation_bits: Bits | None = None
+    """Tokens and weights from which keys and values are made on demand; absent: `linear_bits`."""
     linear_bits: Bits | None = None
     """Weights and activations of linear layers; absent: 8 bit."""
     activation_density: Fraction | None = None

@@ -4,7 +4,7 @@ Equations, switches, limits and sources: docs/cost_model.md. Counts are per exam
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +45,10 @@ class Cost:
       attention_cycles: Latency of a layer's attention, `[B, L]`.
       block_host: Linear layers of the blocks on the host, `[B, L]`; zero without a host.
       end_host: Linear layers outside the blocks (embed, head) on the host, `[B, E]`.
-      block_own: Linear layers of the blocks on the machine's own units, `[B, L]`; `cycles` is what they
-        add to the latency. Zero where a host takes them.
+      block_own: Linear layers of the blocks on the machine's own units, `[B, L]`, keys and values made on
+        demand among them; `cycles` is what they add to the latency. Zero where a host takes all.
       end_own: The same outside the blocks, `[B, E]`.
-      standing_pj_per_cycle: Drawn in every cycle, scalar; None if nothing is.
+      standing_pj_per_cycle: Drawn in every cycle that is not the host's, scalar; None if nothing is.
       unit_area_mm2: Area by unit and memory, scalars.
       host_area_mm2: Area by part of the host, scalars.
     """
@@ -93,7 +93,10 @@ class Cost:
             parts += _host_energy_pj(self.block_host).values()
             parts += self.block_own.energy_pj.values()
         if self.standing_pj_per_cycle is not None:
-            parts.append(self.standing_pj_per_cycle * self.latency_by_layer(scope))
+            own = self.latency_by_layer(scope)
+            if _has_linear(scope):
+                own = own - self.block_host.cycles
+            parts.append(self.standing_pj_per_cycle * own)
         return functools.reduce(jnp.add, parts)
 
     def energy_by_unit(self, scope: Scope) -> dict[str, jax.Array]:
@@ -108,7 +111,11 @@ class Cost:
                 for name, value in part.energy_pj.items():
                     add_to(by_unit, name, jnp.sum(value, axis=1))
         if self.standing_pj_per_cycle is not None:
-            by_unit["standing"] = self.standing_pj_per_cycle * self.latency_cycles(scope)
+            own = self.latency_cycles(scope)
+            if _has_linear(scope):
+                for host in (self.block_host, self.end_host):
+                    own = own - jnp.sum(host.cycles, axis=1)
+            by_unit["standing"] = self.standing_pj_per_cycle * own
         return by_unit
 
     def busy_by_unit(self, scope: Scope) -> dict[str, jax.Array]:
@@ -166,19 +173,27 @@ def cost(
         return gates.smooth_max(stacked, smoothness, axis=-1)
 
     structure = accelerator.structure
-    busy: dict[str, jax.Array] = {}
-    for unit in structure.units:
-        busy |= unit_cycles(unit, workload, accelerator.sizes)
-    energy = operation_energy_pj(workload, accelerator)
+    attention, generation = split_generation(workload)
+    busy, energy = _units_work(attention, accelerator)
     queries = jnp.maximum(jnp.sum(workload.rows["attention"].queries, axis=2), 1.0)
     nothing = jnp.zeros((1, 1))
     block_own = EngineCost(cycles=nothing, busy_cycles={}, energy_pj={})
     end_own = EngineCost(cycles=nothing[:, :0], busy_cycles={}, energy_pj={})
     if structure.storage is None:
-        moved = stream_bytes(workload, accelerator)
-        add_transfers(busy, energy, {"dram": moved}, accelerator)
+        add_transfers(busy, energy, {"dram": stream_bytes(attention, accelerator)}, accelerator)
         add_element_energy(energy, busy, accelerator)
         attention_cycles = _layer_cycles(busy, queries, structure, maximum)
+        if generation is not None:
+            own_busy, own_energy = _units_work(generation, accelerator)
+            moved = stream_bytes(generation, accelerator)
+            add_transfers(own_busy, own_energy, {"dram": moved}, accelerator)
+            together = dict(busy)
+            for name, value in own_busy.items():
+                add_to(together, name, value)
+            cycles = _layer_cycles(together, queries, structure, maximum)
+            block_own = EngineCost(
+                cycles=cycles - attention_cycles, busy_cycles=own_busy, energy_pj=own_energy
+            )
     else:
         written = attention_writes(workload, accelerator)
         transfers = {
@@ -226,6 +241,38 @@ def cost(
     )
 
 
+def split_generation(workload: Workload) -> tuple[Workload, Workload | None]:
+    """Returns the attention alone, and the making of keys and values on the machine's own units; None if there is none.
+
+    The latter is a linear layer by nature: the operations of stage `generate`, and streams named after it.
+    """
+    made, streams = (
+        {name: value for name, value in parts.items() if name.startswith("generate")}
+        for parts in (workload.operations, workload.streams)
+    )
+    if not made:
+        return workload, None
+
+    def without(parts: dict[str, Any], removed: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in parts.items() if name not in removed}
+
+    attention: Workload = workload.replace(  # type: ignore[attr-defined]
+        operations=without(workload.operations, made), streams=without(workload.streams, streams)
+    )
+    generation: Workload = workload.replace(operations=made, streams=streams)  # type: ignore[attr-defined]
+    return attention, generation
+
+
+def _units_work(
+    workload: Workload, accelerator: Accelerator
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns cycles and pJ of a workload's operations by unit, `[B, L]`."""
+    busy: dict[str, jax.Array] = {}
+    for unit in accelerator.structure.units:
+        busy |= unit_cycles(unit, workload, accelerator.sizes)
+    return busy, operation_energy_pj(workload, accelerator)
+
+
 def _layer_cycles(
     busy: dict[str, jax.Array], queries: jax.Array, structure: Structure, maximum: Maximum
 ) -> jax.Array:
@@ -250,7 +297,8 @@ def _layer_cycles(
     else:
         cycles = functools.reduce(jnp.add, memories, maximum(stages))
     if structure.fills_and_drains:
-        cycles = cycles + functools.reduce(jnp.add, stages) / queries + structure.drain_cycles
+        groups = jnp.maximum(queries / structure.rows_at_once, 1.0)
+        cycles = cycles + functools.reduce(jnp.add, stages) / groups + structure.drain_cycles
     return cycles
 
 

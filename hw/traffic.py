@@ -104,7 +104,7 @@ def _stream_bits(name: str, workload: Workload, structure: Structure) -> jax.Arr
 
 
 def _fits(workload: Workload, accelerator: Accelerator) -> jax.Array | float:
-    """Returns 1 where every buffer holds its whole head, else 0, `[B, L]`.
+    """Returns 1 where every buffer holds its whole head, else 0, `[B, L]`; 0 where no stream has a buffer.
 
     True derivative zero; substituted: that of 1 / (1 + (needed / capacity)^4), so that a buffer
     just too small is worth enlarging.
@@ -115,7 +115,7 @@ def _fits(workload: Workload, accelerator: Accelerator) -> jax.Array | float:
             resident = stream.resident_bits[..., 0] / units.BITS_PER_BYTE
             present = needed.get(stream.buffer)
             needed[stream.buffer] = resident if present is None else jnp.maximum(present, resident)
-    fits: jax.Array | float = 1.0
+    fits: jax.Array | float = 1.0 if needed else 0.0
     for name, resident in needed.items():
         if f"{name}.bytes" not in accelerator.sizes:
             raise UnknownNameError(

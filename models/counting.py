@@ -9,7 +9,6 @@ from codesign.mechanisms.protocol import (
     Hooks,
     Operands,
     Plan,
-    exact_execution,
     keep_all,
 )
 from codesign.models.model import existing_pairs, with_ends
@@ -19,6 +18,10 @@ from codesign.structure import ModelStructure
 from codesign.workload import Workload
 
 
+DENSE_HOOKS = Hooks()
+"""Exact attention beside a host: every hook its default."""
+
+
 def dense_workload(
     valid: jax.Array,
     structure: ModelStructure,
@@ -26,6 +29,7 @@ def dense_workload(
     linear_bits: float,
     attention_bits: float,
     densities: dict[str, float] | None = None,
+    hooks: Hooks = DENSE_HOOKS,
 ) -> Workload:
     """Returns the workload of dense attention on examples of given lengths, all layers alike.
 
@@ -37,6 +41,7 @@ def dense_workload(
       linear_bits: Bits of weights and activations of linear layers.
       attention_bits: Bits of Q, K, probabilities and V.
       densities: Fractions of elements that are not zero by site, for machines that skip zeros.
+      hooks: How the machine runs attention without its mechanism (`Mechanism.bypass`).
 
     Returns:
       Leaves `[B, L, ...]`.
@@ -55,16 +60,17 @@ def dense_workload(
         relaxation=Relaxation(temperature=one, smoothness=one),
         valid=valid,
         pairs=existing_pairs(valid, structure),
+        width=structure.width,
     )
     operands = Operands(query=codes, key=codes, value=codes, logit_scale=one, value_scale=one)
     plan = Plan()
     selection, _ = keep_all(context, operands, plan, ())
-    counts = exact_execution(context, operands, selection, plan, selection.weights)
+    counts = hooks.execution(context, operands, selection, plan, selection.weights)
     layer = Workload(
         operations=counts.operations,
         rows=counts.rows,
         streams=counts.streams,
-        block_gemms=block_gemms(Hooks(), context, plan, selection.keys, structure),
+        block_gemms=block_gemms(hooks, context, plan, selection.keys, structure),
         end_gemms={},
         head_dim=structure.head_dim,
         densities={

@@ -136,9 +136,7 @@ class IntegerArithmetic:
         code = self._requantized(product, site)
         return saturate(code, ACTIVATION_LIMIT) if site in ("up", "pool") else code
 
-    def _requantized(
-        self, accumulator: jax.Array, site: str, part: str | None = None
-    ) -> jax.Array:
+    def _requantized(self, accumulator: jax.Array, site: str, part: str | None = None) -> jax.Array:
         """Returns the accumulator (of a part of the columns) with its bias in the scale of what consumes it."""
         names = (f"{site}_bias", f"{site}_mantissa", f"{site}_shift")
         bias, mantissa, shift = (

@@ -30,8 +30,8 @@ LAYERS = {
 ORDER = [
     {"units", "errors", "vocabulary", "backward"},
     {"quantize", "gates"},
-    {"workload", "policy", "structure", "references", "calibration", "thresholds"},
-    {"fake_quantize"},
+    {"workload", "policy", "structure", "references", "calibration", "thresholds", "log_codes"},
+    {"fake_quantize", "segments"},
     {"mechanisms"},
     {"applied", "layer_counts"},
     {"layers"},

@@ -49,7 +49,7 @@ def test_dense_cost_is_what_the_hard_path_counts(kind: str, preset: str) -> None
     reference = dense_point(problem, start.calibration)
     examples = problem.task.part("validation")
     measured = measure(problem, reference, "validation")
-    dense = DenseCost(problem.config.structure, problem.accelerator)
+    dense = DenseCost(problem.config.structure, problem.accelerator, problem.mechanism)
     stated = dense.of(examples.inputs)
     for scope in SCOPES:
         means = dense.mean(examples, problem.buckets, scope)
@@ -66,7 +66,7 @@ def test_longer_examples_cost_more_and_padding_nothing(kind: str, preset: str) -
     problem, _ = case(kind, "dense", preset)
     structure, accelerator = problem.config.structure, problem.accelerator
     for price in (
-        DenseCost(structure, accelerator),
+        DenseCost(structure, accelerator, MECHANISMS["acceltran"]),
         least_cost(structure, accelerator, MECHANISMS["acceltran"]),
     ):
         by_bucket = []
@@ -126,7 +126,7 @@ def test_no_policy_costs_less_than_the_least(kind: str, mechanism: str) -> None:
     experiment = dataclasses.replace(problem.experiment, buckets=())
     problem = dataclasses.replace(problem, experiment=experiment)
     structure, examples = problem.config.structure, problem.task.part("validation")
-    dense = DenseCost(structure, problem.accelerator).of(examples.inputs)
+    dense = DenseCost(structure, problem.accelerator, problem.mechanism).of(examples.inputs)
     least = least_cost(structure, problem.accelerator, problem.mechanism).of(examples.inputs)
     for policy in random_policies(problem, start, 3):
         point = dataclasses.replace(start, policy=policy)

@@ -159,7 +159,7 @@ def test_sizes_price_like_the_model(kind: str) -> None:
     inputs = dict(examples.inputs)
     if kind == "decoder":
         inputs["valid"] = np.ones_like(inputs["valid"])
-    dense = DenseCost(structure, problem.accelerator).of(inputs)
+    dense = DenseCost(structure, problem.accelerator, problem.mechanism).of(inputs)
     for scope in SCOPES:
         for metric in ("energy", "latency"):
             assert float(closed[scope][metric][0]) == pytest.approx(
