@@ -22,6 +22,7 @@ from codesign.mechanisms import Mechanism, mechanism_by_name
 from codesign.models.deploy import Deployment, harden
 from codesign.models.model import apply_hard
 from codesign.policy import Policy, dense_knobs
+from codesign.references import tensor_shapes
 from codesign.structure import ModelStructure
 from codesign.workload import Workload
 
@@ -139,6 +140,7 @@ def hard_chunks(
     accelerator: Accelerator,
     buckets: tuple[int, ...],
     *,
+    mechanism: Mechanism | None = None,
     tracing: bool = False,
     most: int = HARD_CHUNK,
 ) -> Iterator[HardChunk]:
@@ -149,11 +151,12 @@ def hard_chunks(
       examples: Data; their labels are not looked at.
       accelerator: The machine.
       buckets: Lengths to which token sequences are padded.
+      mechanism: Whose hooks run; None: that of the deployment's name.
       tracing: Whether to return tensors.
       most: Most examples of a chunk.
     """
     structure = deployed.structure
-    mechanism = mechanism_by_name(structure.mechanism)
+    mechanism = mechanism or mechanism_by_name(structure.mechanism)
     with jax.enable_x64(True):
         layers, ends = jax.device_put(deployed.hard_arrays())
 
@@ -193,9 +196,8 @@ def hard_chunks(
 
 def _batch_axis(name: str, deployed: Deployment) -> int:
     """Returns the axis of the examples in a tensor of the integer path."""
-    if name in ("embedded", "logits"):
-        return 0
-    return 2 if deployed.structure.num_rounds and name in ("scores", "keep") else 1
+    examples = 2**31  # unlike any other size
+    return tensor_shapes(deployed.structure, examples, 1)[name].index(examples)
 
 
 def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -288,7 +290,9 @@ def measure(
         for scope in SCOPES
     }
     kept, lengths = [], []
-    for chunk in hard_chunks(deployed, examples, problem.accelerator, problem.buckets):
+    for chunk in hard_chunks(
+        deployed, examples, problem.accelerator, problem.buckets, mechanism=mechanism
+    ):
         where, valid = chunk.indices, chunk.inputs.get("valid")
         labels = examples.labels[where]
         if labels.ndim == 2:

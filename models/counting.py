@@ -17,7 +17,6 @@ from codesign.policy import dense_knobs
 from codesign.structure import ModelStructure
 from codesign.workload import Workload
 
-
 DENSE_HOOKS = Hooks()
 """Exact attention beside a host: every hook its default."""
 
