@@ -78,6 +78,18 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
         "pv.mac",
         "output.divide",
     ),
+    "lapa": (
+        "predict.shift_add",
+        "encode.encode",
+        "filter*.shift_add",
+        "filter*.statistic",
+        "filter*.compare",
+        "generate.mac",
+        "qk.mac",
+        "softmax.exp",
+        "pv.mac",
+        "output.divide",
+    ),
 }
 """Operations that a mechanism feeds to its machine; `*` stands for a round's number."""
 

@@ -22,7 +22,7 @@ from codesign.experiments.teacher import Teacher
 from codesign.gates import Relaxation
 from codesign.hw.accelerator import Accelerator, accelerator_from_spec
 from codesign.hw.spec import AcceleratorSpec, load_preset
-from codesign.mechanisms import MECHANISMS, Mechanism, mechanism_by_name
+from codesign.mechanisms import MECHANISMS, Mechanism, dense_beside, mechanism_by_name
 from codesign.models.config import ModelConfig
 from codesign.models.model import apply
 from codesign.optimize import LossAux, OptimizeSettings, init_state, make_train_step
@@ -93,6 +93,8 @@ def outline(experiment: Experiment) -> Problem:
 def _outline(experiment: Experiment) -> tuple[Problem, ChosenModel]:
     mechanism = mechanism_by_name(experiment.mechanism)
     spec = load_preset(experiment.preset)
+    if mechanism.name == "dense":
+        mechanism = dense_beside(mechanism_by_name(spec.mechanism))
     if mechanism.name not in (spec.mechanism, "dense"):
         raise UnknownNameError(
             f"preset `{experiment.preset}` runs `{spec.mechanism}`, not `{mechanism.name}`: "

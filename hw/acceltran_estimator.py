@@ -1,7 +1,7 @@
 """AccelTran's published closed form: cycles, area and twelve energies of a batch; NumPy only.
 
 It reproduces the public estimator with its quirks, which the cost model corrects (docs/cost_model.md,
-section 8): weights are loaded again for every example of a batch, the inner tiles of a product count
+section 9): weights are loaded again for every example of a batch, the inner tiles of a product count
 twice, activation sparsity alone shortens computation, and masks, biases and residuals cost nothing.
 
 References:

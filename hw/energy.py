@@ -70,7 +70,7 @@ def _module_price(spec: AcceleratorSpec, unit_name: str, kind: str) -> tuple[flo
             "unit's time, so give its energy there (0 if the modules include it)"
         )
     constant, product = modules_dynamic_pj(spec, unit.modules), 0.0
-    if kind == "mac":
+    if kind in ("mac", "shift_add"):
         for name in unit.modules:
             module = spec.modules[name]
             if module.multiplier_share is not None and module.native_bits is not None:

@@ -61,7 +61,7 @@ class Module(Strict):
     """Power while it works."""
     leakage: Leakage
     native_bits: Bits | None = None
-    """Operand width of its multipliers; below it `multiplier_share` of the power falls with bits_a bits_b."""
+    """Operand width of its multipliers (or shifters); below it `multiplier_share` of the power falls with bits_a bits_b."""
     multiplier_share: Fraction | None = None
 
     @model_validator(mode="after")

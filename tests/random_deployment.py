@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Every way of building a model that the integer path has."""
 
-MECHANISMS = {"dense": 0, "energon": 2, "acceltran": 0, "sofa": 2}
+MECHANISMS = {"dense": 0, "energon": 2, "acceltran": 0, "sofa": 2, "lapa": 3}
 """Rounds by mechanism."""
 
 
@@ -345,6 +345,10 @@ def build(
             arrays["threshold"] = codes.astype(np.int64)
             arrays["query_bits"] = np.asarray(4)
             arrays["key_bits"] = 2 + 2 * np.arange(shape.num_rounds)
+        if shape.mechanism == "lapa":
+            alphas = np.linspace(90, 200, shape.num_heads * 3).astype(np.int64)
+            arrays["threshold"] = np.reshape(alphas, (shape.num_heads, 3))
+            arrays["key_bits"] = np.asarray([2, 4, 8] if len(layers) % 2 else [3, 5, 6])
         if shape.mechanism == "sofa":
             largest = np.abs(values["raw_scores"]).max() / scale["raw_scores"]
             arrays["score_shift"] = np.asarray(max(int(np.frexp(largest)[1]) - 15, 0))

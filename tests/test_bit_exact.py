@@ -28,6 +28,9 @@ from codesign.models.model import apply_hard
         ("patches", "sofa", 16),
         ("bert", "sofa", 9),
         ("decoder", "sofa", 12),
+        ("patches", "lapa", 16),
+        ("bert", "lapa", 8),
+        ("decoder", "lapa", 12),
     ],
 )
 def test_jax_path_agrees_in_every_bit(variant: str, mechanism: str, bits: int) -> None:

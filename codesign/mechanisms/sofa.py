@@ -16,27 +16,32 @@ References:
   arXiv 2407.10416. Shifts, saturation, the clipping rule and everything trainable are reconstructions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from codesign import gates
-from codesign.backward import dense_product
 from codesign.log_codes import leading_one, leading_one_operand
+from codesign.mechanisms.on_demand import (
+    BYPASS,
+    hard_plan,
+    kept_part,
+    on_demand,
+    part_variable,
+    soft_plan,
+    wanted_keys,
+)
 from codesign.mechanisms.protocol import (
     Carry,
     Context,
     Counts,
-    Hooks,
     Mechanism,
-    Numbers,
     Operands,
     Plan,
     Selection,
     ThresholdScale,
-    part_columns,
 )
 from codesign.quantize import exact_einsum, power_of_two
 from codesign.segments import (
@@ -47,25 +52,16 @@ from codesign.segments import (
     hard_segments,
     soft_segments,
 )
-from codesign.workload import (
-    Workload,
-    fetched_vectors,
-    grid_levels,
-    operation,
-    row_statistics,
-    stream,
-)
+from codesign.workload import Workload, operation
 
 TILE_BITS = 6.0
 """Start of the bits of a key's place in its segment: 64 keys."""
-MAX_STRENGTH, MIN_STRENGTH = 1.0 - 2.0**-10, 2.0**-12
-"""Strengths beyond these mean the same integers; the variable would be infinite (ours)."""
 SCORE_BITS = 15
 """Bits of the magnitude of a predicted score in the sorter (arXiv 2407.10416: 16-bit inputs)."""
-LINEAR_BITS, ATTENTION_BITS = 8, 16
-"""Most bits of the operands of the two predictions."""
-WEIGHT_CODE_BITS, QUERY_CODE_BITS = 4.0, 5.0
-"""Sign and leading-zero count of an 8-bit weight and of a 16-bit query, bit (arXiv 2407.10416)."""
+ATTENTION_BITS = 16
+"""Most bits of queries and predicted keys."""
+QUERY_CODE_BITS = 5.0
+"""Sign and leading-zero count of a 16-bit query, bit (arXiv 2407.10416)."""
 
 
 def knobs(num_layers: int, num_heads: int) -> dict[str, jax.Array]:
@@ -85,7 +81,7 @@ def codes(
     knobs: Mapping[str, np.ndarray], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Returns what the chip stores: `threshold` int64 `[L, H, 2]` (share in 1/1024, radius), `score_shift` int64 `[L]`."""
-    share = 1.0 / (1.0 + np.exp(-np.asarray(knobs["threshold"], np.float64)))
+    share = kept_part(knobs["threshold"])
     kept = np.clip(np.rint(share[..., 0] * SHARE_ONE), 1, SHARE_ONE)
     radius = np.rint(share[..., 1] * RADIUS_OFF)
     largest = tensors["scores"] / (tensors["query"] * tensors["key"])
@@ -99,14 +95,13 @@ def codes(
 def from_strength(strength: np.ndarray, ranges: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the variables of the kept share and the part of the largest radius `1 - strength`."""
     del ranges
-    kept = 1.0 - np.clip(strength, MIN_STRENGTH, MAX_STRENGTH)
-    return np.log(kept) - np.log1p(-kept)
+    return part_variable(1.0 - strength)
 
 
 def to_strength(threshold: np.ndarray, ranges: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns `1 - sigmoid(threshold)`."""
     del ranges
-    return 1.0 / (1.0 + np.exp(np.asarray(threshold, np.float64)))
+    return 1.0 - kept_part(threshold)
 
 
 def from_setting(
@@ -124,63 +119,6 @@ def kept_fractions(workload: Workload) -> jax.Array:
     left = (operations["threshold.compare"].count, operations["pv.mac"].count / head_dim)
     fractions = [count / pairs for count in left]
     return jnp.stack([jnp.mean(fraction, axis=0) for fraction in fractions], axis=-1)
-
-
-def _planned(
-    context: Context, x: jax.Array, numbers: Numbers, product: Callable[..., jax.Array]
-) -> tuple[Plan, Counts]:
-    """Predicts keys from activations `[B, T, D]`; `product` multiplies codes by the leading ones of weight codes."""
-    weights = part_columns(numbers.weight_codes("qkv"), "key")
-    key = numbers.estimate(product(numbers.codes(x, "qkv"), weights), "key")
-    tokens = jnp.sum(context.valid, axis=-1, keepdims=True)
-    width, head_dim = x.shape[-1], key.shape[-1]
-    products = jnp.broadcast_to(tokens * width * head_dim, key.shape[:2])
-    bits = context.widths["qkv.activation_bits"]
-    counts = Counts(
-        operations={"predict.shift_add": operation(products, bits, WEIGHT_CODE_BITS)},
-        streams={
-            # Heads take turns on a block of tokens, which is read once for all of them.
-            "tokens": stream(
-                jnp.broadcast_to(tokens / key.shape[1], key.shape[:2])[..., None], bits, width
-            ),
-            "weight_codes": stream(_blocks(context, key.shape) * head_dim, WEIGHT_CODE_BITS, width),
-        },
-    )
-    return Plan(notes={"key": key}), counts
-
-
-def _blocks(context: Context, shape: tuple[int, ...]) -> jax.Array:
-    """Returns the blocks of 1, 2, 4, ... tokens of each example, `[B, H, G]`, for keys of `shape` `[B, H, S, d]`."""
-    tokens = jnp.sum(context.valid, axis=-1)
-    sizes = jnp.asarray([2.0**level for level in range(grid_levels(shape[2]))], tokens.dtype)
-    number = gates.straight_through(
-        jnp.ceil(tokens[:, None] / sizes[None, :]), tokens[:, None] / sizes[None, :]
-    )
-    return jnp.broadcast_to(number[:, None, :], (*shape[:2], len(sizes)))
-
-
-def soft_plan(
-    context: Context, x: jax.Array, numbers: Numbers, carry: Carry
-) -> tuple[Plan, Counts]:
-    """Predicts keys; the estimate's derivative to the weights is that of the product times its gain."""
-    del carry
-
-    def product(codes: jax.Array, weights: jax.Array) -> jax.Array:
-        return dense_product(codes, leading_one_operand(weights))
-
-    return _planned(context, x, numbers, product)
-
-
-def hard_plan(
-    context: Context, x: jax.Array, numbers: Numbers, carry: Carry
-) -> tuple[Plan, Counts]:
-    """Predicts keys in integers."""
-    del carry
-
-    def product(codes: jax.Array, weights: jax.Array) -> jax.Array:
-        return exact_einsum("btk,kn->btn", codes, leading_one(weights), LINEAR_BITS)
-
-    return _planned(context, x, numbers, product)
 
 
 def soft_filter(
@@ -261,79 +199,12 @@ def _selection(
     }
     selection = Selection(
         weights=weights,
-        fetched=_fetched(context, weights),
+        fetched=wanted_keys(context, weights),
         fetched_bits=jnp.zeros((), dtype),
         trace=trace if context.tracing else {},
         notes={"segments": segments},
     )
     return selection, counts
-
-
-def _fetched(context: Context, weights: jax.Array) -> jax.Array:
-    """Returns the keys that blocks of queries want, `[B, H, G]`."""
-    # The relaxation of the hard path says straight-through too.
-    is_binary = context.relaxation.straight_through
-    return fetched_vectors(weights, context.valid[:, None, :], is_binary=is_binary)
-
-
-def execution(
-    context: Context,
-    operands: Operands,
-    selection: Selection,
-    plan: Plan,
-    value_weights: jax.Array,
-) -> Counts:
-    """Counts keys and values made on demand, and attention over the kept pairs, segment by segment.
-
-    A segment's best score is exponentiated and checked against that of the others once, and its sums join theirs.
-    """
-    del plan
-    batch, heads, queries, head_dim = operands.query.shape
-    width, dtype = context.width, context.valid.dtype
-    exists = context.valid[:, None, :]
-    keys_per_row = jnp.sum(selection.weights, axis=-1) * exists
-    kept, used = (
-        jnp.sum(jnp.sum(weights, axis=-1) * exists, axis=-1)
-        for weights in (selection.weights, value_weights)
-    )
-    rows = jnp.broadcast_to(jnp.sum(exists, axis=-1), kept.shape)
-    joins = selection.notes.get("segments", jnp.zeros((), dtype))
-    wanted = selection.fetched[..., -1]
-    # A token is read again if a query of any head wants it.
-    together = jnp.reshape(selection.weights, (batch, 1, heads * queries, -1))
-    every_row = jnp.tile(context.valid, (1, heads))[:, None, :]
-    tokens = fetched_vectors(together, every_row, is_binary=context.relaxation.straight_through)
-    share = jnp.broadcast_to(tokens[..., -1] / heads, kept.shape)
-    bits = {
-        name: context.widths[name]
-        for name in ("qk_bits", "v_bits", "qkv.activation_bits", "qkv.weight_bits")
-    }
-    qk_bits, v_bits = bits["qk_bits"], bits["v_bits"]
-    activation_bits, weight_bits = bits["qkv.activation_bits"], bits["qkv.weight_bits"]
-    blocks = _blocks(context, operands.key.shape)
-    return Counts(
-        operations={
-            "generate.mac": operation(
-                2.0 * wanted * width * head_dim, activation_bits, weight_bits
-            ),
-            "qk.mac": operation(kept * head_dim, qk_bits, qk_bits),
-            "softmax.exp": operation(kept + joins, qk_bits, qk_bits),
-            "softmax.add": operation(kept + joins * (head_dim + 1), qk_bits, qk_bits),
-            "softmax.compare": operation(joins * jnp.ones_like(kept), qk_bits, qk_bits),
-            "softmax.multiply": operation(
-                joins * (head_dim + 1) * jnp.ones_like(kept), qk_bits, qk_bits
-            ),
-            "pv.mac": operation(used * head_dim, qk_bits, v_bits),
-            "output.divide": operation(rows * head_dim, qk_bits, v_bits),
-        },
-        rows={"attention": row_statistics(keys_per_row, exists, operands.key.shape[2])},
-        streams={
-            "generate_tokens": stream(share[..., None], activation_bits, width),
-            "generate_weights": stream(blocks * (2.0 * head_dim), weight_bits, width),
-            "query": stream(rows[..., None], qk_bits, head_dim),
-            "output": stream(rows[..., None], context.widths["out.activation_bits"], head_dim),
-        },
-    )
 
 
 sofa = Mechanism(
@@ -352,7 +223,7 @@ sofa = Mechanism(
     ),
     has_rounds=True,
     codes=codes,
-    soft=Hooks(plan=soft_plan, filter=soft_filter, execution=execution, generates_keys=True),
-    hard=Hooks(plan=hard_plan, filter=hard_filter, execution=execution, generates_keys=True),
-    bypass=Hooks(execution=execution, generates_keys=True),
+    soft=on_demand(soft_plan, soft_filter),
+    hard=on_demand(hard_plan, hard_filter),
+    bypass=BYPASS,
 )

@@ -4,11 +4,12 @@ from codesign.errors import UnknownNameError
 from codesign.references.acceltran import acceltran
 from codesign.references.dense import dense
 from codesign.references.energon import energon
+from codesign.references.lapa import lapa
 from codesign.references.protocol import Reference, Shapes
 from codesign.references.sofa import sofa
 from codesign.structure import ModelStructure
 
-REFERENCES = {reference.name: reference for reference in (dense, energon, acceltran, sofa)}
+REFERENCES = {reference.name: reference for reference in (dense, energon, acceltran, sofa, lapa)}
 
 LAYER_TENSORS = (
     *(

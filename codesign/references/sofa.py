@@ -14,11 +14,11 @@ from codesign.errors import ExportError
 from codesign.references.integers import (
     Booleans,
     Integers,
-    estimated_operand,
     exact_matmul,
     leading_one,
     saturate,
 )
+from codesign.references.on_demand import predict_keys
 from codesign.references.protocol import Layer, LayerTensors, Reference, Shapes
 from codesign.structure import ModelStructure
 
@@ -58,13 +58,6 @@ def check(structure: ModelStructure, layers: Mapping[str, npt.NDArray[Any]]) -> 
     share = np.asarray(layers["threshold"])[..., 0]
     if share.min() < 1 or share.max() > 1 << SHARE_SHIFT:
         raise ExportError("array `layers/threshold` must hold kept shares in [1, 1024] first")
-
-
-def plan(structure: ModelStructure, layer: Layer, inputs: Integers) -> LayerTensors:
-    """Returns the predicted keys, `[B, H, S, d]`, from what enters the product `qkv`, `[B, T, D]`."""
-    columns = np.split(layer["qkv_weight"], 3, axis=-1)[1]
-    sums = exact_matmul(inputs, leading_one(columns))
-    return {"predicted_key": estimated_operand(layer, sums, 1, structure.num_heads)}
 
 
 def reference_segments(
@@ -130,6 +123,6 @@ sofa = Reference(
         "tile_bits": (2, 8),
     },
     check=check,
-    plan=plan,
+    plan=predict_keys,
     filter=filter_pairs,
 )
