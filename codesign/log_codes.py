@@ -30,7 +30,7 @@ def leading_one(y: jax.Array) -> jax.Array:
     """
     if jnp.issubdtype(y.dtype, jnp.integer):
         size = jnp.abs(y)
-        last = jnp.iinfo(y.dtype).bits - 1
+        last = np.iinfo(y.dtype).bits - 1
         place = last - jax.lax.clz(jnp.maximum(size, 1))
         return jnp.sign(y) * jnp.left_shift(jnp.ones_like(y), place)
     whole, mask = _SIGN_AND_EXPONENT[y.dtype]

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from codesign import gates
@@ -101,7 +102,8 @@ def _kth(ranked: jax.Array, number: jax.Array, tile_bits: int) -> jax.Array:
         has_enough = above >= number
         return jnp.where(has_enough, middle, low), jnp.where(has_enough, high, middle)
 
-    return jax.lax.fori_loop(0, _SCORE_BITS + tile_bits, halve, (low, -low))[0]
+    least: jax.Array = jax.lax.fori_loop(0, _SCORE_BITS + tile_bits, halve, (low, -low))[0]
+    return least
 
 
 def _hard(cut: _Cut, radius: jax.Array, num_keys: int) -> Chosen:
@@ -185,37 +187,42 @@ def soft_segments(
     low = jnp.clip(jnp.floor(gates.detach(tile_bits)), low_limit, high_limit - 1.0)
     stored = jnp.clip(jnp.ceil(gates.detach(share) * SHARE_ONE), 1, SHARE_ONE).astype(jnp.int32)
     whole_radius = jnp.round(gates.detach(radius)).astype(jnp.int32)
-    whole = jax.lax.stop_gradient(scores)
+    whole = gates.detach(scores)
     total = jnp.maximum(jnp.sum(pairs, axis=-1, keepdims=True), 1.0)
     mean = row_products(pairs, whole) / total
     variance = row_products(pairs, jnp.square(whole - mean)) / total
     spread = gates.gate_width(jnp.sqrt(variance))
 
     def relaxed(bits: int) -> Chosen:
-        cut = jax.lax.stop_gradient(_cut(whole, pairs, stored, bits))
+        cut = _cut(whole, pairs, stored, bits)
         soft = _soft(
             cut, _split(scores, bits), share, radius, relaxation.temperature, spread, num_keys
         )
         if not relaxation.straight_through:
             return soft
         hard = _hard(cut, whole_radius, num_keys)
-        return jax.tree.map(gates.straight_through, hard, soft)
+        both: Chosen = jax.tree.map(gates.straight_through, hard, soft)
+        return both
 
     def decided(bits: int) -> Chosen:
         cut = _cut(whole, pairs, stored, bits)
         chosen = _hard(cut, whole_radius, num_keys)
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), chosen)
+        typed: Chosen = jax.tree.map(lambda leaf: leaf.astype(dtype), chosen)
+        return typed
 
     if relaxation.straight_through:
         is_high = gates.detach(tile_bits) >= low + 0.5
         own = _by_tile(relaxed, jnp.where(is_high, low + 1.0, low))
-        other = jax.lax.stop_gradient(_by_tile(decided, jnp.where(is_high, low, low + 1.0)))
+        other = _by_tile(decided, jnp.where(is_high, low, low + 1.0))
         # Derivative to the width: the difference of both decisions.
         sign = jnp.where(is_high, 1.0, -1.0).astype(dtype)
         step = sign * (tile_bits - gates.detach(tile_bits))
-        return jax.tree.map(
-            lambda mine, others: mine + step * (gates.detach(mine) - others), own, other
+        deployed: Chosen = jax.tree.map(
+            lambda mine, others: mine + step * (gates.detach(mine) - gates.detach(others)),
+            own,
+            other,
         )
+        return deployed
     fraction = tile_bits - low
     coarse, fine = _by_tile(relaxed, low), _by_tile(relaxed, low + 1.0)
     mixed: Chosen = jax.tree.map(lambda a, b: (1.0 - fraction) * a + fraction * b, coarse, fine)
@@ -241,7 +248,7 @@ def _soft(
     first = jnp.floor(gates.detach(place))
     # The k-th largest is one of the two neighbours of the quantile; the other lies next to it.
     is_second = first + 1.0 < cut.number
-    big = jnp.iinfo(jnp.int32).max
+    big = np.iinfo(np.int32).max
     above = jnp.min(
         jnp.where(cut.exists & (cut.ranked > cut.kth), cut.ranked, big), axis=-1, keepdims=True
     )

@@ -151,7 +151,7 @@ def gemm(
 
 def stream(
     vectors: jax.Array,
-    bits: jax.Array,
+    bits: jax.Array | float,
     width: int,
     *,
     buffer: str = "",

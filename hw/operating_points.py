@@ -168,11 +168,15 @@ def workload_from_fractions(shape: ModelShape, setting: Setting) -> Workload:
     )
 
 
-def on_demand_workload(shape: ModelShape, setting: Setting) -> Workload:
-    """Returns one example's workload `[1, L, 1]` on a machine that predicts keys and makes them on demand (SOFA).
+def on_demand_workload(shape: ModelShape, setting: Setting, *, sorts: bool) -> Workload:
+    """Returns one example's workload `[1, L, H]` on a machine that predicts keys and makes them on demand.
 
-    `setting.kept` are the fractions after the segments and after the radius, of a segment as of a row; `union` the
-    tokens that some query of a head, and of any head, wants. Without `kept` nothing is predicted, and all keys are made.
+    Args:
+      shape: The model.
+      setting: `kept` are the fractions after the segments and after the radius, of a segment as of a row, or after each
+        round; `union` the tokens that some query of a head, and of any head, wants. Without `kept` nothing is predicted,
+        and all keys are made.
+      sorts: Whether segments are sorted (SOFA); else rounds see ever more planes of the keys (LAPA).
     """
     dense = workload_from_fractions(
         shape,
@@ -186,7 +190,6 @@ def on_demand_workload(shape: ModelShape, setting: Setting) -> Workload:
     made_bits = setting.generation_bits
     token_bits = setting.activation_bits if made_bits is None else made_bits
     weight_bits = setting.weight_bits if made_bits is None else made_bits
-    score_bits = 16.0
     blocks = np.ceil(tokens / 2.0 ** np.arange(grid_levels(tokens))) * heads * head_dim
 
     def operation(count: float, bits_a: float, bits_b: float) -> Operation:
@@ -200,17 +203,15 @@ def on_demand_workload(shape: ModelShape, setting: Setting) -> Workload:
         moved = _stream(vectors, bits, "", 0.0, shape)
         return Stream(moved.vectors, moved.bits, moved.resident_bits, width)
 
-    segments = _segments(kept, setting, shape) if setting.kept else np.zeros(2)
-    joins = segments[1] * heads
+    cycles, joins = (
+        _segments(kept, setting, shape) * heads if sorts and setting.kept else (0.0, 0.0)
+    )
     qk_bits, v_bits = setting.qk_bits, setting.v_bits
     made = 2.0 * wanted * heads * shape.width * head_dim
     operations = {
         "generate.mac": operation(made, token_bits, weight_bits),
         "qk.mac": dense.operations["qk.mac"],
         "softmax.exp": operation(kept * pairs + joins, qk_bits, qk_bits),
-        "softmax.add": operation(kept * pairs + joins * (head_dim + 1), qk_bits, qk_bits),
-        "softmax.compare": operation(joins, qk_bits, qk_bits),
-        "softmax.multiply": operation(joins * (head_dim + 1), qk_bits, qk_bits),
         "pv.mac": dense.operations["pv.mac"],
         "output.divide": operation(queries * head_dim, qk_bits, v_bits),
     }
@@ -225,19 +226,51 @@ def on_demand_workload(shape: ModelShape, setting: Setting) -> Workload:
         operations |= {
             "predict.shift_add": operation(predicted, setting.activation_bits, 4.0),
             "encode.encode": operation(queries * head_dim, qk_bits, 5.0),
-            "filter0.shift_add": operation(pairs * head_dim, qk_bits, 5.0),
-            "select.compare": operation(segments[0] * heads, score_bits, score_bits),
-            "threshold.compare": operation(setting.kept[0] * pairs, score_bits, score_bits),
         }
         streams["tokens"] = stream([float(tokens)], setting.activation_bits, shape.width)
         streams["weight_codes"] = stream(blocks, 4.0, shape.width)
+    if setting.kept and sorts:
+        operations |= {
+            "filter0.shift_add": operation(pairs * head_dim, qk_bits, 5.0),
+            "select.compare": operation(cycles, 16.0, 16.0),
+            "threshold.compare": operation(setting.kept[0] * pairs, 16.0, 16.0),
+            "softmax.add": operation(kept * pairs + joins * (head_dim + 1), qk_bits, qk_bits),
+            "softmax.compare": operation(joins, qk_bits, qk_bits),
+            "softmax.multiply": operation(joins * (head_dim + 1), qk_bits, qk_bits),
+        }
+    elif setting.kept:
+        # The sign is in no plane.
+        planes = np.diff(setting.key_bits, prepend=1.0).tolist()
+        for index, (alive, plane) in enumerate(zip((1.0, *setting.kept), planes, strict=False)):
+            scores = alive * pairs
+            operations |= {
+                f"filter{index}.shift_add": operation(scores * head_dim, plane, 4.0),
+                f"filter{index}.statistic": operation(scores, 8.0, 8.0),
+                f"filter{index}.compare": operation(scores, 8.0, 8.0),
+            }
     gemms = dict(dense.block_gemms)
     gemms["qkv"] = dataclasses.replace(gemms["qkv"], outer=heads * head_dim)
+
+    def apart(total: jax.Array) -> jax.Array:
+        return jnp.repeat(total / heads, heads, axis=2)
+
+    # Head by head, because a head's rows fill up the last block of lanes.
+    rows = dense.rows["attention"]
     return dataclasses.replace(
         dense,
-        operations=operations,
-        rows={"attention": dense.rows["attention"]},
-        streams=streams,
+        operations={
+            name: Operation(apart(one.count), one.bits_a, one.bits_b)
+            for name, one in operations.items()
+        },
+        rows={
+            "attention": RowStatistics(
+                apart(rows.segments), apart(rows.queries), jnp.repeat(rows.maximum, heads, axis=2)
+            )
+        },
+        streams={
+            name: dataclasses.replace(one, vectors=apart(one.vectors))
+            for name, one in streams.items()
+        },
         block_gemms=gemms,
     )
 
@@ -412,9 +445,11 @@ def generates_keys(spec: AcceleratorSpec) -> bool:
 
 
 def closed_form_workload(spec: AcceleratorSpec, shape: ModelShape, setting: Setting) -> Workload:
-    """Returns one example's workload on a machine of this kind, `[1, L, 1]`."""
-    build = on_demand_workload if generates_keys(spec) else workload_from_fractions
-    return build(shape, setting)
+    """Returns one example's workload on a machine of this kind, heads summed or one by one."""
+    if not generates_keys(spec):
+        return workload_from_fractions(shape, setting)
+    sorts = any("select.compare" in unit.serves for unit in spec.units.values())
+    return on_demand_workload(shape, setting, sorts=sorts)
 
 
 def operating_points(spec: AcceleratorSpec, shape: ModelShape) -> list[OperatingPoint]:

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from codesign.calibration import Calibration, floored
 from codesign.gates import Relaxation
-from codesign.mechanisms import MECHANISMS
+from codesign.mechanisms import MECHANISMS, Mechanism
 from codesign.mechanisms.energon import hard_filter, knobs, soft_filter
 from codesign.mechanisms.protocol import Context, Operands, Plan, Selection
 from codesign.models import deploy, model as models
@@ -244,10 +244,10 @@ def run_soft(
 
 @functools.partial(jax.jit, static_argnames=("shape", "mechanism"), compiler_options=FAST_COMPILE)
 def _apply_hard(
-    layers: Any, ends: Any, inputs: Any, *, shape: ModelStructure, mechanism: str
+    layers: Any, ends: Any, inputs: Any, *, shape: ModelStructure, mechanism: Mechanism
 ) -> ModelOutput:
     return models.apply_hard(
-        layers, ends, inputs, structure=shape, mechanism=MECHANISMS[mechanism], tracing=True
+        layers, ends, inputs, structure=shape, mechanism=mechanism, tracing=True
     )
 
 
@@ -256,16 +256,15 @@ def run_hard(
     policy: Policy,
     inputs: Mapping[str, Any] | np.ndarray,
     *,
-    mechanism: str = "energon",
+    mechanism: str | Mechanism = "energon",
 ) -> tuple[deploy.Deployment, ModelOutput]:
     """Hardens and runs the integer path; every array of the result is NumPy's."""
-    deployment = deploy.harden(
-        model.params, policy, model.calibration, model.config, MECHANISMS[mechanism]
-    )
+    chosen = MECHANISMS[mechanism] if isinstance(mechanism, str) else mechanism
+    deployment = deploy.harden(model.params, policy, model.calibration, model.config, chosen)
     layers, ends = deployment.hard_arrays()
     with jax.enable_x64(True):
         output = _apply_hard(
-            layers, ends, as_inputs(inputs), shape=deployment.structure, mechanism=mechanism
+            layers, ends, as_inputs(inputs), shape=deployment.structure, mechanism=chosen
         )
         return deployment, jax.tree.map(np.asarray, output)
 

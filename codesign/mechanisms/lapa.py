@@ -2,16 +2,16 @@
 
 Keys are predicted from the tokens and the leading ones of the weights before any key exists (ALOC). Rounds then add up
 scores from ever more of the predicted keys' bits and the leading ones of the real queries (MRSA); after each round a key
-stays if its score lies no further below the row's maximum than a trained part of the maximum's distance from the mean (DDF).
-Only tokens that some query of a head still wants become keys and values of that head.
+stays if its score lies no further below the row's maximum than a trained part of the maximum's distance from the mean
+(DDF). Only tokens that some query of a head still wants become keys and values of that head.
 
-Differs on purpose from the specification: predicted keys are requantised like real ones and cut to their top eight bits, one
-multiplier per column instead of one shift per head, because weights have one scale per column; K and V are made from tokens
-and weights of the integer path, at most 8 bits.
+Differs on purpose from the specification: predicted keys are requantised like real ones and cut to their top eight bits,
+one multiplier per column instead of one shift per head, because weights have one scale per column; K and V are made from
+tokens and weights of the integer path, at most 8 bits.
 
 References:
-  Wang et al., "LAPA: Log-Domain Prediction-Driven Dynamic Sparsity Accelerator for Transformer Model", arXiv 2512.07855. Only
-  its abstract was to be had: the three parts are the paper's, their arithmetic is a reconstruction.
+  Wang et al., "LAPA: Log-Domain Prediction-Driven Dynamic Sparsity Accelerator for Transformer Model", arXiv 2512.07855.
+  Only its abstract was to be had: the three parts are the paper's, their arithmetic is a reconstruction.
 """
 
 from collections.abc import Mapping
@@ -174,7 +174,9 @@ def top_code(code: jax.Array, code_bits: jax.Array) -> jax.Array:
     return gates.straight_through(whole, ratio)
 
 
-def plane_operand(code: jax.Array, bits: jax.Array, width: jax.Array, relaxation: Relaxation) -> jax.Array:
+def plane_operand(
+    code: jax.Array, bits: jax.Array, width: jax.Array, relaxation: Relaxation
+) -> jax.Array:
     """Returns 8-bit codes whose magnitude keeps its top bits, differentiable in the code and in the bits.
 
     Derivatives: 1 to the code (true: 0); to the bits the difference of the two neighbouring widths.

@@ -5,7 +5,7 @@ ones. The prediction finds the pairs; the tokens that a query of a head wants th
 which never leave the chip.
 
 References:
-  Wang et al., "SOFA", MICRO 2024, arXiv 2407.10416: prediction of keys, on-demand keys and values, token-stationary traffic.
+  Wang et al., "SOFA", MICRO 2024, arXiv 2407.10416: prediction of keys, on-demand keys and values, stationary tokens.
 """
 
 from collections.abc import Callable

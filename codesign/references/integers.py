@@ -89,8 +89,8 @@ def exact_matmul(a: Integers, b: Integers) -> Integers:
 def leading_one(values: Integers) -> Integers:
     """Returns sign(y) * 2**floor(log2(abs(y))) of every element y, 0 of 0; magnitudes below 2**53."""
     exponent = np.frexp(np.abs(values).astype(np.float64))[1].astype(np.int64) - 1
-    powers: Integers = np.sign(values) << np.maximum(exponent, 0)
-    return powers
+    signs: Integers = np.sign(values)
+    return signs << np.maximum(exponent, 0)
 
 
 def linear_output(

@@ -59,8 +59,9 @@ def top_code(values: Integers, bits: int) -> Integers:
 
 def top_planes(values: Integers, bits: int) -> Integers:
     """Returns 8-bit codes whose magnitude keeps its top `bits` - 1 bits."""
-    dropped = _CODE_BITS - bits
-    return np.sign(values) * (np.abs(values) >> dropped << dropped)
+    dropped = np.asarray(_CODE_BITS - bits, np.int64)
+    signed: Integers = np.sign(values) * (np.abs(values) >> dropped << dropped)
+    return signed
 
 
 def reference_rounds(

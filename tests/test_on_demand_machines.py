@@ -1,0 +1,200 @@
+"""SOFA's and LAPA's machines: published sums, SOFA's worked check, scopes, and dense attention on the same units."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.operating_points import (
+    ModelShape,
+    Setting,
+    closed_form_workload,
+    operating_points,
+    published_setting,
+)
+from codesign.hw.spec import load_preset
+from codesign.hw.surrogate import Cost, cost, split_generation
+from codesign.mechanisms import MECHANISMS, dense_beside
+from codesign.mechanisms.sofa import from_setting
+from codesign.models.counting import dense_workload
+from codesign.policy import Policy
+
+BERT = ModelShape(num_layers=1, num_tokens=512, num_heads=12, head_dim=64, width=768, hidden=3072)
+UTILISATION = 0.852
+BOTH = pytest.mark.parametrize("name", ["sofa", "lapa"])
+
+
+@pytest.fixture(autouse=True)
+def in_double_precision() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def priced(name: str, setting: Setting, shape: ModelShape = BERT) -> Cost:
+    spec = load_preset(name)
+    return cost(closed_form_workload(spec, shape, setting), accelerator_from_spec(spec))
+
+
+@BOTH
+def test_areas_and_powers_add_up(name: str) -> None:
+    spec = load_preset(name)
+    area = float(priced(name, Setting()).area_mm2("attention"))
+    assert area == pytest.approx({"sofa": 5.694, "lapa": 5.114}[name], abs=1e-3)
+    assert area == pytest.approx(spec.operating_point.area.base, abs=1e-3)
+    if name == "sofa":
+        # Every array busy in every cycle, with SRAM and scheduler.
+        lanes = sum(
+            unit.lanes.value * spec.modules[unit.modules[0]].dynamic.base
+            for unit in spec.units.values()
+        )
+        assert spec.standing_power is not None
+        assert lanes + spec.standing_power.base == pytest.approx(0.94985, abs=1e-5)
+
+
+def test_the_worked_check_of_sofa() -> None:
+    spec = load_preset("sofa")
+    price = priced("sofa", published_setting(spec))
+    busy = {
+        name: float(value[0]) * UTILISATION / 12
+        for name, value in price.busy_by_unit("end_to_end").items()
+    }
+    assert busy["dlzs"] == pytest.approx(6144 + 4096)
+    assert busy["sads"] == pytest.approx(1408)
+    assert busy["kv_generation"] == pytest.approx(98304)
+    assert busy["su_fa"] == pytest.approx(16384)
+    energy = {
+        name: float(value[0]) / 1e6 for name, value in price.energy_by_unit("end_to_end").items()
+    }
+    for unit, microjoule in (
+        ("dlzs", 3.57),
+        ("kv_generation", 172.5),
+        ("su_fa", 95.4),
+        ("dram", 547.6),
+    ):
+        assert energy[unit] == pytest.approx(microjoule, rel=1e-3), unit
+    assert energy["dram"] * 1e6 / (8 * 5.12) == pytest.approx(13369344)
+
+
+def test_the_attention_alone_leaves_out_the_making_of_keys() -> None:
+    price = priced("sofa", published_setting(load_preset("sofa")))
+    alone, whole = price.energy_by_unit("attention"), price.energy_by_unit("end_to_end")
+    assert "kv_generation" not in alone and "kv_generation" not in price.busy_by_unit("attention")
+    assert alone["dram"] < whole["dram"]
+    # The stages overlap: what generation adds is less than what it takes.
+    added = float(price.block_own.cycles[0, 0])
+    taken = float(price.busy_by_unit("end_to_end")["kv_generation"][0])
+    assert 0.0 < added < taken
+    # SRAM and scheduler stand still while the host works.
+    own = float(price.latency_cycles("end_to_end")[0] - price.block_host.cycles[0, 0])
+    assert float(whole["standing"][0]) == pytest.approx(176.68 * own, rel=1e-6)
+
+
+@BOTH
+def test_points_in_closed_form_fall_from_dense(name: str) -> None:
+    spec = load_preset(name)
+    with jax.enable_x64(True):
+        prices = {
+            point.name: cost(point.workload, accelerator_from_spec(spec))
+            for point in operating_points(spec, BERT)
+        }
+    for scope in ("attention", "end_to_end"):
+        dense, cheapest = (
+            float(prices[one].energy_pj(scope)[0]) for one in ("dense", "cheapest legal")
+        )
+        assert cheapest < dense
+    published, dense = (
+        prices[one].latency_cycles("attention")[0] for one in ("published", "dense")
+    )
+    assert float(published) < float(dense)
+
+
+def test_rows_fill_up_the_lanes_of_a_block() -> None:
+    setting = dataclasses.replace(published_setting(load_preset("sofa")), tile_bits=4.0)
+    full, started = (
+        priced("sofa", setting, dataclasses.replace(BERT, num_tokens=tokens)).busy_by_unit(
+            "attention"
+        )
+        for tokens in (128, 130)
+    )
+    assert float(full["su_fa"][0]) * UTILISATION == pytest.approx(
+        12 * 2 * 64 * 128 * 128 * 0.25 / 512
+    )
+    # Two blocks instead of one, the second nearly empty.
+    assert float(started["su_fa"][0]) == pytest.approx(float(full["su_fa"][0]) * 2 * 130 / 128)
+
+
+@BOTH
+def test_sizes_have_gradients(name: str) -> None:
+    spec = load_preset(name)
+    with jax.enable_x64(True):
+        machine = accelerator_from_spec(spec)
+        workload = closed_form_workload(spec, BERT, published_setting(spec))
+
+        def latency(sizes: dict[str, jax.Array]) -> jax.Array:
+            sized = machine.replace(sizes=sizes)
+            return cost(workload, sized, smoothness=8.0).latency_cycles("end_to_end")[0]
+
+        sizes = {key: jnp.asarray(value, float) for key, value in machine.sizes.items()}
+        slopes = jax.grad(latency)(sizes)
+        for unit in ("kv_generation.lanes", "dram.bytes_per_cycle"):
+            step = 1e-4 * sizes[unit]
+            up, down = (latency(sizes | {unit: sizes[unit] + sign * step}) for sign in (1, -1))
+            assert float(slopes[unit]) == pytest.approx(float((up - down) / (2 * step)), rel=1e-4)
+            assert float(slopes[unit]) < 0.0
+
+
+@BOTH
+@pytest.mark.parametrize("variant", ["patches", "bert", "decoder"])
+def test_dense_on_the_machine_is_what_its_integer_path_counts(name: str, variant: str) -> None:
+    model = tiny_model.random_model(variant)
+    shape, mechanism = model.structure, MECHANISMS[name]
+    policy = tiny_model.shared_policy(shape)
+    counted = tiny_model.run_hard(model, policy, model.inputs, mechanism=dense_beside(mechanism))[
+        1
+    ].workload
+    tokens = shape.max_tokens
+    valid = np.asarray(model.inputs.get("valid", np.ones((8, tokens))), np.float64)
+    with jax.enable_x64(True):
+        closed = dense_workload(
+            jnp.asarray(valid), shape, linear_bits=8.0, attention_bits=16.0, hooks=mechanism.bypass
+        )
+        machine = accelerator_from_spec(load_preset(name))
+        for scope in ("attention", "end_to_end"):
+            ours, theirs = (cost(one, machine).energy_pj(scope) for one in (counted, closed))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+    made = split_generation(counted)[1]
+    assert made is not None and set(made.operations) == {"generate.mac"}
+    assert closed.block_gemms["qkv"].outer == shape.attention_width
+
+
+def test_nothing_dropped_costs_what_dense_does_but_for_the_prediction() -> None:
+    model = tiny_model.random_model("bert")
+    shape = model.structure
+    policy = tiny_model.shared_policy(shape)
+    own = {
+        "threshold": jnp.asarray(
+            from_setting((1.0, 1.0), (shape.num_layers, shape.num_heads, 2), {}), jnp.float32
+        ),
+        "tile_bits": jnp.full((shape.num_layers,), 3.0),
+    }
+    whole = tiny_model.run_hard(
+        model, Policy(layers=policy.layers | own, ends=policy.ends), model.inputs, mechanism="sofa"
+    )[1].workload
+    dense = tiny_model.run_hard(
+        model, policy, model.inputs, mechanism=dense_beside(MECHANISMS["sofa"])
+    )[1].workload
+    for key, operation in dense.operations.items():
+        if key != "softmax.exp":
+            np.testing.assert_array_equal(whole.operations[key].count, operation.count, err_msg=key)
+    extra = whole.operations.keys() - dense.operations.keys()
+    assert "predict.shift_add" in extra and "select.compare" in extra
+
+
+def test_machines_that_make_no_keys_run_dense_as_it_is() -> None:
+    for name in ("dense", "energon", "acceltran"):
+        assert dense_beside(MECHANISMS[name]) == MECHANISMS["dense"]
