@@ -32,6 +32,10 @@ from codesign.references import LAYER_TENSORS
 FILES = ("config.json", "weights.npz", "golden.npz")
 
 
+PRESETS = {"acceltran": "acceltran-edge", "dense": "energon"}
+"""Machine of a mechanism, where its name differs."""
+
+
 def make_export(variant: str = "patches", mechanism: str = "energon", **changes: Any) -> Export:
     """A valid export of the random deployment, golden vectors from the emulator."""
     shape = random_deployment.structure(variant, mechanism, **changes)
@@ -48,7 +52,7 @@ def make_export(variant: str = "patches", mechanism: str = "energon", **changes:
             residual_scale=deployment.scales["residual"],
             logit_scale=deployment.scales["logits"],
         ),
-        accelerator=load_preset("acceltran-edge" if mechanism == "acceltran" else "energon"),
+        accelerator=load_preset(PRESETS.get(mechanism, mechanism)),
         expected=Expected(
             part="validation",
             num_examples=100,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
+from tiny_model import existing, tensors
 
 from codesign.gates import Relaxation
 from codesign.hw import emulator
@@ -240,20 +241,8 @@ def policy_of(model: tiny_model.Model, *, seed: int | None = 0, bits: float = 12
     return Policy(layers=policy.layers | own, ends=policy.ends)
 
 
-def tensors(output: ModelOutput) -> dict[str, np.ndarray]:
-    return {**output.trace, "logits": output.logits}
-
-
 def run_hard(model: tiny_model.Model, policy: Policy) -> tuple[Any, ModelOutput]:
     return tiny_model.run_hard(model, policy, model.inputs, mechanism="lapa")
-
-
-def existing(model: tiny_model.Model) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens `[B, T]` and pairs of existing tokens `[B, T, S]`."""
-    tokens = model.structure.max_tokens
-    valid = np.asarray(model.inputs.get("valid", np.ones((8, tokens), bool)), bool)
-    pairs = valid[:, :, None] & valid[:, None, :]
-    return valid, np.tril(pairs) if model.structure.is_causal else pairs
 
 
 @VARIANTS
@@ -353,27 +342,8 @@ def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
 
 def test_every_knob_has_a_gradient() -> None:
     model = tiny_model.random_model("bert")
-    policy = policy_of(model, seed=6, bits=11.4)
-
-    @jax.jit
-    def gradient(policy: Policy) -> Policy:
-        def total(policy: Policy) -> jax.Array:
-            output = tiny_model.run_soft.__wrapped__(
-                model.params,
-                policy,
-                model.calibration,
-                model.inputs,
-                tiny_model.relaxation(),
-                setup=model.config,
-                mechanism="lapa",
-                tracing=False,
-            )
-            return jnp.sum(jnp.square(output.logits))
-
-        result: Policy = jax.grad(total)(policy)
-        return result
-
-    slopes = gradient(policy).layers
-    for name in ("threshold", "key_bits", "qk_bits", "qkv.weight_bits", "qkv.activation_bits"):
-        assert np.all(np.isfinite(slopes[name])), name
-        assert np.any(slopes[name] != 0.0), name
+    slopes = tiny_model.knob_slopes(model, policy_of(model, seed=6, bits=11.4), "lapa")
+    own = "key_bits"
+    for knob in ("threshold", own, "qk_bits", "qkv.weight_bits", "qkv.activation_bits"):
+        assert np.all(np.isfinite(slopes[knob])), knob
+        assert np.any(slopes[knob] != 0.0), knob

@@ -254,7 +254,8 @@ def test_keys_are_generated_on_demand(path: str) -> None:
     np.testing.assert_allclose(rows(output, "qkv"), (TOKENS + 2 * (TOKENS - 1)) / 3, rtol=1e-6)
     # A mechanism that makes K and V on units of its own leaves only Q to the dense product.
     own = static(path, Mechanism(name="stub", summary="", **{path: Hooks(generates_keys=True)}))
-    np.testing.assert_allclose(rows(own, "qkv"), TOKENS / 3, rtol=1e-6)
+    np.testing.assert_allclose(rows(own, "qkv"), TOKENS, rtol=1e-6)
+    assert own.workload.block_gemms["qkv"].outer == HEADS * HEAD_DIM
 
 
 @PATHS

@@ -263,6 +263,16 @@ def test_names_and_shapes(mechanism: str) -> None:
             "gelu": (2, 3, 7, 32),
             "ffn_branch": (2, 3, 7, 16),
         },
+        "sofa": {
+            "predicted_key": (2, 3, 2, 7, 8),
+            "scores": (2, 3, 2, 7, 7),
+            "keep": (2, 2, 3, 2, 7, 7),
+        },
+        "lapa": {
+            "predicted_key": (2, 3, 2, 7, 8),
+            "scores": (2, 3, 3, 2, 7, 7),
+            "keep": (2, 3, 3, 2, 7, 7),
+        },
     }
     assert {name: shapes[name] for name in own} == wanted[mechanism]
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
+from tiny_model import existing, tensors
 
 from codesign.hw import emulator
 from codesign.log_codes import LEADING_ONE_GAIN, leading_one, leading_one_operand
@@ -41,10 +42,6 @@ def policy_of(
     return Policy(layers=policy.layers | own, ends=policy.ends)
 
 
-def tensors(output: ModelOutput) -> dict[str, np.ndarray]:
-    return {**output.trace, "logits": output.logits}
-
-
 def run_hard(model: tiny_model.Model, policy: Policy) -> tuple[Any, ModelOutput]:
     return tiny_model.run_hard(model, policy, model.inputs, mechanism="sofa")
 
@@ -59,14 +56,6 @@ def run_soft(model: tiny_model.Model, policy: Policy, **changes: Any) -> ModelOu
         setup=model.config,
         mechanism="sofa",
     )
-
-
-def existing(model: tiny_model.Model) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens `[B, T]` and pairs of existing tokens `[B, T, S]`."""
-    tokens = model.structure.max_tokens
-    valid = np.asarray(model.inputs.get("valid", np.ones((8, tokens), bool)), bool)
-    pairs = valid[:, :, None] & valid[:, None, :]
-    return valid, np.tril(pairs) if model.structure.is_causal else pairs
 
 
 # Codes
@@ -284,30 +273,9 @@ def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
 
 def test_every_knob_has_a_gradient() -> None:
     model = tiny_model.random_model("bert")
-    policy = policy_of(model, seed=6, bits=11.4)
-
-    @jax.jit
-    def gradient(policy: Policy) -> Policy:
-        def total(policy: Policy) -> jax.Array:
-            output = tiny_model.run_soft.__wrapped__(
-                model.params,
-                policy,
-                model.calibration,
-                model.inputs,
-                tiny_model.relaxation(),
-                setup=model.config,
-                mechanism="sofa",
-                tracing=False,
-            )
-            counts = output.workload.operations
-            cost = counts["generate.mac"].count + counts["qk.mac"].count
-            return jnp.sum(jnp.square(output.logits)) + 1e-4 * jnp.sum(cost)
-
-        result: Policy = jax.grad(total)(policy)
-        return result
-
-    slopes = gradient(policy).layers
-    for name in ("threshold", "tile_bits", "qk_bits", "qkv.weight_bits", "qkv.activation_bits"):
-        assert np.all(np.isfinite(slopes[name])), name
-        assert np.any(slopes[name] != 0.0), name
+    slopes = tiny_model.knob_slopes(model, policy_of(model, seed=6, bits=11.4), "sofa")
+    own = "tile_bits"
+    for knob in ("threshold", own, "qk_bits", "qkv.weight_bits", "qkv.activation_bits"):
+        assert np.all(np.isfinite(slopes[knob])), knob
+        assert np.any(slopes[knob] != 0.0), knob
     assert np.all(slopes["threshold"][..., 0] != 0.0)

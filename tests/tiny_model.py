@@ -315,3 +315,40 @@ def run_filter(
         value_scale=one,
     )
     return _filter(context, operands, is_hard=soft is None)
+
+
+def tensors(output: ModelOutput) -> dict[str, np.ndarray]:
+    """Every named tensor of a run, the logits among them."""
+    return {**output.trace, "logits": output.logits}
+
+
+def existing(model: Model) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `[B, T]` and pairs of tokens that exist, `[B, T, S]`, of a random model."""
+    shape = (len(next(iter(model.inputs.values()))), model.structure.max_tokens)
+    valid = np.asarray(model.inputs.get("valid", np.ones(shape, bool)), bool)
+    pairs = valid[:, :, None] & valid[:, None, :]
+    return valid, np.tril(pairs) if model.structure.is_causal else pairs
+
+
+def knob_slopes(model: Model, policy: Policy, mechanism: str) -> dict[str, np.ndarray]:
+    """Derivatives of logits and of what attention costs to every knob of the layers, straight-through."""
+
+    @jax.jit
+    def gradient(policy: Policy) -> Policy:
+        def total(policy: Policy) -> jax.Array:
+            output = models.apply(
+                model.params,
+                policy,
+                model.calibration,
+                as_inputs(model.inputs),
+                config=model.config,
+                mechanism=MECHANISMS[mechanism],
+                relaxation=relaxation(),
+            )
+            cost = sum(jnp.sum(one.count) for one in output.workload.operations.values())
+            return jnp.sum(jnp.square(output.logits)) + 1e-4 * cost
+
+        result: Policy = jax.grad(total)(policy)
+        return result
+
+    return jax.tree.map(np.asarray, gradient(policy).layers)
