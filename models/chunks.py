@@ -43,12 +43,12 @@ class Chunks:
     heads: int
 
 
-def chunks_of(operands: Operands) -> Chunks:
-    """Returns the largest chunks that stay within `MAX_PAIRS`."""
+def chunks_of(operands: Operands, *, splits_heads: bool = True) -> Chunks:
+    """Returns the largest chunks that stay within `MAX_PAIRS`, of all heads unless `splits_heads`."""
     batch, heads, queries, _ = operands.query.shape
     pairs = queries * operands.key.shape[2]
     own = heads
-    if heads * pairs > MAX_PAIRS:
+    if splits_heads and heads * pairs > MAX_PAIRS:
         own = max(
             n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * pairs <= MAX_PAIRS)
         )
@@ -61,16 +61,18 @@ def chunks_of(operands: Operands) -> Chunks:
 
 
 def may_split(context: Context, plan: Plan, hooks: Hooks) -> bool:
-    """Whether attention may run in parts: nobody wants to see it whole, nothing was planned, nothing is carried on."""
-    is_planned = bool(jax.tree.leaves(plan)) or hooks.carry is not keep_carry
+    """Whether attention may run in parts: nobody wants to see it whole, only notes were planned, nothing is carried on."""
+    decided = plan.replace(notes={})  # type: ignore[attr-defined]
+    is_planned = bool(jax.tree.leaves(decided)) or hooks.carry is not keep_carry
     is_whole = context.tracing or context.calibrating or is_planned
-    return hooks.head_knobs is not None and not is_whole
+    return (hooks.head_knobs is not None or hooks.splits_examples) and not is_whole
 
 
 def in_chunks(
-    attend: Callable[[Context, Operands], Attention],
+    attend: Callable[[Context, Operands, Plan], Attention],
     context: Context,
     operands: Operands,
+    plan: Plan,
     hooks: Hooks,
 ) -> Attention:
     """Returns what `attend` does with everything at once, computed chunk by chunk.
@@ -79,12 +81,13 @@ def in_chunks(
       attend: Attention of some examples and heads.
       context: The layer's context.
       operands: Codes of the layer.
+      plan: What was planned; its notes, `[B, H, ...]`, are split too.
       hooks: The mechanism's hooks.
     """
-    chunks = chunks_of(operands)
+    chunks = chunks_of(operands, splits_heads=hooks.head_knobs is not None)
     batch, heads, _, head_dim = operands.query.shape
     if (chunks.examples, chunks.heads) == (batch, heads):
-        whole = attend(context, operands)
+        whole = attend(context, operands, plan)
         return Attention(whole.attended, whole.counts, whole.keys)
     by_batch, by_head = batch // chunks.examples, heads // chunks.heads
 
@@ -112,6 +115,7 @@ def in_chunks(
         "valid": examples_of(context.valid),
         "pairs": examples_of(context.pairs),
         "knobs": own_knobs,
+        "notes": jax.tree.map(both_of, plan.notes),
     }
 
     def one(part: dict[str, Any]) -> tuple[jax.Array, Counts]:
@@ -119,7 +123,11 @@ def in_chunks(
         own = context.replace(  # type: ignore[attr-defined]
             knobs=context.knobs | part["knobs"], valid=part["valid"], pairs=part["pairs"]
         )
-        done = attend(own, operands.replace(query=query, key=key, value=value))  # type: ignore[attr-defined]
+        done = attend(
+            own,
+            operands.replace(query=query, key=key, value=value),  # type: ignore[attr-defined]
+            plan.replace(notes=part["notes"]),  # type: ignore[attr-defined]
+        )
         return done.attended, done.counts
 
     attended, counts = jax.lax.map(keeping_marked(one), parts)

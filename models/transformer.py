@@ -101,7 +101,7 @@ def block(
         value=entering(operands.value, "value"),
     )
 
-    def attend(context: Context, operands: Operands) -> Attention:
+    def attend(context: Context, operands: Operands, plan: Plan) -> Attention:
         selection, counts = hooks.filter(context, operands, plan, carry)
         scores = arithmetic.scores(operands) if selection.scores is None else selection.scores
         scores, added = hooks.on_activation(context, scores, plan, "scores")
@@ -116,9 +116,9 @@ def block(
         return Attention(attended, counts, selection.keys, selection.trace, pairs)
 
     if may_split(context, plan, hooks):
-        attention = in_chunks(attend, context, operands, hooks)
+        attention = in_chunks(attend, context, operands, plan, hooks)
     else:
-        attention = attend(context, operands)
+        attention = attend(context, operands, plan)
         tensors |= attention.pairs
     counts += attention.counts
     attended = leaving(attention.attended, "attention")

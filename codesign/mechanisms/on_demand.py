@@ -184,7 +184,13 @@ def execution(
 
 def on_demand(plan: PlanFn, filter_pairs: FilterFn) -> Hooks:
     """Returns the hooks of a path that predicts keys in `plan` and finds pairs in `filter_pairs`."""
-    return Hooks(plan=plan, filter=filter_pairs, execution=execution, generates_keys=True)
+    return Hooks(
+        plan=plan,
+        filter=filter_pairs,
+        execution=execution,
+        generates_keys=True,
+        splits_examples=True,
+    )
 
 
 BYPASS = Hooks(execution=execution, generates_keys=True)
