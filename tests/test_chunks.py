@@ -34,7 +34,7 @@ def test_sizes_of_chunks(batch: int, heads: int, tokens: int, examples: int, own
 
 @pytest.mark.parametrize("name", ["energon", "sofa", "lapa"])
 def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four examples of 8 tokens and 4 heads, some tokens not there: two heads (or an example), or two examples, at a time."""
+    """Four examples of 8 tokens and 4 heads, some tokens not there: two heads, or one or two examples, at a time."""
     structure = ModelStructure(
         num_layers=2,
         num_heads=4,

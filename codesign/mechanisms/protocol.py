@@ -383,7 +383,8 @@ class Hooks:
     `skips_zeros`: the block counts the density of weights.
     `head_knobs`: knobs whose first axis in a layer is the head, if that is all that ties `filter`, `on_probabilities` and
     `execution` to heads, so that they may see some heads at a time; None: they see all.
-    `splits_examples`: whether they may see some examples at a time all the same, if a plan holds nothing but notes `[B, H, ...]`.
+    `splits_examples`: whether they may see some examples at a time all the same, if a plan holds nothing but notes,
+    `[B, H, ...]`.
     """
 
     start: StartFn = no_carry
