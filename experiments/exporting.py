@@ -30,7 +30,7 @@ from codesign.hw.hardware_config import (
     IntegerPolicy,
     Scales,
 )
-from codesign.hw.operating_points import Setting, workload_from_fractions
+from codesign.hw.operating_points import Setting, closed_form_workload
 from codesign.hw.simulator import GemmShape, Simulation, simulate
 from codesign.hw.surrogate import SCOPES, cost
 from codesign.models.deploy import Deployment
@@ -112,7 +112,8 @@ def _expected(finished: FinishedRun) -> Expected:
     problem = finished.problem
     measured = measure(problem, finished.point, "validation")
     structure = problem.config.structure
-    workload = workload_from_fractions(model_shape(structure, structure.max_tokens), Setting())
+    shape = model_shape(structure, structure.max_tokens)
+    workload = closed_form_workload(problem.spec, shape, Setting())
     area_mm2 = cost(workload, problem.accelerator).area_mm2("end_to_end")
     attention, end_to_end = (
         ExpectedCost(

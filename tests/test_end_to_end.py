@@ -48,24 +48,23 @@ def folder(
     return path
 
 
-KINDS = {"text": "acceltran", "decoder": "energon"}
+KINDS = (("text", "acceltran"), ("decoder", "energon"), ("decoder", "sofa"))
 """Tasks on text, and the mechanism that each is trained with."""
-PRESETS = {"energon": "energon", "acceltran": "acceltran-edge"}
+PRESETS = {"energon": "energon", "acceltran": "acceltran-edge", "sofa": "sofa"}
 
 
-@pytest.fixture(scope="session", params=KINDS)
+@pytest.fixture(scope="session", params=KINDS, ids="-".join)
 def text_folder(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path]:
-    """A folder with a finished run on one's own text, and its export."""
-    kind = request.param
+) -> tuple[str, str, Path]:
+    """A task, a mechanism, and a folder with a finished run on one's own text, and its export."""
+    kind, mechanism = request.param
     path = tmp_path_factory.mktemp(kind)
     if kind == "text":
         tokenizer = tiny_experiment.write_tokenizer(path / "tokenizer.json")
         data = ("--data", tiny_experiment.write_reviews(path / "own.csv"), "--tokenizer", tokenizer)
     else:
         data = ("--data", tiny_experiment.write_plays(path / "plays"))
-    mechanism = KINDS[kind]
     machine = (
         *("--experiment.mechanism", mechanism),
         *("--experiment.preset", PRESETS[mechanism]),
@@ -81,7 +80,7 @@ def text_folder(
         assert call("export", path / "run", "--out", path / "export") == 0
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
-    return kind, path
+    return kind, mechanism, path
 
 
 def call(*arguments: str | Path) -> int:
@@ -286,9 +285,9 @@ def test_interrupted_run_resumes_to_the_same_metrics(
 
 
 def test_text_goes_from_the_users_file_to_a_verified_export(
-    text_folder: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+    text_folder: tuple[str, str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kind, folder = text_folder
+    kind, _, folder = text_folder
     result = json.loads((folder / "run" / "result.json").read_text())
     assert result["is_met"]
     assert result["budget"]["energy"]["reached"] == pytest.approx(
@@ -327,12 +326,12 @@ def test_text_goes_from_the_users_file_to_a_verified_export(
 
 
 def test_simulator_on_text(
-    text_folder: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+    text_folder: tuple[str, str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Padded and causal rows are counted alike; a machine that does not filter has no simulator, and says so."""
-    kind, folder = text_folder
+    _, mechanism, folder = text_folder
     command = ("simulate", folder / "run")
-    if KINDS[kind] == "acceltran":
+    if mechanism != "energon":
         assert "the row-by-row simulator needs" in refusal(capsys, *command)
     else:
         record = answer(capsys, *command, "--num-examples", str(NUM_VALIDATION))
