@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import FAST_COMPILE
 
 from codesign.gates import Relaxation
 from codesign.references.sofa import reference_segments
@@ -23,7 +24,10 @@ from codesign.segments import (
 KEYS = 37  # divided by no segment
 
 
-@jax.jit
+jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+
+
+@jit
 def hard(scores: Any, pairs: Any, share: Any, radius: Any, tile_bits: Any) -> Chosen:
     return hard_segments(scores, pairs, share, radius, tile_bits)
 
@@ -46,7 +50,7 @@ def soft(
     return soft_segments(scores, pairs, share, radius, tile_bits, relaxation)
 
 
-deployed = jax.jit(functools.partial(soft, straight_through=True))
+deployed = jit(functools.partial(soft, straight_through=True))
 
 
 def kept_of_row(
@@ -142,7 +146,7 @@ def test_soft_becomes_hard_as_the_temperature_falls() -> None:
     scores = jnp.asarray(rng.permuted(np.tile(np.arange(KEYS), (1, 2, 5, 1)), axis=-1), jnp.float32)
     pairs = jnp.ones((1, 1, 5, KEYS))
     share, radius = jnp.asarray([0.3, 0.55]), jnp.asarray([5.4, 1000.0])
-    chosen = jax.jit(
+    chosen = jit(
         lambda temperature: soft(scores, pairs, share, radius, jnp.asarray(3.0), temperature)
     )
     kept = hard(
@@ -168,12 +172,12 @@ def test_derivatives_match_finite_differences() -> None:
         slope = jnp.asarray(rng.normal(size=(2, 2, 3, KEYS)))
         point = (jnp.asarray([0.31, 0.62]), jnp.asarray([40.3, 90.7]), jnp.asarray(3.4))
 
-        @jax.jit
         def total(share: jax.Array, radius: jax.Array, bits: jax.Array) -> jax.Array:
             chosen = soft(scores, pairs, share, radius, bits, 0.2)
             return jnp.sum(slope * chosen.weights) + 0.3 * jnp.sum(slope * chosen.largest)
 
-        gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*point)
+        value = jit(total)
+        gradients = jit(jax.grad(total, argnums=(0, 1, 2)))(*point)
         for index, gradient in enumerate(gradients):
             flat = np.ravel(point[index])
             for place in range(flat.size):
@@ -183,7 +187,7 @@ def test_derivatives_match_finite_differences() -> None:
                 for sign in (1.0, -1.0):
                     moved = list(point)
                     moved[index] = jnp.reshape(flat + sign * step, np.shape(point[index]))
-                    sides.append(float(total(*moved)))
+                    sides.append(float(value(*moved)))
                 expected = (sides[0] - sides[1]) / 2e-6
                 assert float(np.ravel(gradient)[place]) == pytest.approx(expected, rel=1e-4)
                 assert expected != 0.0
@@ -203,7 +207,7 @@ def test_scores_have_the_derivatives_of_gates_and_thresholds() -> None:
                 slope * soft(scores, pairs, share, radius, jnp.asarray(4.0), 0.2).weights
             )
 
-        gradient = np.ravel(jax.jit(jax.grad(total))(scores))
+        gradient = np.ravel(jit(jax.grad(total))(scores))
     assert np.all(np.isfinite(gradient)) and np.max(np.abs(gradient)) > 0.0
     # A constant added to all scores of a row changes nothing.
     assert np.sum(gradient) == pytest.approx(0.0, abs=1e-9)
@@ -220,7 +224,7 @@ def test_straight_through_derivatives_are_those_of_the_soft_form() -> None:
         return jnp.sum(weights) + jnp.sum(chosen.cycles)
 
     hard_slopes, soft_slopes = (
-        jax.jit(jax.grad(lambda s, r, st=st: total(st, s, r), argnums=(0, 1)))(share, radius)
+        jit(jax.grad(lambda s, r, st=st: total(st, s, r), argnums=(0, 1)))(share, radius)
         for st in (True, False)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), hard_slopes, soft_slopes)
@@ -235,7 +239,7 @@ def test_the_width_of_a_place_has_the_difference_of_both_decisions() -> None:
         chosen = soft(values, pairs, share, radius, bits, straight_through=True)
         return jnp.sum(slope * chosen.weights) + jnp.sum(chosen.cycles)
 
-    both = jax.jit(jax.value_and_grad(total))
+    both = jit(jax.value_and_grad(total))
     low, high = (float(both(jnp.asarray(bits))[0]) for bits in (3.0, 4.0))
     for bits in (3.2, 3.7):
         value, gradient = both(jnp.asarray(bits))

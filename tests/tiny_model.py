@@ -333,7 +333,7 @@ def existing(model: Model) -> tuple[np.ndarray, np.ndarray]:
 def knob_slopes(model: Model, policy: Policy, mechanism: str) -> dict[str, np.ndarray]:
     """Derivatives of logits and of what attention costs to every knob of the layers, straight-through."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
     def gradient(policy: Policy) -> Policy:
         def total(policy: Policy) -> jax.Array:
             output = models.apply(
