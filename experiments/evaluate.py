@@ -290,8 +290,9 @@ def measure(
         for scope in SCOPES
     }
     kept, lengths = [], []
+    hooks = mechanism or problem.mechanism
     for chunk in hard_chunks(
-        deployed, examples, problem.accelerator, problem.buckets, mechanism=mechanism
+        deployed, examples, problem.accelerator, problem.buckets, mechanism=hooks
     ):
         where, valid = chunk.indices, chunk.inputs.get("valid")
         labels = examples.labels[where]

@@ -52,7 +52,13 @@ def traced_chunks(
 ) -> Iterator[HardChunk]:
     """Yields chunks of examples with everything the JAX hard path does on them."""
     return hard_chunks(
-        deployed, examples, problem.accelerator, problem.buckets, tracing=True, most=TRACE_CHUNK
+        deployed,
+        examples,
+        problem.accelerator,
+        problem.buckets,
+        mechanism=problem.mechanism,
+        tracing=True,
+        most=TRACE_CHUNK,
     )
 
 

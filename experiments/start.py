@@ -105,6 +105,7 @@ def calibration_run(problem: Problem, point: Point) -> CalibrationRun:
             problem.calibration_examples,
             problem.accelerator,
             problem.buckets,
+            mechanism=problem.mechanism,
         )
     )
     costs: dict[Scope, dict[Metric, float]] = {

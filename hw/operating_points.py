@@ -11,6 +11,9 @@ import numpy as np
 from codesign.errors import UnknownNameError
 from codesign.hw.quantities import Quantity
 from codesign.hw.spec import AcceleratorSpec
+from codesign.mechanisms.lapa import CODE_BITS, QUERY_CODE_BITS as SHORT_QUERY_CODE_BITS
+from codesign.mechanisms.on_demand import WEIGHT_CODE_BITS
+from codesign.mechanisms.sofa import QUERY_CODE_BITS, SCORE_BITS
 from codesign.segments import SORTER_INPUTS, SORTER_OUTPUTS
 from codesign.vocabulary import SITES
 from codesign.workload import (
@@ -221,19 +224,21 @@ def on_demand_workload(shape: ModelShape, setting: Setting, *, sorts: bool) -> W
         "query": dense.streams["query"],
         "output": dense.streams["output"],
     }
+    query_bits = QUERY_CODE_BITS if sorts else SHORT_QUERY_CODE_BITS
+    sorted_bits = SCORE_BITS + 1.0
     if setting.kept:
         predicted = float(queries * shape.width * head_dim)
         operations |= {
-            "predict.shift_add": operation(predicted, setting.activation_bits, 4.0),
-            "encode.encode": operation(queries * head_dim, qk_bits, 5.0),
+            "predict.shift_add": operation(predicted, setting.activation_bits, WEIGHT_CODE_BITS),
+            "encode.encode": operation(queries * head_dim, qk_bits, query_bits),
         }
         streams["tokens"] = stream([float(tokens)], setting.activation_bits, shape.width)
-        streams["weight_codes"] = stream(blocks, 4.0, shape.width)
+        streams["weight_codes"] = stream(blocks, WEIGHT_CODE_BITS, shape.width)
     if setting.kept and sorts:
         operations |= {
-            "filter0.shift_add": operation(pairs * head_dim, qk_bits, 5.0),
-            "select.compare": operation(cycles, 16.0, 16.0),
-            "threshold.compare": operation(setting.kept[0] * pairs, 16.0, 16.0),
+            "filter0.shift_add": operation(pairs * head_dim, qk_bits, query_bits),
+            "select.compare": operation(cycles, sorted_bits, sorted_bits),
+            "threshold.compare": operation(setting.kept[0] * pairs, sorted_bits, sorted_bits),
             "softmax.add": operation(kept * pairs + joins * (head_dim + 1), qk_bits, qk_bits),
             "softmax.compare": operation(joins, qk_bits, qk_bits),
             "softmax.multiply": operation(joins * (head_dim + 1), qk_bits, qk_bits),
@@ -244,9 +249,9 @@ def on_demand_workload(shape: ModelShape, setting: Setting, *, sorts: bool) -> W
         for index, (alive, plane) in enumerate(zip((1.0, *setting.kept), planes, strict=False)):
             scores = alive * pairs
             operations |= {
-                f"filter{index}.shift_add": operation(scores * head_dim, plane, 4.0),
-                f"filter{index}.statistic": operation(scores, 8.0, 8.0),
-                f"filter{index}.compare": operation(scores, 8.0, 8.0),
+                f"filter{index}.shift_add": operation(scores * head_dim, plane, query_bits),
+                f"filter{index}.statistic": operation(scores, CODE_BITS, CODE_BITS),
+                f"filter{index}.compare": operation(scores, CODE_BITS, CODE_BITS),
             }
     gemms = dict(dense.block_gemms)
     gemms["qkv"] = dataclasses.replace(gemms["qkv"], outer=heads * head_dim)

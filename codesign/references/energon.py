@@ -4,15 +4,18 @@ References:
   Zhou et al., "Energon", IEEE TCAD, arXiv 2110.09310. The integer threshold is ours.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
-import numpy.typing as npt
 
-from codesign.errors import ExportError
 from codesign.references.integers import Booleans, Integers, exact_matmul
-from codesign.references.protocol import Layer, LayerTensors, Reference, Shapes
+from codesign.references.protocol import (
+    Layer,
+    LayerTensors,
+    Reference,
+    Shapes,
+    check_rising_rounds,
+)
 from codesign.structure import ModelStructure
 
 THRESHOLD_OFF = -128
@@ -38,14 +41,6 @@ def tensor_shapes(structure: ModelStructure, batch_size: int, num_tokens: int) -
         *(structure.num_heads, num_tokens, num_tokens),
     )
     return {"scores": shape, "keep": shape}
-
-
-def check(structure: ModelStructure, layers: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Checks that there is a round and that keys gain bits from round to round; raises `ExportError`."""
-    if structure.num_rounds < 1:
-        raise ExportError("`num_rounds` must be at least 1 for `energon`, got 0")
-    if np.any(np.diff(np.asarray(layers["key_bits"], np.int64), axis=-1) < 1):
-        raise ExportError("array `layers/key_bits` must rise from round to round")
 
 
 def reference_filter(
@@ -127,6 +122,6 @@ energon = Reference(
         "query_bits": _FILTER_BITS,
         "key_bits": _FILTER_BITS,
     },
-    check=check,
+    check=check_rising_rounds,
     filter=filter_pairs,
 )

@@ -4,13 +4,10 @@ References:
   Wang et al., "LAPA", arXiv 2512.07855. Planes, the threshold and its codes are ours.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
-import numpy.typing as npt
 
-from codesign.errors import ExportError
 from codesign.references.integers import (
     Booleans,
     Integers,
@@ -19,7 +16,13 @@ from codesign.references.integers import (
     saturate,
 )
 from codesign.references.on_demand import predict_keys
-from codesign.references.protocol import Layer, LayerTensors, Reference, Shapes
+from codesign.references.protocol import (
+    Layer,
+    LayerTensors,
+    Reference,
+    Shapes,
+    check_rising_rounds,
+)
 from codesign.structure import ModelStructure
 
 ALPHA_OFF = 256  # code of a round that keeps all keys
@@ -42,14 +45,6 @@ def tensor_shapes(structure: ModelStructure, batch_size: int, num_tokens: int) -
         "scores": rounds,
         "keep": rounds,
     }
-
-
-def check(structure: ModelStructure, layers: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Checks that there is a round and that keys gain bits from round to round; raises `ExportError`."""
-    if structure.num_rounds < 1:
-        raise ExportError("`num_rounds` must be at least 1 for `lapa`, got 0")
-    if np.any(np.diff(np.asarray(layers["key_bits"], np.int64), axis=-1) < 1):
-        raise ExportError("array `layers/key_bits` must rise from round to round")
 
 
 def top_code(values: Integers, bits: int) -> Integers:
@@ -123,7 +118,7 @@ lapa = Reference(
     tensor_shapes=tensor_shapes,
     decision_tensors=("keep",),
     ranges={"threshold": (0, ALPHA_OFF), "key_bits": (2, _CODE_BITS)},
-    check=check,
+    check=check_rising_rounds,
     plan=predict_keys,
     filter=filter_pairs,
 )

@@ -39,6 +39,14 @@ def check_no_rounds(structure: ModelStructure, layers: Mapping[str, npt.NDArray[
         )
 
 
+def check_rising_rounds(structure: ModelStructure, layers: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Checks that there is a round and that keys gain bits from round to round; raises `ExportError`."""
+    if structure.num_rounds < 1:
+        raise ExportError(f"`num_rounds` must be at least 1 for `{structure.mechanism}`, got 0")
+    if np.any(np.diff(np.asarray(layers["key_bits"], np.int64), axis=-1) < 1):
+        raise ExportError("array `layers/key_bits` must rise from round to round")
+
+
 def plan_nothing(structure: ModelStructure, layer: Layer, inputs: Integers) -> LayerTensors:
     """Predicts nothing."""
     del structure, layer, inputs
