@@ -136,6 +136,11 @@ class Structure:
     memory_overlaps: bool
     fills_and_drains: bool
 
+    @property
+    def moves_tiles(self) -> bool:
+        """Whether lanes take a query each, so that tiles of keys move through the stages rather than rows."""
+        return any(unit.rule == "blocks" for unit in self.units)
+
     def unit_of(self, key: str) -> UnitStructure:
         """Returns the unit that executes an operation.
 

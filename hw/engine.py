@@ -81,6 +81,9 @@ def unit_cycles(
     unit: UnitStructure, workload: Workload, sizes: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """Returns the cycles a unit works on a layer's attention; empty where the workload feeds it nothing."""
+    if unit.rule != "rows":
+        by_head = head_cycles(unit, workload, sizes)
+        return {name: jnp.sum(value, axis=2) for name, value in by_head.items()}
     steps_per_key = ceil(workload.head_dim / sizes[f"{unit.name}.width"]) if unit.has_width else 1.0
     cycles: dict[str, jax.Array] = {}
     queries = None
@@ -88,21 +91,32 @@ def unit_cycles(
         if not matches(key, unit.paces):
             continue
         repeats = passes(operation.bits_a[..., 0], operation.bits_b[..., 0], unit)
-        if unit.rule != "rows":
-            count = operation.count
-            if unit.rule == "blocks":
-                count = count * _filled(workload, lanes_of(unit, sizes))
-            count = jnp.sum(count, axis=2)
-            parts = flat_cycles(unit, count, density_of(key, unit, workload), sizes)
-            for name, value in parts.items():
-                add_to(cycles, name, value * repeats)
-            continue
         rows = workload.rows[key.partition(".")[0] if unit.rows == "filter*" else str(unit.rows)]
         steps = steps_of_rows(rows, lanes_of(unit, sizes))
         add_to(cycles, unit.name, steps * (repeats * steps_per_key / unit.per_lane))
         queries = jnp.sum(rows.queries, axis=2)
     if queries is not None and unit.overhead_cycles:
         add_to(cycles, unit.name, queries * unit.overhead_cycles)
+    return cycles
+
+
+def head_cycles(
+    unit: UnitStructure, workload: Workload, sizes: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Returns the cycles a unit of rule `flat` or `blocks` works on each head, `[B, L, H]`; empty if on none."""
+    cycles: dict[str, jax.Array] = {}
+    for key, operation in workload.operations.items():
+        if not matches(key, unit.paces):
+            continue
+        count = operation.count
+        if unit.rule == "blocks":
+            count = count * _filled(workload, lanes_of(unit, sizes))
+        repeats = passes(operation.bits_a, operation.bits_b, unit)
+        density = density_of(key, unit, workload)
+        if not isinstance(density, float):
+            density = density[..., None]
+        for name, value in flat_cycles(unit, count, density, sizes).items():
+            add_to(cycles, name, value * repeats)
     return cycles
 
 

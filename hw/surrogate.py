@@ -12,7 +12,7 @@ from flax import struct
 
 from codesign import gates
 from codesign.errors import UnknownNameError
-from codesign.hw.accelerator import Accelerator, Structure
+from codesign.hw.accelerator import Accelerator
 from codesign.hw.engine import (
     EngineCost,
     add_element_energy,
@@ -24,6 +24,7 @@ from codesign.hw.engine import (
 )
 from codesign.hw.host import HostCost, Maximum, host_cost, host_mm2
 from codesign.hw.linear import block_work, end_cost
+from codesign.hw.tiles import tile_fill
 from codesign.hw.traffic import add_transfers, attention_writes, spilled_bytes, stream_bytes
 from codesign.vocabulary import LINEAR_SITES
 from codesign.workload import Gemm, Workload
@@ -175,14 +176,14 @@ def cost(
     structure = accelerator.structure
     attention, generation = split_generation(workload)
     busy, energy = _units_work(attention, accelerator)
-    queries = jnp.maximum(jnp.sum(workload.rows["attention"].queries, axis=2), 1.0)
     nothing = jnp.zeros((1, 1))
     block_own = EngineCost(cycles=nothing, busy_cycles={}, energy_pj={})
     end_own = EngineCost(cycles=nothing[:, :0], busy_cycles={}, energy_pj={})
     if structure.storage is None:
         add_transfers(busy, energy, {"dram": stream_bytes(attention, accelerator)}, accelerator)
         add_element_energy(energy, busy, accelerator)
-        attention_cycles = _layer_cycles(busy, queries, structure, maximum)
+        latency = functools.partial(_layer_cycles, accelerator=accelerator, maximum=maximum)
+        attention_cycles = latency(busy, attention)
         if generation is not None:
             own_busy, own_energy = _units_work(generation, accelerator)
             moved = stream_bytes(generation, accelerator)
@@ -190,9 +191,10 @@ def cost(
             together = dict(busy)
             for name, value in own_busy.items():
                 add_to(together, name, value)
-            cycles = _layer_cycles(together, queries, structure, maximum)
             block_own = EngineCost(
-                cycles=cycles - attention_cycles, busy_cycles=own_busy, energy_pj=own_energy
+                cycles=latency(together, workload) - attention_cycles,
+                busy_cycles=own_busy,
+                energy_pj=own_energy,
             )
     else:
         written = attention_writes(workload, accelerator)
@@ -204,12 +206,13 @@ def cost(
             add_to(transfers, structure.storage.masks, written.masks)
         add_transfers(busy, energy, transfers, accelerator)
         add_element_energy(energy, busy, accelerator)
-        attention_cycles = _layer_cycles(busy, queries, structure, maximum)
+        latency = functools.partial(_layer_cycles, accelerator=accelerator, maximum=maximum)
+        attention_cycles = latency(busy, workload)
         linear = block_work(workload, accelerator, written)
         together = dict(busy)
         for name, value in linear.busy_cycles.items():
             add_to(together, name, value)
-        cycles = _layer_cycles(together, queries, structure, maximum)
+        cycles = latency(together, workload)
         if structure.memory_overlaps and structure.fills_and_drains:
             # Nothing computes before the first weights are there.
             is_first = (jnp.arange(cycles.shape[1]) == 0).astype(cycles.dtype)
@@ -274,16 +277,17 @@ def _units_work(
 
 
 def _layer_cycles(
-    busy: dict[str, jax.Array], queries: jax.Array, structure: Structure, maximum: Maximum
+    busy: dict[str, jax.Array], workload: Workload, accelerator: Accelerator, maximum: Maximum
 ) -> jax.Array:
     """Returns the latency of a layer, `[B, L]`: stages overlap, units inside a stage are chained.
 
     Args:
       busy: Time by unit and memory, `[B, L]`.
-      queries: Rows that move through the stages, `[B, L]`.
-      structure: Stages and what overlaps.
+      workload: What they work on.
+      accelerator: The machine.
       maximum: Combines times that overlap.
     """
+    structure = accelerator.structure
     resources = {unit.name: unit.resources for unit in structure.units}
     in_stages = [
         [name for unit in stage for name in resources[unit] if name in busy]
@@ -296,10 +300,13 @@ def _layer_cycles(
         cycles = maximum([*stages, *memories])
     else:
         cycles = functools.reduce(jnp.add, memories, maximum(stages))
-    if structure.fills_and_drains:
-        groups = jnp.maximum(queries / structure.rows_at_once, 1.0)
-        cycles = cycles + functools.reduce(jnp.add, stages) / groups + structure.drain_cycles
-    return cycles
+    if not structure.fills_and_drains:
+        return cycles
+    if structure.moves_tiles:
+        return cycles + tile_fill(workload, accelerator) + structure.drain_cycles
+    queries = jnp.maximum(jnp.sum(workload.rows["attention"].queries, axis=2), 1.0)
+    groups = jnp.maximum(queries / structure.rows_at_once, 1.0)
+    return cycles + functools.reduce(jnp.add, stages) / groups + structure.drain_cycles
 
 
 def _gemm_cost(gemms: dict[str, Gemm], accelerator: Accelerator, maximum: Maximum) -> HostCost:

@@ -129,6 +129,45 @@ def test_rows_fill_up_the_lanes_of_a_block() -> None:
 
 
 @BOTH
+def test_the_fill_is_a_head_through_the_other_stages(name: str) -> None:
+    """Equal heads of one tile take the slowest stage and a head's share of the others; more tiles, less."""
+    spec = load_preset(name)
+    machine = accelerator_from_spec(spec)
+    fast = machine.replace(sizes=machine.sizes | {"dram.bytes_per_cycle": jnp.asarray(1e9)})
+    setting = published_setting(spec)
+    for tokens in (128, 256):
+        workload = closed_form_workload(spec, dataclasses.replace(BERT, num_tokens=tokens), setting)
+        price = cost(workload, fast)
+        busy = {unit: float(cycles[0]) for unit, cycles in price.busy_by_unit("attention").items()}
+        stages = [
+            max(busy[unit] for unit in stage if unit in busy)
+            for stage in spec.pipeline.stages
+            if any(unit in busy for unit in stage)
+        ]
+        slowest = max(stages)
+        fill = float(price.latency_cycles("attention")[0]) - slowest
+        one_head = (sum(stages) - slowest) / 12
+        if tokens == 128:
+            assert fill == pytest.approx(one_head, rel=1e-4)
+        else:
+            # The first of four tiles, with all that its keys need, or (LAPA) the first of two blocks of rows.
+            assert one_head / 4 < fill < 0.76 * one_head
+
+
+def test_the_first_head_waits_for_tokens_and_the_last_output_for_its_end() -> None:
+    spec = load_preset("sofa")
+    machine = accelerator_from_spec(spec)
+    slow = machine.replace(sizes=machine.sizes | {"dram.bytes_per_cycle": jnp.asarray(1e-3)})
+    shape = dataclasses.replace(BERT, num_tokens=128)
+    price = cost(closed_form_workload(spec, shape, published_setting(spec)), slow)
+    busy = {unit: float(cycles[0]) for unit, cycles in price.busy_by_unit("attention").items()}
+    # Main memory binds: behind its last load the last head's sorting and attention remain; prediction does too.
+    behind = sum(busy[unit] for unit in ("dlzs", "sads", "su_fa")) / 12
+    latency = float(price.latency_cycles("attention")[0])
+    assert busy["dram"] < latency < busy["dram"] + 1.01 * behind
+
+
+@BOTH
 def test_sizes_have_gradients(name: str) -> None:
     spec = load_preset(name)
     with jax.enable_x64(True):
