@@ -49,9 +49,9 @@ def leading_one_operand(y: jax.Array) -> jax.Array:
 
 
 def hybrid_log(y: jax.Array) -> jax.Array:
-    """Returns the number nearest to y among 0, powers of two and three times powers of two, as a unit finds it from few bits.
+    """Returns a number near y among 0, powers of two and three times powers of two, found from few of its bits.
 
-    With f = |y| / 2^floor(log2 |y|) - 1: 2^e below 1/4, 1.5 times that below 3/4, 2^(e+1) from there on. Integers give integers.
+    With e = floor(log2 |y|) and f = |y| / 2^e - 1: 2^e for f below 1/4, 1.5 times that below 3/4, 2^(e+1) from there on.
 
     Args:
       y: Integers, or normal floating-point numbers, any shape.
@@ -60,8 +60,8 @@ def hybrid_log(y: jax.Array) -> jax.Array:
       The same shape and dtype; odd, idempotent, never decreasing; off by at most a fifth (at 5).
 
     References:
-      HybridLog of ESACT (arXiv 2512.02403): the levels are the paper's, the rule of rounding, which needs the leading one and
-      two bits behind it, is a reconstruction.
+      HybridLog of ESACT (arXiv 2512.02403): the levels are the paper's, the rule of rounding, which needs the leading one
+      and two bits behind it, is a reconstruction.
     """
     if jnp.issubdtype(y.dtype, jnp.integer):
         # A quarter of the leading one carries where rounding goes up; two bits of what is left stay.
@@ -77,5 +77,5 @@ def hybrid_log(y: jax.Array) -> jax.Array:
 
 
 def hybrid_log_operand(y: jax.Array) -> jax.Array:
-    """Returns `hybrid_log(y)`, differentiable: the derivative is 1 (true: 0 almost everywhere; mean of the ratio: 0.995)."""
+    """Returns `hybrid_log(y)`, differentiable: the derivative is 1 (true: 0 almost everywhere; mean ratio: 0.995)."""
     return gates.straight_through(hybrid_log(gates.detach(y)), y)

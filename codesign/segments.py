@@ -1,6 +1,6 @@
-"""Top-k inside segments of a row of keys, ties to the lowest index: hard, and with the derivatives of a soft threshold.
+"""Top-k of a row of keys or of its segments, ties to the lowest index: hard, and with the derivatives of a soft threshold.
 
-A segment is a run of `2^tile_bits` neighbouring keys. Its k-th largest score is found by bisection, never by sorting: on a
+A segment is a run of `2^tile_bits` neighbouring keys. A k-th largest score is found by bisection, never by sorting: on a
 processor a sort takes seven times as long. Scores are whole numbers; every score gets its place as low bits, so that no two
 of a segment are equal.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 
 from codesign import gates
-from codesign.backward import row_products
+from codesign.backward import kept, row_products
 from codesign.gates import Relaxation
 from codesign.policy import bits_range
 
@@ -27,7 +27,8 @@ RADIUS_OFF = 2 * SCORE_LIMIT + 1
 """Radius that clips nothing: no two scores are as far apart."""
 SORTER_INPUTS, SORTER_OUTPUTS = 12, 4
 """New scores and winners of a cycle of a 16-to-4 sorting network (arXiv 2407.10416: the other 4 inputs are its winners)."""
-_SCORE_BITS = 16
+SEGMENT_SCORE_BITS = 16
+"""Bits of a score that enters the sorter of segments, sign included."""
 
 
 @struct.dataclass
@@ -63,9 +64,8 @@ class _Cut:
     kth: jax.Array
 
 
-def _split(x: jax.Array, tile_bits: int) -> jax.Array:
-    """Returns `[..., S]` as segments `[..., G, 2^tile_bits]`, padded with zeros."""
-    length = 2**tile_bits
+def _split(x: jax.Array, length: int) -> jax.Array:
+    """Returns `[..., S]` as segments `[..., G, length]`, padded with zeros."""
     missing = -x.shape[-1] % length
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
     return jnp.reshape(padded, (*x.shape[:-1], -1, length))
@@ -76,39 +76,42 @@ def _joined(x: jax.Array, num_keys: int) -> jax.Array:
     return jnp.reshape(x, (*x.shape[:-2], -1))[..., :num_keys]
 
 
-def _cut(scores: jax.Array, pairs: jax.Array, share: jax.Array, tile_bits: int) -> _Cut:
+def _cut(
+    scores: jax.Array, pairs: jax.Array, share: jax.Array, length: int, score_bits: int
+) -> _Cut:
     """Returns the segments of scores `[B, H, T, S]`; `share` are the kept shares in 1/1024, int32 `[H]`."""
-    length = 2**tile_bits
-    apart = _split(scores.astype(jnp.int32), tile_bits)
-    exists = _split(pairs > 0.5, tile_bits)
+    apart = _split(scores.astype(jnp.int32), length)
+    exists = _split(pairs > 0.5, length)
     place = length - 1 - jnp.arange(length, dtype=jnp.int32)
-    lowest = -(2 ** (_SCORE_BITS - 1 + tile_bits))
+    bound = 2 ** (score_bits - 1) * length
+    assert bound < 2**31, "scores with their places do not fit 32 bits"
+    lowest = -bound
     ranked = jnp.where(exists, apart * length + place[None, None, None, None, :], lowest - 1)
     sizes = jnp.sum(exists, axis=-1, keepdims=True, dtype=jnp.int32)
     wanted = share.astype(jnp.int32)[None, :, None, None, None] * sizes
     number = (wanted + (SHARE_ONE - 1)) // SHARE_ONE
-    return _Cut(apart, exists, ranked, sizes, number, _kth(ranked, number, tile_bits))
+    return _Cut(apart, exists, ranked, sizes, number, kept(_kth(ranked, number, bound)))
 
 
-def _kth(ranked: jax.Array, number: jax.Array, tile_bits: int) -> jax.Array:
+def _kth(ranked: jax.Array, number: jax.Array, bound: int) -> jax.Array:
     """Returns the `number`-th largest of each segment, `[..., G, 1]`; below all keys where `number` is 0."""
-    bound = 2 ** (_SCORE_BITS - 1 + tile_bits)
     low = jnp.full(number.shape, -bound, jnp.int32)
 
     def halve(_: int, limits: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = limits
-        middle = jnp.right_shift(low + high, 1)
+        # The floor of their mean, without leaving 32 bits.
+        middle = jnp.bitwise_and(low, high) + jnp.right_shift(jnp.bitwise_xor(low, high), 1)
         above = jnp.sum(ranked >= middle, axis=-1, keepdims=True, dtype=jnp.int32)
         has_enough = above >= number
         return jnp.where(has_enough, middle, low), jnp.where(has_enough, high, middle)
 
-    least: jax.Array = jax.lax.fori_loop(0, _SCORE_BITS + tile_bits, halve, (low, -low))[0]
+    least: jax.Array = jax.lax.fori_loop(0, (2 * bound - 1).bit_length(), halve, (low, -low))[0]
     return least
 
 
 def _hard(cut: _Cut, radius: jax.Array, num_keys: int) -> Chosen:
     """Returns the decisions of one segmentation; `radius` is int32 `[H]`."""
-    largest = cut.exists & (cut.ranked >= cut.kth)
+    largest = _largest(cut)
     top = jnp.max(jnp.where(cut.exists, cut.scores, -SCORE_LIMIT), axis=-1, keepdims=True)
     near = cut.scores >= top - radius.astype(jnp.int32)[None, :, None, None, None]
     inputs = -(-cut.sizes // SORTER_INPUTS)
@@ -151,7 +154,9 @@ def hard_segments(
     """
 
     def at(bits: int) -> Chosen:
-        return _hard(_cut(scores, pairs, share, bits), radius, scores.shape[-1])
+        return _hard(
+            _cut(scores, pairs, share, 2**bits, SEGMENT_SCORE_BITS), radius, scores.shape[-1]
+        )
 
     chosen: Chosen = _by_tile(at, tile_bits)
     return chosen
@@ -185,18 +190,15 @@ def soft_segments(
     num_keys, dtype = scores.shape[-1], scores.dtype
     low_limit, high_limit = bits_range("tile_bits")
     low = jnp.clip(jnp.floor(gates.detach(tile_bits)), low_limit, high_limit - 1.0)
-    stored = jnp.clip(jnp.ceil(gates.detach(share) * SHARE_ONE), 1, SHARE_ONE).astype(jnp.int32)
+    stored = _stored(share)
     whole_radius = jnp.round(gates.detach(radius)).astype(jnp.int32)
     whole = gates.detach(scores)
-    total = jnp.maximum(jnp.sum(pairs, axis=-1, keepdims=True), 1.0)
-    mean = row_products(pairs, whole) / total
-    variance = row_products(pairs, jnp.square(whole - mean)) / total
-    spread = gates.gate_width(jnp.sqrt(variance))
+    spread = _spread(whole, pairs)
 
     def relaxed(bits: int) -> Chosen:
-        cut = _cut(whole, pairs, stored, bits)
+        cut = _cut(whole, pairs, stored, 2**bits, SEGMENT_SCORE_BITS)
         soft = _soft(
-            cut, _split(scores, bits), share, radius, relaxation.temperature, spread, num_keys
+            cut, _split(scores, 2**bits), share, radius, relaxation.temperature, spread, num_keys
         )
         if not relaxation.straight_through:
             return soft
@@ -205,7 +207,7 @@ def soft_segments(
         return both
 
     def decided(bits: int) -> Chosen:
-        cut = _cut(whole, pairs, stored, bits)
+        cut = _cut(whole, pairs, stored, 2**bits, SEGMENT_SCORE_BITS)
         chosen = _hard(cut, whole_radius, num_keys)
         typed: Chosen = jax.tree.map(lambda leaf: leaf.astype(dtype), chosen)
         return typed
@@ -229,6 +231,45 @@ def soft_segments(
     return mixed
 
 
+def hard_top(scores: jax.Array, pairs: jax.Array, share: jax.Array, score_bits: int) -> jax.Array:
+    """Returns which keys of a row are kept, booleans: of its n keys the `ceil(share n / 1024)` largest, first ones first.
+
+    Args:
+      scores: Whole numbers of `score_bits` bits, sign included; with their places they must fit 32 bits, `[B, H, T, S]`.
+      pairs: 1 for pairs that exist, `[B, 1, T, S]`.
+      share: Kept share in 1/1024, 1 to 1024, integers `[H]`.
+      score_bits: See `scores`.
+    """
+    num_keys = scores.shape[-1]
+    cut = _cut(scores, pairs, share, num_keys, score_bits)
+    return _joined(_largest(cut), num_keys)
+
+
+def soft_top(
+    scores: jax.Array,
+    pairs: jax.Array,
+    share: jax.Array,
+    score_bits: int,
+    relaxation: Relaxation,
+) -> jax.Array:
+    """Returns which keys of a row are kept as weights: the first gate of `soft_segments` over whole rows, `[B, H, T, S]`.
+
+    Args:
+      scores: As for `hard_top`, in floating point.
+      pairs: 1 for pairs that exist, `[B, 1, T, S]`.
+      share: Kept share in (0, 1], `[H]`.
+      score_bits: As for `hard_top`.
+      relaxation: Temperature, and which forward value.
+    """
+    num_keys, whole = scores.shape[-1], gates.detach(scores)
+    cut = _cut(whole, pairs, _stored(share), num_keys, score_bits)
+    scale = relaxation.temperature * _spread(whole, pairs)[..., None]
+    soft = _gate(cut, _split(scores, num_keys), share, scale, _spread(whole, pairs)[..., None])
+    if relaxation.straight_through:
+        soft = gates.straight_through(_largest(cut), soft)
+    return _joined(soft, num_keys)
+
+
 def _soft(
     cut: _Cut,
     scores: jax.Array,
@@ -240,9 +281,38 @@ def _soft(
 ) -> Chosen:
     """Returns the weights of one segmentation; `cut` is constant, `scores` `[B, H, T, G, b]` are what is differentiated."""
     apart = spread[..., None]
+    scale = temperature * apart
+    largest = _gate(cut, scores, share, scale, apart)
+    big = np.iinfo(np.int32).max
+    best = jnp.max(jnp.where(cut.exists, cut.ranked, -big), axis=-1, keepdims=True)
+    floor = _score_at(cut, scores, best) - radius[_BY_HEAD]
+    near = jax.nn.sigmoid((scores - floor) / scale)
+    wanted = share[_BY_HEAD] * cut.sizes.astype(scores.dtype)
+    inputs = -(-cut.sizes // SORTER_INPUTS)
+    passes = gates.straight_through(
+        jnp.ceil(jnp.ceil(wanted) / SORTER_OUTPUTS), wanted / SORTER_OUTPUTS
+    )
+    return Chosen(
+        largest=_joined(largest, num_keys),
+        weights=_joined(largest * near, num_keys),
+        cycles=jnp.sum(inputs.astype(scores.dtype) * passes, axis=(-2, -1)),
+        segments=jnp.sum((cut.sizes > 0).astype(scores.dtype), axis=(-2, -1)),
+    )
+
+
+_BY_HEAD = (None, slice(None), None, None, None)
+"""Index of `[H]` against segments."""
+
+
+def _gate(
+    cut: _Cut, scores: jax.Array, share: jax.Array, scale: jax.Array, apart: jax.Array
+) -> jax.Array:
+    """Returns the gate round the quantile `share` of a segment, `[B, H, T, G, b]`, of width `scale`.
+
+    Scores of a row lie `apart`: `[B, H, T, 1, 1]`, as `scale`.
+    """
     sizes = cut.sizes.astype(scores.dtype)
-    by_head = (None, slice(None), None, None, None)
-    wanted = share[by_head] * sizes
+    wanted = share[_BY_HEAD] * sizes
     half_step = 0.5 / SHARE_ONE * sizes
     place = jnp.maximum(wanted - half_step, 0.0)
     first = jnp.floor(gates.detach(place))
@@ -261,22 +331,26 @@ def _soft(
     has_lower = first + 1.0 < sizes
     # Below the last key the threshold goes on falling, by the spread of the row.
     theta = upper + fraction * jnp.where(has_lower, lower - upper, -apart)
-    best = jnp.max(jnp.where(cut.exists, cut.ranked, -big), axis=-1, keepdims=True)
-    floor = _score_at(cut, scores, best) - radius[by_head]
-    exists = cut.exists.astype(scores.dtype)
-    scale = temperature * apart
-    largest = exists * jax.nn.sigmoid((scores - theta) / scale)
-    near = jax.nn.sigmoid((scores - floor) / scale)
-    inputs = -(-cut.sizes // SORTER_INPUTS)
-    passes = gates.straight_through(
-        jnp.ceil(jnp.ceil(wanted) / SORTER_OUTPUTS), wanted / SORTER_OUTPUTS
-    )
-    return Chosen(
-        largest=_joined(largest, num_keys),
-        weights=_joined(largest * near, num_keys),
-        cycles=jnp.sum(inputs.astype(scores.dtype) * passes, axis=(-2, -1)),
-        segments=jnp.sum((cut.sizes > 0).astype(scores.dtype), axis=(-2, -1)),
-    )
+    return cut.exists.astype(scores.dtype) * jax.nn.sigmoid((scores - theta) / scale)
+
+
+def _stored(share: jax.Array) -> jax.Array:
+    """Returns the least kept share in 1/1024 that is at least `share`, 1 to 1024, int32."""
+    units = jnp.ceil(gates.detach(share) * SHARE_ONE)
+    return jnp.clip(units, 1, SHARE_ONE).astype(jnp.int32)
+
+
+def _spread(scores: jax.Array, pairs: jax.Array) -> jax.Array:
+    """Returns the standard deviation of a row's scores, `[B, H, T, 1]`, above 0."""
+    total = jnp.maximum(jnp.sum(pairs, axis=-1, keepdims=True), 1.0)
+    mean = row_products(pairs, scores) / total
+    variance = row_products(pairs, jnp.square(scores - mean)) / total
+    return gates.gate_width(jnp.sqrt(variance))
+
+
+def _largest(cut: _Cut) -> jax.Array:
+    """Returns the largest of each segment, booleans `[B, H, T, G, b]`."""
+    return cut.exists & (cut.ranked >= cut.kth)
 
 
 def _score_at(cut: _Cut, scores: jax.Array, ranked: jax.Array) -> jax.Array:

@@ -28,8 +28,12 @@ STAGES = (
     "pv",  # probabilities times values
     "output",  # final scaling of a row
     "index",  # lists of kept keys
+    "fetch",  # rows read from a memory on chip
     "copy",  # reuse of a row's result
+    "ffn",  # reuse of a feed-forward row
 )
+LINEAR_STAGES = ("generate", "ffn")
+"""Stages that belong to the linear layers and count end to end only, as do streams named `<stage>_...`."""
 KINDS = (
     "mac",
     "shift_add",
@@ -43,6 +47,7 @@ KINDS = (
     "multiply",
     "encode",
     "bits",  # bits written and read again
+    "bytes",  # bytes written or read
 )
 
 ATTENTION_OPERATIONS = (
@@ -89,6 +94,22 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
         "softmax.exp",
         "pv.mac",
         "output.divide",
+    ),
+    "esact": (
+        "encode.encode",
+        "predict.shift_add",
+        "filter0.shift_add",
+        "select.compare",
+        "similarity.add",
+        "generate.mac",
+        "generate.bytes",
+        "fetch.bytes",
+        "qk.mac",
+        "softmax.exp",
+        "pv.mac",
+        "output.divide",
+        "copy.bytes",
+        "ffn.bytes",
     ),
 }
 """Operations that a mechanism feeds to its machine; `*` stands for a round's number."""

@@ -11,7 +11,7 @@ import numpy as np
 from codesign.experiments.bench_sizes import BenchSizes
 from codesign.experiments.timing import Record, interleaved_seconds, rate_record
 from codesign.hw.accelerator import Accelerator, accelerator_from_spec
-from codesign.hw.operating_points import ModelShape, Setting, workload_from_fractions
+from codesign.hw.closed_form import ModelShape, Setting, workload_from_fractions
 from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import cost
 from codesign.workload import Workload

@@ -34,7 +34,8 @@ from codesign.experiments.timing import (
     rate_record,
 )
 from codesign.hw.accelerator import Accelerator, accelerator_from_spec
-from codesign.hw.operating_points import published_setting, workload_from_fractions
+from codesign.hw.closed_form import workload_from_fractions
+from codesign.hw.operating_points import published_setting
 from codesign.hw.spec import load_preset
 from codesign.structure import ModelStructure
 from codesign.vocabulary import BLOCK_SITES

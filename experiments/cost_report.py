@@ -13,7 +13,8 @@ from codesign.experiments.model_choice import choose_model, model_shape
 from codesign.experiments.tables import print_json, print_table
 from codesign.experiments.tasks import load_task
 from codesign.hw.accelerator import accelerator_from_spec
-from codesign.hw.operating_points import ModelShape, operating_points
+from codesign.hw.closed_form import ModelShape
+from codesign.hw.operating_points import operating_points
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.surrogate import SCOPES, Cost, Scope, cost
 from codesign.structure import TokenInput

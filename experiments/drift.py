@@ -67,7 +67,7 @@ def _soft_step(
     )
     scale = mechanism.thresholds
     kept = jnp.ones((1,)) if scale is None else scale.kept(output.workload)
-    return output.logits, jnp.mean(kept[..., -1] if mechanism.has_rounds else kept)
+    return output.logits, jnp.mean(kept if scale is None else scale.of_pairs(kept))
 
 
 def drift(problem: Problem, point: Point, hard: Measurement) -> dict[str, float]:

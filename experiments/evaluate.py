@@ -53,7 +53,7 @@ class Measurement:
       kl_nats: Divergence of the outputs from those of the dense float model, per token of a decoder, `[N]`.
       costs: `costs[scope][metric]` per example, `[N]`: energy in pJ, latency in cycles.
       kept: Kept fractions by entry of the mechanism's thresholds, `[L, ...]`; `[L, 1]` ones if it has none.
-      has_rounds: Whether the entries are rounds, of which the last says what is kept in the end.
+      kept_pairs: Those of them that are fractions of pairs; None: all.
     """
 
     quality_name: QualityName
@@ -61,11 +61,11 @@ class Measurement:
     kl_nats: NDArray[np.float64]
     costs: dict[Scope, dict[Metric, NDArray[np.float64]]]
     kept: NDArray[np.float64]
-    has_rounds: bool = False
+    kept_pairs: NDArray[np.float64] | None = None
 
     def kept_fraction(self) -> float:
-        """Returns the mean kept fraction, after the last round if there are rounds."""
-        return float(np.mean(self.kept[..., -1] if self.has_rounds else self.kept))
+        """Returns the mean kept fraction: of pairs, where the mechanism keeps pairs."""
+        return float(np.mean(self.kept if self.kept_pairs is None else self.kept_pairs))
 
     def mean_cost(self, metric: Metric, scope: Scope) -> float:
         """Returns the mean cost per example, pJ or cycles."""
@@ -306,13 +306,14 @@ def measure(
                 costs[scope][metric][where] = values
         kept.append(chunk.kept)
         lengths.append(len(where))
+    scale, fractions = hooks.thresholds, np.average(kept, axis=0, weights=lengths)
     return Measurement(
         quality_name=problem.task.quality_name,
         quality=qualities,
         kl_nats=divergences,
         costs=costs,
-        kept=np.average(kept, axis=0, weights=lengths),
-        has_rounds=(mechanism or problem.mechanism).has_rounds,
+        kept=fractions,
+        kept_pairs=None if scale is None else scale.of_pairs(fractions),
     )
 
 

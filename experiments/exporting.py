@@ -16,6 +16,7 @@ from codesign.experiments.finished import FinishedRun
 from codesign.experiments.model_choice import model_shape
 from codesign.experiments.problem import Problem
 from codesign.hw import emulator
+from codesign.hw.closed_form import Setting
 from codesign.hw.export import (
     Difference,
     Export,
@@ -30,7 +31,7 @@ from codesign.hw.hardware_config import (
     IntegerPolicy,
     Scales,
 )
-from codesign.hw.operating_points import Setting, closed_form_workload
+from codesign.hw.operating_points import closed_form_workload
 from codesign.hw.simulator import GemmShape, Simulation, simulate
 from codesign.hw.surrogate import SCOPES, cost
 from codesign.models.deploy import Deployment

@@ -11,7 +11,7 @@ from codesign.experiments.checkpoints import check_images, check_text, load_chec
 from codesign.experiments.configs import Experiment, ModelSettings
 from codesign.experiments.data import ImageInput, Task
 from codesign.experiments.text import check_same_tokens
-from codesign.hw.operating_points import ModelShape
+from codesign.hw.closed_form import ModelShape
 from codesign.models.config import ModelConfig
 from codesign.models.parameters import init_params
 from codesign.structure import ModelStructure, PatchInput, TokenInput

@@ -5,7 +5,7 @@ import numpy as np
 
 from codesign.experiments.evaluate import Point
 from codesign.experiments.start import ranges_of, with_threshold
-from codesign.mechanisms.protocol import ThresholdScale
+from codesign.mechanisms.threshold_scale import ThresholdScale
 from codesign.policy import ATTENTION_BITS, Policy, bits_range, deployed_bits, group, project
 
 FILTER_WIDTHS = ("query_bits", "key_bits")

@@ -10,7 +10,8 @@ from codesign.experiments.dense_cost import DenseCost, least_cost
 from codesign.experiments.evaluate import metrics_of
 from codesign.experiments.model_choice import model_shape
 from codesign.experiments.problem import Problem
-from codesign.hw.operating_points import Setting, cheapest_setting, closed_form_workload
+from codesign.hw.closed_form import Setting
+from codesign.hw.operating_points import cheapest_setting, closed_form_workload
 from codesign.hw.surrogate import cost
 
 
@@ -25,15 +26,15 @@ def cheapest_ratio(problem: Problem, scope: Scope) -> dict[Metric, float]:
         )
     )
     ratios: dict[Metric, float] = {metric: least[metric] / dense[metric] for metric in dense}
-    if not problem.mechanism.has_rounds:
+    scale = problem.mechanism.thresholds
+    if scale is None or scale.pairs_entry is None:
         return ratios
     # A filter can drop pairs: in closed form, at the mean length.
     tokens = structure.max_tokens
     if "valid" in examples.inputs:
         tokens = max(2, round(float(np.mean(np.sum(examples.inputs["valid"], axis=1)))))
     shape = model_shape(structure, tokens)
-    assert problem.mechanism.thresholds is not None
-    rounds = len(problem.mechanism.thresholds.names)
+    rounds = len(scale.names)
     prices = [
         cost(closed_form_workload(problem.spec, shape, setting), problem.accelerator)
         for setting in (cheapest_setting(shape, num_rounds=rounds), Setting())

@@ -114,8 +114,8 @@ class BudgetedTraining:
         share = problem.experiment.distillation
         terms = {"cross_entropy": entropy, "accuracy": accuracy, "kl_nats": kl}
         if problem.mechanism.thresholds is not None:
-            kept = problem.mechanism.thresholds.kept(output.workload)
-            terms["kept"] = jnp.mean(kept[..., -1] if problem.mechanism.has_rounds else kept)
+            scale = problem.mechanism.thresholds
+            terms["kept"] = jnp.mean(scale.of_pairs(scale.kept(output.workload)))
         costs = {"workload": output.workload, "dense": batch["dense"]}
         return share * kl + (1.0 - share) * entropy, LossAux(terms=terms, workload=costs)
 
@@ -289,12 +289,15 @@ class BudgetedTraining:
 
     def _keys_per_row(self, run: CalibrationRun) -> float:
         """Returns the mean number of keys that rows keep; infinite where no filter drops any."""
-        if not self.problem.mechanism.has_rounds:
+        scale = self.problem.mechanism.thresholds
+        if scale is None or scale.pairs_entry is None:
             return math.inf
         structure = self.problem.config.structure
         valid = self.problem.calibration_examples.inputs.get("valid")
         keys = structure.max_tokens if valid is None else float(np.mean(np.sum(valid, axis=1)))
-        return float(np.mean(run.kept[..., -1])) * (keys / 2.0 if structure.is_causal else keys)
+        return float(np.mean(scale.of_pairs(run.kept))) * (
+            keys / 2.0 if structure.is_causal else keys
+        )
 
     def _raised(self, point: Point, move: float) -> Policy:
         return raised(point, move, self.problem.mechanism.thresholds)

@@ -19,6 +19,7 @@ from codesign.vocabulary import matches
 class UnitStructure:
     """What a unit does; energies per kind are `(constant, product)` as in `energy.operation_pj`.
 
+    A group of rule `groups` takes `group_rows` rows of a head at a time.
     `per_lane` is the work of a lane per cycle, utilisation included; `issue_rate` what it may start
     in that time, infinite without a bound. `mm2` is per lane, or per element of its width.
     """
@@ -37,6 +38,9 @@ class UnitStructure:
     scales_with_bits: bool
     overhead_cycles: float
     reads_b: str | None
+    groups: int
+    group_rows: float
+    shares_heads: bool
     energy_pj: tuple[tuple[str, tuple[float, float]], ...]
     leakage_pj_per_cycle: float
     mm2: float
@@ -86,7 +90,7 @@ class StorageStructure:
     """Names of the memories of a machine that runs the linear layers itself, and its batch."""
 
     weights: str
-    activations: str
+    activations: str | None
     masks: str | None
     batch: float
     stores_scores: bool
@@ -140,6 +144,11 @@ class Structure:
     def moves_tiles(self) -> bool:
         """Whether lanes take a query each, so that tiles of keys move through the stages rather than rows."""
         return any(unit.rule == "blocks" for unit in self.units)
+
+    @property
+    def moves_windows(self) -> bool:
+        """Whether groups of lanes take windows of rows, which move through the stages with all their heads."""
+        return any(unit.rule == "groups" for unit in self.units)
 
     def unit_of(self, key: str) -> UnitStructure:
         """Returns the unit that executes an operation.
@@ -297,6 +306,9 @@ def _unit(spec: AcceleratorSpec, name: str) -> UnitStructure:
         scales_with_bits=unit.scaling == "au_scales" and spec.switches.au_scales.value,
         overhead_cycles=0.0 if unit.overhead is None else unit.overhead.value,
         reads_b=unit.reads_b,
+        groups=1 if unit.groups is None else int(unit.groups.value),
+        group_rows=1.0 if spec.pipeline.rows_at_once is None else spec.pipeline.rows_at_once.value,
+        shares_heads=unit.shares_heads is not None and unit.shares_heads.value,
         energy_pj=tuple((kind, energy.operation_pj(spec, name, kind)) for kind in kinds),
         leakage_pj_per_cycle=energy.modules_leakage_pj(spec, unit.modules),
         mm2=energy.unit_mm2(spec, name),

@@ -67,7 +67,13 @@ class Machine:
         """
         table, elements, storage = spec.estimator, spec.processing_elements, spec.storage
         lane, softmax = spec.units.get("lane"), spec.units.get("softmax")
-        if table is None or elements is None or storage is None or storage.masks is None:
+        if (
+            table is None
+            or elements is None
+            or storage is None
+            or storage.masks is None
+            or storage.activations is None
+        ):
             raise PresetError(
                 f"{spec.name}: the closed form needs the tables `estimator`, `processing_elements` and "
                 "`storage` with masks: add them, or use the preset `acceltran-edge`"
@@ -184,7 +190,7 @@ def area_mm2(machine: Machine) -> float:
 
 def _memory_sizes(machine: Machine) -> dict[str, float]:
     storage = machine.spec.storage
-    assert storage is not None and storage.masks is not None
+    assert storage is not None and storage.masks is not None and storage.activations is not None
     return {
         storage.activations: machine.activation_mb,
         storage.weights: machine.weight_mb,
@@ -276,7 +282,7 @@ class _Run:
         elements = machine.processing_elements
         lanes = elements * machine.lanes
         storage = machine.spec.storage
-        assert storage is not None
+        assert storage is not None and storage.activations is not None
         activation = machine.spec.memories[storage.activations].energy.value
         blocks = self.loaded * weight_density / table.block.value
         result = {

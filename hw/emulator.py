@@ -324,6 +324,7 @@ def _layer(
     """
     reference = reference_by_name(structure.mechanism)
     prune = functools.partial(reference.on_activation, layer)
+    leave = functools.partial(reference.on_output, layer)
     batch_size, num_tokens = residual.shape[:2]
     qk_limit, v_limit = limit(layer["qk_bits"]), limit(layer["v_bits"])
 
@@ -341,7 +342,7 @@ def _layer(
             strict=True,
         )
     )
-    planned = reference.plan(structure, layer, inputs)
+    planned = reference.plan(structure, layer, inputs, exists)
     kept, filter_tensors = reference.filter(layer, query, key, exists, planned)
     raw_scores = prune(exact_matmul(query, np.swapaxes(key, -1, -2)), "scores")
     probabilities = softmax_codes(
@@ -351,17 +352,16 @@ def _layer(
     outputs = np.swapaxes(exact_matmul(probabilities, value), 1, 2)
     outputs = outputs.reshape(batch_size, num_tokens, structure.attention_width)
     context = requantise(outputs, layer["context_mantissa"], layer["context_shift"])
-    context = prune(saturate(context, limit(layer["out_activation_bits"])), "out")
-    attention_branch = reference.on_output(
-        layer, _linear(context, layer, "out"), "attention_branch"
-    )
+    context = saturate(context, limit(layer["out_activation_bits"]))
+    context = prune(leave(context, "attention", planned), "out")
+    attention_branch = leave(_linear(context, layer, "out"), "attention_branch", planned)
     attended = _leave(structure, layer, epsilon, residual, attention_branch, norm)
 
     norm = ("ffn_gain", "ffn_bias")
     inputs = _enter(structure, layer, epsilon, attended, "up", norm)
     gelu = prune(saturate(_linear(inputs, layer, "up"), ACTIVATION_LIMIT), "gelu")
     hidden = prune(layer["activation_table"][gelu + ACTIVATION_LIMIT], "down")
-    ffn_branch = reference.on_output(layer, _linear(hidden, layer, "down"), "ffn_branch")
+    ffn_branch = leave(_linear(hidden, layer, "down"), "ffn_branch", planned)
     return (
         planned
         | filter_tensors

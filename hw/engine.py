@@ -103,7 +103,7 @@ def unit_cycles(
 def head_cycles(
     unit: UnitStructure, workload: Workload, sizes: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """Returns the cycles a unit of rule `flat` or `blocks` works on each head, `[B, L, H]`; empty if on none."""
+    """Returns the cycles a unit works on each head, `[B, L, H]`, of any rule but `rows`; empty if on none."""
     cycles: dict[str, jax.Array] = {}
     for key, operation in workload.operations.items():
         if not matches(key, unit.paces):
@@ -117,7 +117,40 @@ def head_cycles(
             density = density[..., None]
         for name, value in flat_cycles(unit, count, density, sizes).items():
             add_to(cycles, name, value * repeats)
+    if unit.rule == "groups" and cycles:
+        waiting = _waiting(unit, cycles[unit.name], workload)
+        cycles = {name: value * waiting for name, value in cycles.items()}
     return cycles
+
+
+def _waiting(unit: UnitStructure, cycles: jax.Array, workload: Workload) -> jax.Array:
+    """Returns by how much groups of lanes take longer because some wait for the last, at least 1, `[B, L, 1]`.
+
+    Groups that share heads take windows as they come, x each: half a window is waited for, so that `1 - 1 / (2 x)` of the
+    time is work, x / 2 below one window each. Else heads are dealt to groups, and the one with most work decides.
+
+    Args:
+      unit: Its groups.
+      cycles: Work of every head, `[B, L, H]`.
+      workload: Its rows.
+
+    References:
+      ESACT (arXiv 2512.02403) allocates compute to heads dynamically; both formulas are reconstructions.
+    """
+    heads = cycles.shape[-1]
+    if unit.shares_heads:
+        windows = ceil(workload.block_gemms["out"].rows / unit.group_rows)
+        share = windows * (heads / unit.groups)
+        busy = jnp.where(share < 1.0, share / 2.0, 1.0 - 0.5 / jnp.maximum(share, 1.0))
+        return 1.0 / jnp.maximum(busy, 0.5 / unit.groups)[..., None]
+    groups = min(unit.groups, heads)
+    number = -(-heads // groups)
+    dealt = jnp.pad(cycles, ((0, 0), (0, 0), (0, number * groups - heads)))
+    dealt = jnp.sum(jnp.reshape(dealt, (*cycles.shape[:2], number, groups)), axis=2)
+    own = jnp.asarray([len(range(group, heads, groups)) for group in range(groups)], cycles.dtype)
+    most = jnp.max(dealt / own[None, None, :], axis=-1, keepdims=True)
+    mean = jnp.mean(cycles, axis=-1, keepdims=True)
+    return jnp.where(mean > 0.0, most / jnp.where(mean > 0.0, mean, 1.0), 1.0)
 
 
 def _filled(workload: Workload, lanes: jax.Array) -> jax.Array:

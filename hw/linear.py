@@ -19,7 +19,7 @@ from codesign.hw.engine import (
 )
 from codesign.hw.host import Maximum, side_by_side
 from codesign.hw.traffic import Moved, add_transfers, moved_elements, spilled_bytes
-from codesign.vocabulary import LINEAR_SITES
+from codesign.vocabulary import LINEAR_SITES, matches
 from codesign.workload import Gemm, Workload
 
 _SITE_OF_ATTENTION = "out"
@@ -45,13 +45,13 @@ class LinearWork:
     first_load_cycles: jax.Array
 
 
-def block_work(workload: Workload, accelerator: Accelerator, written: Moved) -> LinearWork:
+def block_work(workload: Workload, accelerator: Accelerator, written: Moved | None) -> LinearWork:
     """Returns what the linear layers of the blocks take.
 
     Args:
       workload: Its dense products, bits and densities.
       accelerator: A machine with storage.
-      written: What attention writes, `[B, L]`: it shares the memory of the activations.
+      written: What attention writes, `[B, L]`, if it shares a memory of the activations.
     """
     storage = _storage(accelerator)
     gemms = workload.block_gemms
@@ -60,15 +60,18 @@ def block_work(workload: Workload, accelerator: Accelerator, written: Moved) -> 
     total: _Products = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=2), products)
     busy, energy = total.busy_cycles, total.energy_pj
     for key, count in _elements(gemms).items():
+        if not any(matches(key, unit.serves) for unit in accelerator.structure.units):
+            continue
         unit = accelerator.structure.unit_of(key)
         for name, cycles in flat_cycles(unit, count, 1.0, accelerator.sizes).items():
             add_to(busy, name, cycles)
         constant, _ = unit.price(key.partition(".")[2])
         add_to(energy, unit.name, count * constant)
-    spilled = spilled_bytes(written.data + total.inputs.data, accelerator)
-    spilled = spilled - spilled_bytes(written.data, accelerator)
     transfers = _transfers(total, storage)
-    transfers["dram"] = transfers["dram"] + spilled
+    if written is not None:
+        spilled = spilled_bytes(written.data + total.inputs.data, accelerator)
+        spilled = spilled - spilled_bytes(written.data, accelerator)
+        transfers["dram"] = transfers["dram"] + spilled
     add_transfers(busy, energy, transfers, accelerator)
     add_element_energy(energy, busy, accelerator)
     first = products.weights.data[:, 0, 0] + products.weights.masks[:, 0, 0]
@@ -152,6 +155,8 @@ def _transfers(total: _Products, storage: StorageStructure) -> dict[str, jax.Arr
         "dram": total.weights.data + total.weights.masks,
         storage.weights: total.weights.data,
     }
+    if storage.activations is None:
+        return transfers
     add_to(transfers, storage.activations, total.inputs.data)
     if storage.masks is not None:
         add_to(transfers, storage.masks, total.weights.masks + total.inputs.masks)

@@ -77,7 +77,7 @@ def loop_order_cost(
     macs = machine.tile_b * machine.tile_x * machine.tile_y**2
     service = math.ceil(macs / machine.multipliers * (1.0 - activation_sparsity))
     storage = machine.spec.storage
-    assert storage is not None
+    assert storage is not None and storage.activations is not None
     buffer = machine.spec.memories[storage.activations].energy.value
     blocks = machine.tile_b * machine.tile_x * machine.tile_y / machine.constants.block.value
     read_nj = buffer * math.sqrt(machine.activation_mb) * blocks

@@ -68,8 +68,7 @@ class AcceleratorSpec(Strict):
                 "linear layers need `host` (an array in series) or `storage` (the machine's own units): "
                 "give one of the two"
             )
-        operations = MECHANISM_OPERATIONS[self.mechanism]
-        self._check_served(operations + (LINEAR_OPERATIONS if self.host is None else ()))
+        self._check_served(MECHANISM_OPERATIONS[self.mechanism], self._linear_operations())
         self._check_stages()
         self._check_references()
         for name, unit in self.units.items():
@@ -85,6 +84,15 @@ class AcceleratorSpec(Strict):
                         '"capacity"'
                     )
         return self
+
+    def _linear_operations(self) -> tuple[str, ...]:
+        """Returns the operations of linear layers that the machine's own units execute.
+
+        Norms and non-linearities are free where activations pass through: nobody says where they run.
+        """
+        if self.storage is None:
+            return ()
+        return LINEAR_OPERATIONS[: None if self.storage.activations is not None else 1]
 
     def _check_stages(self) -> None:
         """Every unit stands in exactly one stage."""
@@ -128,8 +136,9 @@ class AcceleratorSpec(Strict):
                 )
                 raise ValueError(f"`{path}`: unknown {kind} `{name}`: {_near(name, known)}")
 
-    def _check_served(self, operations: tuple[str, ...]) -> None:
-        """Every unit is fed by the mechanism, and every operation has exactly one unit."""
+    def _check_served(self, own: tuple[str, ...], linear: tuple[str, ...]) -> None:
+        """Every unit is fed by the mechanism or the linear layers, and every operation has exactly one unit."""
+        operations = own + linear
         for name, unit in self.units.items():
             for pattern in unit.serves:
                 if pattern not in operations:

@@ -80,14 +80,15 @@ class Unit(Strict):
     ceil(bits_a / slice_a) * ceil(bits_b / slice_b) cycles, plus `overhead` once per row.
     Rule `flat`: count / (lanes * width * per_lane) cycles times the same slices. Linear layers are
     always `flat`. Rule `blocks`: as `flat`, but each lane takes a query row, so that the rows of a head
-    count as a multiple of the lanes. Any time is divided by the utilisation.
+    count as a multiple of the lanes. Rule `groups`: as `flat`, but groups of lanes take windows of `rows_at_once`
+    rows of a head, and some wait for the last. Any time is divided by the utilisation.
     """
 
     serves: tuple[Text, ...]
     """Operations executed here, `stage.kind`; `*` for any round."""
     paced_by: Text | tuple[Text, ...]
     """The served operations that take the unit's time, one after the other; the rest ride along."""
-    rule: Literal["rows", "flat", "blocks"]
+    rule: Literal["rows", "flat", "blocks", "groups"]
     rows: Literal["filter*", "attention"] | None = None
     """Row statistics of rule `rows`."""
     lanes: Lanes
@@ -96,6 +97,10 @@ class Unit(Strict):
     """Elements of a head's width that one lane takes per cycle; absent: lanes take scores."""
     per_lane: Count | None = None
     """Operations that a lane of rule `flat` finishes per cycle; absent: 1."""
+    groups: Count | None = None
+    """Groups of lanes of rule `groups`, each on a head of its own."""
+    shares_heads: Choice | None = None
+    """Whether a group that has ended its heads takes over windows of others; needed by rule `groups`."""
     utilisation: Fraction | None = None
     """Fraction of its time in which a busy unit does work; absent: 1."""
     skips_zeros: Choice | None = None
@@ -126,10 +131,12 @@ class Unit(Strict):
     def _is_complete(self) -> Self:
         if self.rule == "rows" and self.rows is None:
             raise ValueError(f"rule `rows` needs `rows`: add one of {', '.join(ROW_SETS)}")
+        if (self.rule == "groups") != (self.groups is not None and self.shares_heads is not None):
+            raise ValueError("`groups` and `shares_heads` belong to rule `groups`: add or remove")
         for name in ("per_lane", "skips_zeros", "issue_rate"):
             if self.rule == "rows" and getattr(self, name) is not None:
                 raise ValueError(
-                    f'`{name}` needs rule = "flat" or "blocks": lanes of rows move in lock step'
+                    f"`{name}` needs another rule than `rows`, whose lanes move in lock step: change it"
                 )
         if self.utilisation is not None and not 0.0 < self.utilisation.value <= 1.0:
             raise ValueError("`utilisation` must lie in (0, 1]: write the busy fraction")
@@ -186,7 +193,8 @@ class Storage(Strict):
     """
 
     weights: Text
-    activations: Text
+    activations: Text | None = None
+    """Absent: a layer's tokens come from main memory and its output goes there; nothing between them leaves the chip."""
     masks: Text | None = None
     """Memory of one mask bit per element; with it only elements that are not zero are stored."""
     batch: Examples

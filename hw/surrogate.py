@@ -26,7 +26,7 @@ from codesign.hw.host import HostCost, Maximum, host_cost, host_mm2
 from codesign.hw.linear import block_work, end_cost
 from codesign.hw.tiles import tile_fill
 from codesign.hw.traffic import add_transfers, attention_writes, spilled_bytes, stream_bytes
-from codesign.vocabulary import LINEAR_SITES
+from codesign.vocabulary import LINEAR_SITES, LINEAR_STAGES
 from codesign.workload import Gemm, Workload
 
 Scope = Literal["attention", "end_to_end"]
@@ -174,54 +174,53 @@ def cost(
         return gates.smooth_max(stacked, smoothness, axis=-1)
 
     structure = accelerator.structure
-    attention, generation = split_generation(workload)
+    storage = structure.storage
+    latency = functools.partial(_layer_cycles, accelerator=accelerator, maximum=maximum)
+    attention, generation = split_linear_stages(workload)
     busy, energy = _units_work(attention, accelerator)
-    nothing = jnp.zeros((1, 1))
-    block_own = EngineCost(cycles=nothing, busy_cycles={}, energy_pj={})
-    end_own = EngineCost(cycles=nothing[:, :0], busy_cycles={}, energy_pj={})
-    if structure.storage is None:
-        add_transfers(busy, energy, {"dram": stream_bytes(attention, accelerator)}, accelerator)
-        add_element_energy(energy, busy, accelerator)
-        latency = functools.partial(_layer_cycles, accelerator=accelerator, maximum=maximum)
-        attention_cycles = latency(busy, attention)
-        if generation is not None:
-            own_busy, own_energy = _units_work(generation, accelerator)
-            moved = stream_bytes(generation, accelerator)
-            add_transfers(own_busy, own_energy, {"dram": moved}, accelerator)
-            together = dict(busy)
-            for name, value in own_busy.items():
-                add_to(together, name, value)
-            block_own = EngineCost(
-                cycles=latency(together, workload) - attention_cycles,
-                busy_cycles=own_busy,
-                energy_pj=own_energy,
-            )
+    written = None
+    if storage is None or storage.activations is None:
+        transfers = {"dram": stream_bytes(attention, accelerator)}
     else:
         written = attention_writes(workload, accelerator)
         transfers = {
             "dram": spilled_bytes(written.data, accelerator),
-            structure.storage.activations: written.data,
+            storage.activations: written.data,
         }
-        if structure.storage.masks is not None:
-            add_to(transfers, structure.storage.masks, written.masks)
-        add_transfers(busy, energy, transfers, accelerator)
-        add_element_energy(energy, busy, accelerator)
-        latency = functools.partial(_layer_cycles, accelerator=accelerator, maximum=maximum)
-        attention_cycles = latency(busy, workload)
+        if storage.masks is not None:
+            add_to(transfers, storage.masks, written.masks)
+    add_transfers(busy, energy, transfers, accelerator)
+    add_element_energy(energy, busy, accelerator)
+    attention_cycles = latency(busy, attention)
+    nothing = jnp.zeros((1, 1))
+    own_busy: dict[str, jax.Array] = {}
+    own_energy: dict[str, jax.Array] = {}
+    first_load = nothing
+    if generation is not None:
+        own_busy, own_energy = _units_work(generation, accelerator)
+        moved = stream_bytes(generation, accelerator)
+        add_transfers(own_busy, own_energy, {"dram": moved}, accelerator)
+    if storage is not None:
         linear = block_work(workload, accelerator, written)
-        together = dict(busy)
-        for name, value in linear.busy_cycles.items():
-            add_to(together, name, value)
-        cycles = latency(together, workload)
-        if structure.memory_overlaps and structure.fills_and_drains:
+        for parts, added in (
+            (own_busy, linear.busy_cycles),
+            (own_energy, linear.energy_pj),
+        ):
+            for name, value in added.items():
+                add_to(parts, name, value)
+        if written is not None and structure.memory_overlaps and structure.fills_and_drains:
             # Nothing computes before the first weights are there.
-            is_first = (jnp.arange(cycles.shape[1]) == 0).astype(cycles.dtype)
-            cycles = cycles + linear.first_load_cycles[:, None] * is_first[None, :]
-        block_own = EngineCost(
-            cycles=cycles - attention_cycles,
-            busy_cycles=linear.busy_cycles,
-            energy_pj=linear.energy_pj,
-        )
+            is_first = (jnp.arange(attention_cycles.shape[1]) == 0).astype(nothing.dtype)
+            first_load = linear.first_load_cycles[:, None] * is_first[None, :]
+    block_own = EngineCost(cycles=nothing, busy_cycles=own_busy, energy_pj=own_energy)
+    if own_busy:
+        together = dict(busy)
+        for name, value in own_busy.items():
+            add_to(together, name, value)
+        added_cycles = latency(together, workload) - attention_cycles + first_load
+        block_own = block_own.replace(cycles=added_cycles)  # type: ignore[attr-defined]
+    end_own = EngineCost(cycles=nothing[:, :0], busy_cycles={}, energy_pj={})
+    if storage is not None:
         end_own = end_cost(workload, accelerator, maximum)
     has_host = structure.host is not None
     return Cost(
@@ -244,15 +243,21 @@ def cost(
     )
 
 
-def split_generation(workload: Workload) -> tuple[Workload, Workload | None]:
-    """Returns the attention alone, and the making of keys and values on the machine's own units; None if there is none.
+def split_linear_stages(workload: Workload) -> tuple[Workload, Workload | None]:
+    """Returns the attention alone, and what belongs to the linear layers on the machine's own units; None if nothing does.
 
-    The latter is a linear layer by nature: the operations of stage `generate`, and streams named after it.
+    That are the operations of `LINEAR_STAGES`, and streams named after them, `<stage>_...`.
     """
-    made, streams = (
-        {name: value for name, value in parts.items() if name.startswith("generate")}
-        for parts in (workload.operations, workload.streams)
-    )
+    made = {
+        name: value
+        for name, value in workload.operations.items()
+        if name.partition(".")[0] in LINEAR_STAGES
+    }
+    streams = {
+        name: value
+        for name, value in workload.streams.items()
+        if name.partition("_")[0] in LINEAR_STAGES
+    }
     if not made:
         return workload, None
 
@@ -304,8 +309,12 @@ def _layer_cycles(
         return cycles
     if structure.moves_tiles:
         return cycles + tile_fill(workload, accelerator) + structure.drain_cycles
-    queries = jnp.maximum(jnp.sum(workload.rows["attention"].queries, axis=2), 1.0)
-    groups = jnp.maximum(queries / structure.rows_at_once, 1.0)
+    if structure.moves_windows:
+        # Of all heads together, rows that are not computed included.
+        rows = workload.block_gemms["out"].rows
+    else:
+        rows = jnp.sum(workload.rows["attention"].queries, axis=2)
+    groups = jnp.maximum(rows / structure.rows_at_once, 1.0)
     return cycles + functools.reduce(jnp.add, stages) / groups + structure.drain_cycles
 
 

@@ -70,7 +70,7 @@ def attention_writes(workload: Workload, accelerator: Accelerator) -> Moved:
 def spilled_bytes(data: jax.Array, accelerator: Accelerator) -> jax.Array:
     """Returns the bytes of a layer's activations that do not fit on chip: out to main memory and back."""
     storage = accelerator.structure.storage
-    assert storage is not None
+    assert storage is not None and storage.activations is not None
     capacity = buffer_bytes(accelerator)[storage.activations] / storage.batch
     return 2.0 * jnp.maximum(data - capacity, 0.0)
 

@@ -14,10 +14,8 @@ from flax import struct
 
 from codesign.backward import keeping_marked, kept
 from codesign.mechanisms.protocol import Context, Counts, Hooks, Operands, Plan, keep_carry
+from codesign.parts import MAX_PAIRS, most_examples
 from codesign.workload import Operation, RowStatistics
-
-MAX_PAIRS = 2**19
-"""Pairs computed at a time: 2 MB in single precision, what a processor's own cache holds (ours)."""
 
 
 @struct.dataclass
@@ -52,20 +50,14 @@ def chunks_of(operands: Operands, *, splits_heads: bool = True) -> Chunks:
         own = max(
             n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * pairs <= MAX_PAIRS)
         )
-    examples = max(
-        n
-        for n in range(1, batch + 1)
-        if batch % n == 0 and (n == 1 or n * own * pairs <= MAX_PAIRS)
-    )
-    return Chunks(examples, own)
+    return Chunks(most_examples(batch, own * pairs), own)
 
 
 def may_split(context: Context, plan: Plan, hooks: Hooks) -> bool:
-    """Whether attention may run in parts: nobody wants to see it whole, only notes were planned, nothing is carried on."""
-    decided = plan.replace(notes={})  # type: ignore[attr-defined]
-    is_planned = bool(jax.tree.leaves(decided)) or hooks.carry is not keep_carry
-    is_whole = context.tracing or context.calibrating or is_planned
-    return (hooks.head_knobs is not None or hooks.splits_examples) and not is_whole
+    """Whether attention may run in parts: nobody wants to see it whole, no tokens are pruned, nothing is carried on."""
+    is_whole = context.tracing or context.calibrating or hooks.carry is not keep_carry
+    has_parts = hooks.head_knobs is not None or hooks.splits_examples
+    return has_parts and plan.tokens is None and not is_whole
 
 
 def in_chunks(
@@ -81,7 +73,7 @@ def in_chunks(
       attend: Attention of some examples and heads.
       context: The layer's context.
       operands: Codes of the layer.
-      plan: What was planned; its notes, `[B, H, ...]`, are split too.
+      plan: What was planned; all of it, `[B, H, ...]`, is split too, but for what concerns tokens after attention.
       hooks: The mechanism's hooks.
     """
     chunks = chunks_of(operands, splits_heads=hooks.head_knobs is not None)
@@ -115,7 +107,7 @@ def in_chunks(
         "valid": examples_of(context.valid),
         "pairs": examples_of(context.pairs),
         "knobs": own_knobs,
-        "notes": jax.tree.map(both_of, plan.notes),
+        "plan": jax.tree.map(both_of, plan.replace(ffn_source=None, ffn_bits=None)),  # type: ignore[attr-defined]
     }
 
     def one(part: dict[str, Any]) -> tuple[jax.Array, Counts]:
@@ -126,7 +118,7 @@ def in_chunks(
         done = attend(
             own,
             operands.replace(query=query, key=key, value=value),  # type: ignore[attr-defined]
-            plan.replace(notes=part["notes"]),  # type: ignore[attr-defined]
+            part["plan"],
         )
         return done.attended, done.counts
 

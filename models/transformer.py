@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from codesign.backward import keeping_marked
-from codesign.mechanisms.protocol import Carry, Context, Counts, Hooks, Operands, Plan
+from codesign.mechanisms.protocol import Carry, Context, Counts, Hooks, Operands, Plan, own_weights
 from codesign.models.arithmetic import Arithmetic
 from codesign.models.chunks import Attention, in_chunks, may_split
 from codesign.structure import ModelStructure
@@ -179,7 +179,7 @@ def block_gemms(
     if plan.heads is not None:
         rows["out"] = tokens * jnp.mean(plan.heads, axis=-1)
     if plan.ffn_source is not None:
-        computed = jnp.diagonal(plan.ffn_source, axis1=1, axis2=2) * context.valid
+        computed = own_weights(plan.ffn_source) * context.valid
         rows["up"] = rows["down"] = jnp.sum(computed, axis=-1)
     else:
         computed = context.valid

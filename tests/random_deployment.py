@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Every way of building a model that the integer path has."""
 
-MECHANISMS = {"dense": 0, "energon": 2, "acceltran": 0, "sofa": 2, "lapa": 3}
+MECHANISMS = {"dense": 0, "energon": 2, "acceltran": 0, "sofa": 2, "lapa": 3, "esact": 0}
 """Rounds by mechanism."""
 
 
@@ -216,6 +216,10 @@ def run_float(
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         probabilities = prune("probabilities", weights / weights.sum(-1, keepdims=True))
         context = (probabilities @ value).transpose(0, 2, 1, 3)
+        if result is not None and "source" in result:
+            sources = result["source"][number].swapaxes(1, 2)[..., None]
+            split = context.reshape(*sources.shape[:3], -1)
+            context = np.take_along_axis(split, sources, axis=1)
         context = prune("context", context.reshape(batch_size, num_tokens, -1))
         branch = prune("attention_branch", context @ layer["out_weight"] + layer["out_bias"])
         total = residual + branch
@@ -226,6 +230,9 @@ def run_float(
         gate = prune("gelu", up_entered @ layer["up_weight"] + layer["up_bias"])
         hidden = ACTIVATIONS[shape.activation](gate)
         ffn_branch = prune("ffn_branch", hidden @ layer["down_weight"] + layer["down_bias"])
+        if result is not None and "ffn_source" in result:
+            sources = result["ffn_source"][number][..., None]
+            ffn_branch = np.take_along_axis(ffn_branch, sources, axis=1)
         ffn_total = attended + ffn_branch
         residual = leave(ffn_total, gain, bias)
         seen["layers"].append(
@@ -357,6 +364,11 @@ def build(
             shares = np.linspace(300, 900, shape.num_heads).astype(np.int64)
             radii = np.linspace(20000, 2000, shape.num_heads).astype(np.int64)
             arrays["threshold"] = np.stack([shares, radii], axis=-1)
+        if shape.mechanism == "esact":
+            shares = np.linspace(400, 900, shape.num_heads).astype(np.int64)
+            similarities = np.linspace(80, 127, shape.num_heads).astype(np.int64)
+            arrays["threshold"] = np.stack([shares, similarities], axis=-1)
+            arrays["vote_cut"] = np.asarray(1 + len(layers) % 2)
         if shape.mechanism == "acceltran":
             sites = "query key value raw_scores probabilities context attention_branch gelu"
             quantiles = [

@@ -15,7 +15,8 @@ from codesign.experiments.bench_cost import log_cost
 from codesign.experiments.model_choice import model_shape
 from codesign.experiments.teacher import float_path
 from codesign.hw.accelerator import accelerator_from_spec
-from codesign.hw.operating_points import published_setting, workload_from_fractions
+from codesign.hw.closed_form import workload_from_fractions
+from codesign.hw.operating_points import published_setting
 from codesign.hw.spec import load_preset
 from codesign.models.config import ModelConfig
 from codesign.models.parameters import init_params

@@ -31,6 +31,9 @@ from codesign.models.model import apply_hard
         ("patches", "lapa", 16),
         ("bert", "lapa", 8),
         ("decoder", "lapa", 12),
+        ("patches", "esact", 16),
+        ("bert", "esact", 8),
+        ("decoder", "esact", 12),
     ],
 )
 def test_jax_path_agrees_in_every_bit(variant: str, mechanism: str, bits: int) -> None:

@@ -18,7 +18,7 @@ from codesign.experiments.evaluate import costs_of
 from codesign.experiments.finished import check_data, record_data
 from codesign.experiments.model_choice import choose_model, model_shape, sized_config
 from codesign.experiments.problem import contents_digest, dense_params
-from codesign.hw.operating_points import Setting, workload_from_fractions
+from codesign.hw.closed_form import Setting, workload_from_fractions
 from codesign.hw.surrogate import SCOPES
 from codesign.structure import PatchInput, TokenInput
 

@@ -1,4 +1,4 @@
-"""SOFA's and LAPA's machines: published sums, SOFA's worked check, scopes, and dense attention on the same units."""
+"""Machines of SOFA, LAPA and ESACT: published sums, worked checks, scopes, and dense attention on the same units."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,15 +10,10 @@ import pytest
 import tiny_model
 
 from codesign.hw.accelerator import accelerator_from_spec
-from codesign.hw.operating_points import (
-    ModelShape,
-    Setting,
-    closed_form_workload,
-    operating_points,
-    published_setting,
-)
+from codesign.hw.closed_form import ModelShape, Setting
+from codesign.hw.operating_points import closed_form_workload, operating_points, published_setting
 from codesign.hw.spec import load_preset
-from codesign.hw.surrogate import Cost, cost, split_generation
+from codesign.hw.surrogate import Cost, cost, split_linear_stages
 from codesign.mechanisms import MECHANISMS, dense_beside
 from codesign.mechanisms.sofa import from_setting
 from codesign.models.counting import dense_workload
@@ -27,6 +22,7 @@ from codesign.policy import Policy
 BERT = ModelShape(num_layers=1, num_tokens=512, num_heads=12, head_dim=64, width=768, hidden=3072)
 UTILISATION = 0.852
 BOTH = pytest.mark.parametrize("name", ["sofa", "lapa"])
+ALL = pytest.mark.parametrize("name", ["sofa", "lapa", "esact"])
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +36,11 @@ def priced(name: str, setting: Setting, shape: ModelShape = BERT) -> Cost:
     return cost(closed_form_workload(spec, shape, setting), accelerator_from_spec(spec))
 
 
-@BOTH
+@ALL
 def test_areas_and_powers_add_up(name: str) -> None:
     spec = load_preset(name)
     area = float(priced(name, Setting()).area_mm2("attention"))
-    assert area == pytest.approx({"sofa": 5.694, "lapa": 5.114}[name], abs=1e-3)
+    assert area == pytest.approx({"sofa": 5.694, "lapa": 5.114, "esact": 6.0}[name], abs=1e-3)
     assert area == pytest.approx(spec.operating_point.area.base, abs=1e-3)
     if name == "sofa":
         # Every array busy in every cycle, with SRAM and scheduler.
@@ -94,7 +90,7 @@ def test_the_attention_alone_leaves_out_the_making_of_keys() -> None:
     assert float(whole["standing"][0]) == pytest.approx(176.68 * own, rel=1e-6)
 
 
-@BOTH
+@ALL
 def test_points_in_closed_form_fall_from_dense(name: str) -> None:
     spec = load_preset(name)
     with jax.enable_x64(True):
@@ -167,7 +163,7 @@ def test_the_first_head_waits_for_tokens_and_the_last_output_for_its_end() -> No
     assert busy["dram"] < latency < busy["dram"] + 1.01 * behind
 
 
-@BOTH
+@ALL
 def test_sizes_have_gradients(name: str) -> None:
     spec = load_preset(name)
     with jax.enable_x64(True):
@@ -180,14 +176,15 @@ def test_sizes_have_gradients(name: str) -> None:
 
         sizes = {key: jnp.asarray(value, float) for key, value in machine.sizes.items()}
         slopes = jax.grad(latency)(sizes)
-        for unit in ("kv_generation.lanes", "dram.bytes_per_cycle"):
+        own = ("kv_generation.lanes", "dram.bytes_per_cycle")
+        for unit in ("execution.lanes", "prediction.lanes") if name == "esact" else own:
             step = 1e-4 * sizes[unit]
             up, down = (latency(sizes | {unit: sizes[unit] + sign * step}) for sign in (1, -1))
             assert float(slopes[unit]) == pytest.approx(float((up - down) / (2 * step)), rel=1e-4)
             assert float(slopes[unit]) < 0.0
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("variant", ["patches", "bert", "decoder"])
 def test_dense_on_the_machine_is_what_its_integer_path_counts(name: str, variant: str) -> None:
     model = tiny_model.random_model(variant)
@@ -206,8 +203,10 @@ def test_dense_on_the_machine_is_what_its_integer_path_counts(name: str, variant
         for scope in ("attention", "end_to_end"):
             ours, theirs = (cost(one, machine).energy_pj(scope) for one in (counted, closed))
             np.testing.assert_allclose(ours, theirs, rtol=1e-9)
-    made = split_generation(counted)[1]
-    assert made is not None and set(made.operations) == {"generate.mac"}
+    made = split_linear_stages(counted)[1]
+    assert made is not None
+    own = {"generate.mac", "generate.bytes"} if name == "esact" else {"generate.mac"}
+    assert set(made.operations) == own
     assert closed.block_gemms["qkv"].outer == shape.attention_width
 
 
@@ -237,3 +236,69 @@ def test_nothing_dropped_costs_what_dense_does_but_for_the_prediction() -> None:
 def test_machines_that_make_no_keys_run_dense_as_it_is() -> None:
     for name in ("dense", "energon", "acceltran"):
         assert dense_beside(MECHANISMS[name]) == MECHANISMS["dense"]
+
+
+def test_the_worked_check_of_esact() -> None:
+    """The specification's example, 128 tokens: 52.0 % of the MACs saved, predicted by 17.6 % of them."""
+    spec = load_preset("esact")
+    shape = dataclasses.replace(BERT, num_tokens=128)
+
+    def macs(setting: Setting) -> float:
+        workload = closed_form_workload(spec, shape, setting)
+        counts = workload.operations
+        own = sum(float(jnp.sum(counts[key].count)) for key in ("generate.mac", "qk.mac", "pv.mac"))
+        products = workload.block_gemms.values()
+        return own + sum(float(one.rows[0, 0]) * one.inner * one.outer for one in products)
+
+    published = published_setting(spec)
+    assert 1.0 - macs(published) / macs(Setting()) == pytest.approx(0.5200, abs=1e-4)
+    counts = closed_form_workload(spec, shape, published).operations
+    predicted = sum(
+        float(jnp.sum(counts[key].count)) for key in ("predict.shift_add", "filter0.shift_add")
+    )
+    assert predicted / macs(Setting()) == pytest.approx(0.1757, abs=1e-4)
+
+
+def test_esact_at_its_operating_point() -> None:
+    """Prediction hides behind execution, and the chip without main memory draws what its energies were fitted to."""
+    price = priced("esact", published_setting(load_preset("esact")))
+    busy = {name: float(value[0]) for name, value in price.busy_by_unit("end_to_end").items()}
+    assert busy["prediction"] == 805_306_368 / 512
+    assert busy["prediction"] < busy["execution"] == max(busy.values())
+    cycles = float(price.latency_cycles("end_to_end")[0])
+    fill = (busy["prediction"] + busy["execution"]) * 8 / 512
+    assert cycles == pytest.approx(busy["execution"] + fill)
+    energy = price.energy_by_unit("end_to_end")
+    core = sum(float(value[0]) for name, value in energy.items() if name != "dram")
+    assert core / cycles * 0.5 == pytest.approx(650.0, rel=1e-3)
+
+
+def test_groups_that_share_heads_wait_less() -> None:
+    """Four groups and three heads: shared, half of a window per group is waited for; else the busiest head decides."""
+    spec = load_preset("esact")
+    unit = spec.units["execution"]
+    waiting = {}
+    for shares in (True, False):
+        changes = {
+            "groups": unit.groups.model_copy(update={"value": 4.0}) if unit.groups else None,
+            "shares_heads": unit.shares_heads.model_copy(update={"value": shares})
+            if unit.shares_heads
+            else None,
+        }
+        units = spec.units | {"execution": unit.model_copy(update=changes)}
+        machine = accelerator_from_spec(spec.model_copy(update={"units": units}))
+        shape = dataclasses.replace(BERT, num_tokens=64, num_heads=3, width=192)
+        workload = closed_form_workload(spec, shape, Setting(qk_bits=8.0, v_bits=8.0))
+        count = workload.operations["qk.mac"]
+        uneven = count.count * jnp.asarray([[[1.5, 1.0, 0.5]]])
+        operations = {
+            "qk.mac": count.replace(count=uneven)  # type: ignore[attr-defined]
+        }
+        busy = cost(
+            dataclasses.replace(workload, operations=workload.operations | operations), machine
+        ).busy_by_unit("attention")
+        total = float(jnp.sum(count.count + workload.operations["pv.mac"].count)) / 1024
+        waiting[shares] = float(busy["execution"][0]) / total
+    # Eight windows of three heads for four groups: six each; else heads of 1.25, 1 and 0.75 of the mean.
+    assert waiting[True] == pytest.approx(1.0 / (1.0 - 1.0 / 12.0))
+    assert waiting[False] == pytest.approx(1.25)

@@ -273,6 +273,14 @@ def test_names_and_shapes(mechanism: str) -> None:
             "scores": (2, 3, 3, 2, 7, 7),
             "keep": (2, 3, 3, 2, 7, 7),
         },
+        "esact": {
+            "predicted_query": (2, 3, 2, 7, 8),
+            "predicted_key": (2, 3, 2, 7, 8),
+            "scores": (2, 3, 2, 7, 7),
+            "keep": (2, 1, 3, 2, 7, 7),
+            "source": (2, 3, 2, 7),
+            "ffn_source": (2, 3, 7),
+        },
     }
     assert {name: shapes[name] for name in own} == wanted[mechanism]
 

@@ -4,11 +4,14 @@ from codesign.errors import UnknownNameError
 from codesign.mechanisms.acceltran import acceltran
 from codesign.mechanisms.dense import dense, dense_beside
 from codesign.mechanisms.energon import energon
+from codesign.mechanisms.esact import esact
 from codesign.mechanisms.lapa import lapa
 from codesign.mechanisms.protocol import Hooks, Mechanism
 from codesign.mechanisms.sofa import sofa
 
-MECHANISMS = {mechanism.name: mechanism for mechanism in (dense, energon, acceltran, sofa, lapa)}
+MECHANISMS = {
+    mechanism.name: mechanism for mechanism in (dense, energon, acceltran, sofa, lapa, esact)
+}
 
 __all__ = ["MECHANISMS", "Hooks", "Mechanism", "dense_beside", "mechanism_by_name"]
 

@@ -36,9 +36,9 @@ from codesign.mechanisms.protocol import (
     Mechanism,
     Plan,
     Selection,
-    ThresholdScale,
     keep_weight,
 )
+from codesign.mechanisms.threshold_scale import ThresholdScale
 from codesign.policy import Policy, bits_range
 from codesign.quantize import code_limit, deployed_bits
 from codesign.references.acceltran import PRUNED_SITES

@@ -36,9 +36,9 @@ from codesign.mechanisms.protocol import (
     Operands,
     Plan,
     Selection,
-    ThresholdScale,
     fetched_whole,
 )
+from codesign.mechanisms.threshold_scale import ThresholdScale
 from codesign.policy import bits_range
 from codesign.quantize import deployed_bits, exact_einsum
 from codesign.workload import (
@@ -295,6 +295,7 @@ energon = Mechanism(
         settings=((OFF_ALPHA, OFF_ALPHA), (-0.5, -0.25), (0.0, 0.0)),
         start_kept=(0.85, 0.6),
         kept=kept_fractions,
+        pairs_entry=-1,
     ),
     has_rounds=True,
     codes=codes,

@@ -40,8 +40,8 @@ from codesign.mechanisms.protocol import (
     Operands,
     Plan,
     Selection,
-    ThresholdScale,
 )
+from codesign.mechanisms.threshold_scale import ThresholdScale
 from codesign.policy import bits_range
 from codesign.quantize import deployed_bits, exact_einsum, power_of_two
 from codesign.workload import Workload, operation
@@ -317,6 +317,7 @@ lapa = Mechanism(
         settings=((2.0, 2.0, 2.0), (1.25, 1.1, 1.0), (1.0, 1.0, 1.0)),
         start_kept=(0.9, 0.75, 0.6),
         kept=kept_fractions,
+        pairs_entry=-1,
     ),
     has_rounds=True,
     codes=codes,

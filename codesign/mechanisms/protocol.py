@@ -27,11 +27,11 @@ from flax import struct
 
 from codesign import gates
 from codesign.gates import Relaxation
+from codesign.mechanisms.threshold_scale import ThresholdScale
 from codesign.workload import (
     Operation,
     RowStatistics,
     Stream,
-    Workload,
     fetched_vectors,
     operation,
     row_statistics,
@@ -155,8 +155,8 @@ class Plan:
       queries: Query rows that are computed, `[B, H, T]`.
       keys: Key and value rows that are generated, `[B, H, S]`.
       keep: Predicted pairs, `[B, H, T, S]`.
-      attention_source: Row re-use: the rows whose output a row takes, `[B, H, T, T]`.
-      ffn_source: The same for the feed-forward network, `[B, T, T]`; its diagonal is computed.
+      attention_source: Row re-use: the rows of its window of w whose output a row takes, `[B, H, T, w]`.
+      ffn_source: The same for the feed-forward network, `[B, T, w]`; rows that take their own are computed.
       ffn_bits: Activation bits of each row of that network, `[B, T]`; None: those of its sites.
       notes: What the mechanism's later hooks want to know.
     """
@@ -280,18 +280,34 @@ def reuse_rows(context: Context, y: jax.Array, plan: Plan, site: str) -> tuple[j
     del context
     result = y
     if site == "attention":
-        for weights, subscripts in (
-            (plan.attention_source, "bhtu,buhd->bthd"),
-            (plan.heads, "bh,bthd->bthd"),
-        ):
-            if weights is not None:
-                split = jnp.reshape(result, (*y.shape[:2], weights.shape[1], -1))
-                mixed = jnp.einsum(subscripts, weights, split.astype(weights.dtype))
-                result = jnp.reshape(mixed, y.shape).astype(y.dtype)
+        if plan.attention_source is not None:
+            result = _mixed_rows(plan.attention_source, result)
+        if plan.heads is not None:
+            split = jnp.reshape(result, (*y.shape[:2], plan.heads.shape[1], -1))
+            kept = split.astype(plan.heads.dtype) * plan.heads[:, None, :, None]
+            result = jnp.reshape(kept, y.shape).astype(y.dtype)
     elif site == "ffn_branch" and plan.ffn_source is not None:
-        mixed = jnp.einsum("btu,bud->btd", plan.ffn_source, y.astype(plan.ffn_source.dtype))
-        result = mixed.astype(y.dtype)
+        result = _mixed_rows(plan.ffn_source[:, None], result)
     return result, Counts()
+
+
+def _mixed_rows(weights: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns rows `[B, T, H*d]` mixed inside windows of w by `[B, H, T, w]`, in the dtype of the rows."""
+    batch, heads, tokens, window = weights.shape
+    missing = -tokens % window
+    weights = jnp.pad(weights, ((0, 0), (0, 0), (0, missing), (0, 0)))
+    rows = jnp.pad(y, ((0, 0), (0, missing), (0, 0))).astype(weights.dtype)
+    weights = jnp.reshape(weights, (batch, heads, -1, window, window))
+    rows = jnp.reshape(rows, (batch, -1, window, heads, y.shape[-1] // heads))
+    mixed = jnp.einsum("bhntu,bnuhd->bnthd", weights, rows)
+    return jnp.reshape(mixed, (batch, tokens + missing, -1))[:, :tokens].astype(y.dtype)
+
+
+def own_weights(sources: jax.Array) -> jax.Array:
+    """Returns how much rows take of themselves, `[..., T]`, from weights on the rows of their window `[..., T, w]`."""
+    rows, window = sources.shape[-2:]
+    is_own = np.arange(rows)[:, None] % window == np.arange(window)[None, :]
+    return jnp.sum(jnp.where(np.broadcast_to(is_own, sources.shape), sources, 0), axis=-1)
 
 
 def keep_carry(
@@ -383,8 +399,7 @@ class Hooks:
     `skips_zeros`: the block counts the density of weights.
     `head_knobs`: knobs whose first axis in a layer is the head, if that is all that ties `filter`, `on_probabilities` and
     `execution` to heads, so that they may see some heads at a time; None: they see all.
-    `splits_examples`: whether they may see some examples at a time all the same, if a plan holds nothing but notes,
-    `[B, H, ...]`.
+    `splits_examples`: whether they may see some examples at a time all the same. A plan's notes are then `[B, H, ...]`.
     """
 
     start: StartFn = no_carry
@@ -414,35 +429,6 @@ def no_codes(
     """Returns no storage codes."""
     del knobs, tensors
     return {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThresholdScale:
-    """How grids, common moves and start values see a mechanism's knob `threshold`, `[L, ...]`.
-
-    Ranges are the calibrated ones of all layers by tensor, `[L]`.
-
-    Attributes:
-      names: What the entries of the knob's last axis are: rounds or sites.
-      in_order: Whether an entry's kept fraction depends on the entries before it (rounds).
-      from_strength: Strengths in [0, 1] (0 keeps nearly all, 1 drops most), shaped like the knob, and ranges to the knob.
-      to_strength: The inverse.
-      from_setting: One setting for all layers and heads, the knob's shape, and ranges to the knob.
-      settings: Settings of the default uniform grid, the first of which drops nothing.
-      start_kept: Kept fraction of each entry where training starts.
-      kept: A hard path's workload to the kept fraction of each entry, mean over the batch, shaped like the knob.
-    """
-
-    names: tuple[str, ...]
-    in_order: bool
-    from_strength: Callable[[np.ndarray, Mapping[str, np.ndarray]], np.ndarray]
-    to_strength: Callable[[np.ndarray, Mapping[str, np.ndarray]], np.ndarray]
-    from_setting: Callable[
-        [tuple[float, ...], tuple[int, ...], Mapping[str, np.ndarray]], np.ndarray
-    ]
-    settings: tuple[tuple[float, ...], ...]
-    start_kept: tuple[float, ...]
-    kept: Callable[[Workload], jax.Array]
 
 
 def stored_whole(knobs: Mapping[str, np.ndarray], kernel: np.ndarray, site: str) -> np.ndarray:

@@ -41,8 +41,8 @@ from codesign.mechanisms.protocol import (
     Operands,
     Plan,
     Selection,
-    ThresholdScale,
 )
+from codesign.mechanisms.threshold_scale import ThresholdScale
 from codesign.quantize import exact_einsum, power_of_two
 from codesign.segments import (
     RADIUS_OFF,
@@ -220,6 +220,7 @@ sofa = Mechanism(
         settings=((1.0, 1.0), (0.5, 1.0), (0.25, 1.0)),
         start_kept=(0.85, 0.6),
         kept=kept_fractions,
+        pairs_entry=-1,
     ),
     has_rounds=True,
     codes=codes,

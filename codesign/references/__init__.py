@@ -4,21 +4,27 @@ from codesign.errors import UnknownNameError
 from codesign.references.acceltran import acceltran
 from codesign.references.dense import dense
 from codesign.references.energon import energon
+from codesign.references.esact import esact
 from codesign.references.lapa import lapa
 from codesign.references.protocol import Reference, Shapes
 from codesign.references.sofa import sofa
 from codesign.structure import ModelStructure
 
-REFERENCES = {reference.name: reference for reference in (dense, energon, acceltran, sofa, lapa)}
+REFERENCES = {
+    reference.name: reference for reference in (dense, energon, acceltran, sofa, lapa, esact)
+}
 
 LAYER_TENSORS = (
     *(
+        "predicted_query",
         "predicted_key",
         "query",
         "key",
         "value",
         "scores",
         "keep",
+        "source",
+        "ffn_source",
         "raw_scores",
         "probabilities",
         "context",

@@ -7,7 +7,7 @@ References:
 import numpy as np
 
 from codesign.references.integers import EXACT_LIMIT, Integers
-from codesign.references.protocol import Layer, Reference, Shapes
+from codesign.references.protocol import Layer, LayerTensors, Reference, Shapes
 from codesign.structure import ModelStructure
 
 PRUNED_SITES = (
@@ -40,6 +40,12 @@ def prune(layer: Layer, x: Integers, site: str) -> Integers:
     return np.where(np.abs(x) > layer["threshold"][PRUNED_SITES.index(site)], x, 0)
 
 
+def prune_output(layer: Layer, y: Integers, site: str, planned: LayerTensors) -> Integers:
+    """Returns what leaves, pruned as `prune` does."""
+    del planned
+    return prune(layer, y, site)
+
+
 acceltran = Reference(
     name="acceltran",
     layer_shapes=layer_shapes,
@@ -50,5 +56,5 @@ acceltran = Reference(
     ),
     ranges={"threshold": (0, EXACT_LIMIT)},
     on_activation=prune,
-    on_output=prune,
+    on_output=prune_output,
 )

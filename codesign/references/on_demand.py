@@ -6,13 +6,22 @@ References:
 
 import numpy as np
 
-from codesign.references.integers import Integers, estimated_operand, exact_matmul, leading_one
+from codesign.references.integers import (
+    Booleans,
+    Integers,
+    estimated_operand,
+    exact_matmul,
+    leading_one,
+)
 from codesign.references.protocol import Layer, LayerTensors
 from codesign.structure import ModelStructure
 
 
-def predict_keys(structure: ModelStructure, layer: Layer, inputs: Integers) -> LayerTensors:
+def predict_keys(
+    structure: ModelStructure, layer: Layer, inputs: Integers, exists: Booleans
+) -> LayerTensors:
     """Returns the predicted keys, `[B, H, S, d]`, from what enters the product `qkv`, `[B, T, D]`."""
+    del exists
     columns = np.split(layer["qkv_weight"], 3, axis=-1)[1]
     sums = exact_matmul(inputs, leading_one(columns))
     return {"predicted_key": estimated_operand(layer, sums, 1, structure.num_heads)}

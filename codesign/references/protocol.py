@@ -47,9 +47,11 @@ def check_rising_rounds(structure: ModelStructure, layers: Mapping[str, npt.NDAr
         raise ExportError("array `layers/key_bits` must rise from round to round")
 
 
-def plan_nothing(structure: ModelStructure, layer: Layer, inputs: Integers) -> LayerTensors:
+def plan_nothing(
+    structure: ModelStructure, layer: Layer, inputs: Integers, exists: Booleans
+) -> LayerTensors:
     """Predicts nothing."""
-    del structure, layer, inputs
+    del structure, layer, inputs, exists
     return {}
 
 
@@ -67,6 +69,12 @@ def keep_values(layer: Layer, x: Integers, site: str) -> Integers:
     return x
 
 
+def keep_outputs(layer: Layer, y: Integers, site: str, planned: LayerTensors) -> Integers:
+    """Leaves a tensor as it is."""
+    del layer, site, planned
+    return y
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """The integer path of a mechanism.
@@ -78,11 +86,13 @@ class Reference:
       decision_tensors: Tensors of which each element is a decision to keep or to drop.
       ranges: Lowest and highest legal value of its own arrays.
       check: Raises `ExportError` if its arrays or the structure break another rule.
-      plan: From the structure, one layer's arrays and what enters `qkv`, `[B, T, D]`, to tensors of its own.
+      plan: From the structure, one layer's arrays, what enters `qkv`, `[B, T, D]`, and the pairs that exist, to tensors of
+        its own.
       filter: From one layer's arrays, query `[B, H, T, d]`, key `[B, H, S, d]`, the pairs that exist, `[B, 1, T, S]`,
         and the planned tensors, to the kept pairs `[B, H, T, S]` and more tensors without the layer axis.
       on_activation: What becomes of a tensor that enters `site`, given one layer's arrays.
-      on_output: What becomes of what a branch leaves (`attention_branch`, `ffn_branch`).
+      on_output: What becomes of what leaves `attention` (heads side by side, `[B, T, H*d]`) or a branch
+        (`attention_branch`, `ffn_branch`), given one layer's arrays and the planned tensors.
     """
 
     name: str
@@ -91,9 +101,9 @@ class Reference:
     decision_tensors: tuple[str, ...] = ()
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     check: Callable[[ModelStructure, Mapping[str, npt.NDArray[Any]]], None] = check_no_rounds
-    plan: Callable[[ModelStructure, Layer, Integers], LayerTensors] = plan_nothing
+    plan: Callable[[ModelStructure, Layer, Integers, Booleans], LayerTensors] = plan_nothing
     filter: Callable[
         [Layer, Integers, Integers, Booleans, LayerTensors], tuple[Booleans, LayerTensors]
     ] = keep_existing
     on_activation: Callable[[Layer, Integers, str], Integers] = keep_values
-    on_output: Callable[[Layer, Integers, str], Integers] = keep_values
+    on_output: Callable[[Layer, Integers, str, LayerTensors], Integers] = keep_outputs
