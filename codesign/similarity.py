@@ -41,7 +41,7 @@ class Distances:
     """How rows of a window differ, in units of the rows.
 
     Attributes:
-      apart: Sums of absolute differences of row t (second axis from the end) and an earlier row c, `[..., W, w, w]`; else 0.
+      apart: Sums of absolute differences of row t (second axis from the end) and an earlier row, else 0, `[..., W, w, w]`.
       sizes: Sums of absolute values, `[..., W, w]`.
       whole: Both as whole numbers.
     """
