@@ -2,17 +2,21 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from codesign.errors import RunDirectoryError
+from codesign.errors import CodesignError, RunDirectoryError
 from codesign.experiments.configs import Experiment, sst2
 from codesign.experiments.finished import DENSE_FOLDER
 from codesign.experiments.run import write_json
 from codesign.experiments.tables import print_json, print_table
 
-Study = Literal["acceltran-sst2"]
+Study = Literal["acceltran-sst2", "prediction-claims"]
+ClaimsTask = Literal[
+    "digits", "mnist", "tinyshakespeare", "sst2", "spamassassin", "spamassassin512"
+]
+STUDY_FILE = "study.json"
 
 
 def acceltran_sst2() -> Experiment:
@@ -24,9 +28,12 @@ def reproduce(
     study: tyro.conf.Positional[Study],
     *,
     out: Path,
+    tasks: tuple[ClaimsTask, ...] = (),
+    seeds: tuple[int, ...] = (0,),
+    num_examples: int = 32,
     data: Path | None = None,
-    seed: int = 0,
     cache: Path | None = None,
+    overwrite: bool = False,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Measures a published study and prints its points beside the published ones.
@@ -34,30 +41,60 @@ def reproduce(
     `acceltran-sst2`: accuracy and activation sparsity of MiniLM on SST-2 over AccelTran's threshold and top-k, sparsity
     with and without padding (arXiv 2302.14705). Writes OUT/study.json and OUT/study.png.
 
-    Example: `codesign reproduce acceltran-sst2 --out runs/acceltran-sst2`
+    `prediction-claims`: claims of ESACT (arXiv 2512.02403) and SOFA (arXiv 2407.10416) about scores predicted without
+    multipliers, on queries and keys of trained models: similarity of rows, recall of the largest keys, top-k by segment,
+    operations of sorted attention, fetches. Writes OUT/study.json. Half a minute a seed for digits, minutes for text.
+
+    Examples: `codesign reproduce acceltran-sst2 --out runs/acceltran-sst2`,
+    `codesign reproduce prediction-claims --tasks digits mnist --seeds 0 1 2 --out runs/prediction-claims`
 
     Args:
       study: Its name.
       out: Directory to make.
-      data: Folder of the data; default: $CODESIGN_DATA/sst2, else the Hugging Face hub.
-      seed: Seed of the fine-tuning of the dense model.
+      tasks: What `prediction-claims` is measured on; default: digits.
+      seeds: Seeds of the training of the dense models; `acceltran-sst2` takes one.
+      num_examples: Validation examples of each task of `prediction-claims`, the first ones.
+      data: Folder of the data of the only task; default: that of the task in $CODESIGN_DATA, else where it is published.
       cache: Folder of the dense models; default: `dense` in `--out`.
+      overwrite: Replace the study in `--out`.
       as_json: Print JSON only.
     """
+    if (out / STUDY_FILE).exists() and not overwrite:
+        raise RunDirectoryError(
+            f"'{out}' holds a study already: replace it with `--overwrite`, or choose another directory"
+        )
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise CodesignError(f"`seeds` must be different whole numbers from 0 on, got {seeds}")
+    if study == "prediction-claims":
+        return _prediction_claims(
+            out,
+            tasks or ("digits",),
+            seeds,
+            num_examples,
+            data,
+            cache or out / DENSE_FOLDER,
+            as_json,
+        )
+    if tasks or len(seeds) > 1:
+        raise CodesignError(
+            f"study `{study}` has one task and takes one seed: leave out `--tasks`, and give one of `--seeds`"
+        )
+    return _acceltran_sst2(out, seeds[0], data, cache or out / DENSE_FOLDER, as_json)
+
+
+def _acceltran_sst2(out: Path, seed: int, data: Path | None, cache: Path, as_json: bool) -> int:
+    """Measures AccelTran's study."""
     from codesign.experiments.acceltran_sst2 import draw_study, study as run_study
     from codesign.experiments.problem import load_problem
 
-    del study  # one so far; the parser refuses others
-    if (out / "study.json").exists():
-        raise RunDirectoryError(f"'{out}' holds a study already: choose another directory")
     named = acceltran_sst2()
     experiment = dataclasses.replace(
         named, seed=seed, data=dataclasses.replace(named.data, data=data)
     )
-    problem = load_problem(experiment, cache=cache or out / DENSE_FOLDER, progress=not as_json)
+    problem = load_problem(experiment, cache=cache, progress=not as_json)
     rows = run_study(problem)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "study.json", rows)
+    write_json(out / STUDY_FILE, rows)
     draw_study(rows, out / "study.png")
     if as_json:
         print_json(rows)
@@ -74,6 +111,44 @@ def reproduce(
             for row in rows
         ],
     )
-    print(out / "study.json")
+    print(out / STUDY_FILE)
     print(out / "study.png")
+    return 0
+
+
+def _prediction_claims(
+    out: Path,
+    tasks: tuple[str, ...],
+    seeds: tuple[int, ...],
+    num_examples: int,
+    data: Path | None,
+    cache: Path,
+    as_json: bool,
+) -> int:
+    """Measures the claims about predictions."""
+    from codesign.experiments.prediction_claims import claims_experiment, study
+    from codesign.experiments.prediction_tables import study_tables
+    from codesign.experiments.problem import outline
+
+    if data is not None and len(tasks) > 1:
+        raise CodesignError(
+            f"`--data` is the folder of one task, got {len(tasks)}: put all of them into $CODESIGN_DATA"
+        )
+    if len(set(tasks)) < len(tasks):
+        raise CodesignError(f"`--tasks` must differ, got {', '.join(tasks)}")
+    if num_examples < 1:
+        raise CodesignError(f"`--num-examples` must be at least 1, got {num_examples}")
+    for task in tasks:
+        outline(claims_experiment(task, seeds[0], data)).task.part("validation")
+    out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = study(
+        tasks, seeds, num_examples, data=data, cache=cache, progress=not as_json
+    )
+    write_json(out / STUDY_FILE, record)
+    if as_json:
+        print_json(record)
+        return 0
+    for table in study_tables(record).values():
+        print_table(table.title, table.columns, table.rows, text_columns=table.text_columns)
+    print(out / STUDY_FILE)
     return 0

@@ -73,7 +73,7 @@ class RunDirectory:
                 return run
             shutil.rmtree(run.path.resolve())
         run.path.mkdir(parents=True, exist_ok=True)
-        write_json(run.path / VERSIONS, _versions())
+        write_json(run.path / VERSIONS, versions())
         write_json(run.path / CONFIG, plain)
         return run
 
@@ -390,7 +390,7 @@ def write_json(path: Path, value: Any) -> None:
     _write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     """Returns what a result may depend on besides its settings."""
     libraries = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
