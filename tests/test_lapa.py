@@ -9,7 +9,7 @@ import pytest
 import tiny_model
 from tiny_model import existing, tensors
 
-from codesign.gates import Relaxation
+from codesign.gates import Relaxation, gate_width
 from codesign.hw import emulator
 from codesign.log_codes import leading_one
 from codesign.mechanisms import MECHANISMS
@@ -22,12 +22,15 @@ from codesign.mechanisms.lapa import (
     hard_round,
     knobs,
     plane_operand,
+    soft_filter,
     soft_round,
     to_strength,
     top_code,
 )
+from codesign.mechanisms.protocol import Context, Operands, Plan
 from codesign.models.transformer import ModelOutput
 from codesign.policy import Policy
+from codesign.references import integers
 from codesign.references.lapa import reference_rounds, top_planes
 
 VARIANTS = pytest.mark.parametrize("variant", ["patches", "bert", "decoder"])
@@ -83,6 +86,40 @@ def test_the_hand_example() -> None:
     ):
         assert one_row(row, alive, code) == kept
         alive = np.isin(np.arange(5), list(kept))
+
+
+def test_a_product_with_a_leading_one_is_the_papers() -> None:
+    """`aloc(x, y) = x sign(y) 2^floor(log2 |y|)`, half of SOFA's `dlzs`."""
+    for x, y, product in ((5, 6, 20), (-3, -4, 12), (7, 1, 7)):
+        assert x * int(integers.leading_one(np.asarray(y))) == product
+    y = np.concatenate([np.arange(-127, 0), np.arange(1, 128)])
+    ratio = integers.leading_one(y) / y
+    assert ratio.min() > 0.5 and ratio.max() == 1.0
+    np.testing.assert_array_equal(ratio == 1.0, np.abs(y) & (np.abs(y) - 1) == 0)
+
+
+def test_rounds_add_up_what_the_planes_add() -> None:
+    """The chip adds what each plane brings; here a round's scores are made anew: the same numbers, of all pairs."""
+    rng = np.random.default_rng(11)
+    query, key = (rng.integers(-127, 128, (2, 3, size, 16)) for size in (5, 40))
+    exists = np.ones((2, 1, 5, 40), bool)
+    widths, alpha = (2, 4, 8), np.asarray([[140, 128, 128]] * 3)
+    scores, keep = reference_rounds(query, key, exists, alpha, widths)
+    powers, total, before = integers.leading_one(query), np.zeros((2, 3, 5, 40), np.int64), 0
+    for number, bits in enumerate(widths):
+        plane = top_planes(key, bits)
+        total = total + powers @ np.swapaxes(plane - before, -1, -2)
+        np.testing.assert_array_equal(scores[number], total)
+        before = plane
+    np.testing.assert_array_equal(total, powers @ np.swapaxes(key, -1, -2))
+    # Who is dropped never comes back, and what later planes would add to its score decides nothing.
+    assert np.all(keep[1] <= keep[0]) and np.all(keep[2] <= keep[1])
+    assert 0 < keep[2].sum() < keep[1].sum() < keep[0].sum() < keep[0].size
+    for row in range(5):
+        dead = ~keep[0][:, :, row]
+        changed = np.where(dead[..., None], top_planes(key, 2), key)
+        _, again = reference_rounds(query, changed, exists, alpha, widths)
+        np.testing.assert_array_equal(again[:, :, :, row], keep[:, :, :, row])
 
 
 def test_the_last_plane_is_the_whole_key() -> None:
@@ -172,8 +209,60 @@ def test_threshold_falls_with_alpha_by_the_distance_of_the_maximum_from_the_mean
         alpha, step = jnp.asarray([0.8]), 1e-6
         gradient = float(jax.grad(total)(alpha)[0])
         difference = float(total(alpha + step) - total(alpha - step)) / (2 * step)
+        # Of a gate g of width w: d g / d alpha = g (1 - g) / w * -(d theta / d alpha).
+        row = np.ravel(scores)
+        gate = np.ravel(soft_round(scores, ones, ones, alpha, relaxation(0.5)))
+        width = 0.5 * float(gate_width(jnp.asarray(row.std())))
+        slope = row.max() - row.mean()
     assert gradient == pytest.approx(difference, rel=1e-6)
+    assert gradient == pytest.approx(np.sum(gate * (1.0 - gate)) / width * slope, rel=1e-6)
     assert gradient > 0.0
+
+
+def test_bit_operations_move_with_what_is_left_for_each_plane() -> None:
+    rng = np.random.default_rng(2)
+    with jax.enable_x64(True):
+        widths = {"qk_bits": jnp.asarray(8.0), "key_bits": jnp.asarray([2.0, 4.0, 8.0])}
+        query, key = (
+            jnp.asarray(np.rint(rng.normal(size=(1, 1, size, 4)) * 40)) for size in (3, 12)
+        )
+
+        def counted(threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Products of each round per pair, and bits of its plane."""
+            context = Context(
+                knobs={"threshold": threshold, "key_bits": widths["key_bits"]},
+                widths=widths,
+                ranges={},
+                relaxation=relaxation(0.3),
+                valid=jnp.ones((1, 12)),
+                pairs=jnp.ones((1, 1, 12, 12)),
+                tracing=False,
+            )
+            padded = jnp.pad(query, ((0, 0), (0, 0), (0, 9), (0, 0)))
+            operands = Operands(
+                query=padded, key=key, value=key, logit_scale=jnp.ones(()), value_scale=jnp.ones(())
+            )
+            _, counts = soft_filter(context, operands, Plan(notes={"key": key}), ())
+            rounds = [counts.operations[f"filter{index}.shift_add"] for index in range(3)]
+            number = jnp.stack([jnp.sum(one.count) for one in rounds]) / (12 * 12 * 4)
+            return number, jnp.stack([one.bits_a[0, 0] for one in rounds])
+
+        def total(threshold: jax.Array) -> jax.Array:
+            number, bits = counted(threshold)
+            return jnp.sum(number * bits)
+
+        threshold = jnp.asarray([[0.2, -0.3, 0.1]])
+        slope = np.ravel(jax.grad(total)(threshold))
+        left, bits = jax.jacobian(lambda v: counted(v)[0])(threshold), counted(threshold)[1]
+        np.testing.assert_array_equal(bits, [1.0, 2.0, 4.0])
+        np.testing.assert_allclose(slope, np.asarray(bits) @ np.asarray(left)[:, 0], rtol=1e-12)
+        steps = 1e-6 * np.eye(3)[:, None]
+        for place, step in enumerate(steps):
+            difference = float(total(threshold + step) - total(threshold - step)) / 2e-6
+            # The widths of later gates are constants for differentiation.
+            assert slope[place] == pytest.approx(difference, rel=5e-3, abs=1e-8)
+    # The last threshold decides about no later plane; a larger alpha leaves more for those that follow.
+    assert slope[2] == 0.0 and np.all(slope[:2] > 0.0)
 
 
 def test_soft_round_becomes_hard_as_the_temperature_falls() -> None:

@@ -86,6 +86,11 @@ def test_the_radius_clips_what_is_far_below_the_maximum() -> None:
     assert kept_of_row([SCORE_LIMIT, -SCORE_LIMIT], SHARE_ONE, 2) == {0, 1}
 
 
+def test_the_least_share_of_one_segment_is_the_maximum_alone() -> None:
+    assert kept_of_row([3, -7, 9, 1, 9, 2], 1, 5) == {2}
+    assert kept_of_row([3, -7, 9, 1, 9, 2], SHARE_ONE // 6, 5) == {2}
+
+
 def test_equal_scores_stay_in_order_of_their_index() -> None:
     assert kept_of_row([5, 5, 5, 5], 512, 2) == {0, 1}
     assert kept_of_row([-4, -4, 1, -4], 512, 2) == {0, 2}

@@ -1,5 +1,6 @@
 """SOFA: codes of prediction, whole models on the integer path against the emulator and against training, and counts."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from codesign.mechanisms.sofa import codes, from_setting, from_strength, to_stre
 from codesign.models.transformer import ModelOutput
 from codesign.policy import Policy
 from codesign.references import integers
+from codesign.references.sofa import reference_segments
 from codesign.segments import RADIUS_OFF, SHARE_ONE
 
 VARIANTS = pytest.mark.parametrize("variant", ["patches", "bert", "decoder"])
@@ -76,6 +78,8 @@ def test_a_product_with_a_leading_one_is_half_of_dlzs() -> None:
     """The specification's `dlzs(x, y) = x sign(y) 2^(floor(log2 |y|) + 1)`."""
     for x, y, doubled in ((5, 6, 40), (-3, -4, 24), (7, 1, 14)):
         assert 2 * x * int(leading_one(jnp.asarray(y))) == doubled
+    left, right = np.asarray([5, -3, 7]), np.asarray([6, -4, 1])
+    assert 2 * left @ integers.leading_one(right) == 78 and left @ right == 49
     y = jnp.arange(1, 32768)
     ratio = np.asarray(2 * leading_one(y) / y)
     assert ratio.min() > 1.0 and ratio.max() == 2.0
@@ -110,6 +114,21 @@ def test_one_operand_prediction_recalls_nine_of_ten(seed: int) -> None:
     exact, predicted = best(query @ key.T), best(integers.leading_one(query) @ key.T)
     recall = np.mean([np.isin(a, b).mean() for a, b in zip(exact, predicted, strict=True)])
     assert recall == pytest.approx(0.90, abs=0.01)
+
+
+def test_index_error_of_segments_on_gaussian_rows() -> None:
+    """Keys kept by segments that are not among the largest quarter of 1024; the specification's figures."""
+    rng, errors = np.random.default_rng(0), []
+    for number in (2, 4, 8, 16, 32):
+        scores = np.rint(rng.standard_normal((1, 1, 300, 1024)) * 2**40).astype(np.int64)
+        exists = np.ones(scores.shape, bool)
+        quarter, off = np.asarray([SHARE_ONE // 4]), np.asarray([RADIUS_OFF])
+        kept, _ = reference_segments(scores, exists, quarter, off, 1024 // number)
+        best, _ = reference_segments(scores, exists, quarter, off, 1024)
+        np.testing.assert_array_equal(kept.sum(-1), 256)
+        errors.append(100.0 * (1.0 - np.sum(kept & best) / np.sum(best)))
+    np.testing.assert_allclose(errors, [2.1, 3.7, 5.6, 8.3, 11.9], atol=0.4)
+    assert np.all(np.diff(errors) > 0.0)
 
 
 def test_codes_of_shares_radii_and_the_shift_of_scores() -> None:
@@ -269,6 +288,26 @@ def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
                 -(-tokens // 2**level) * 2 * shape.head_dim for level in range(len(blocks))
             ]
             np.testing.assert_array_equal(blocks, expected_blocks)
+
+
+def test_a_larger_share_never_costs_less() -> None:
+    """All counts but those of the prediction; the first layer alone, since later ones see what it lets through."""
+    model = tiny_model.random_model("bert")
+    policy = policy_of(model, tile_bits=4.0)
+    size = policy.layers["threshold"].shape
+    counts = []
+    for share in (0.1, 0.3, 0.6, 1.0):
+        knob = jnp.asarray(from_setting((share, 1.0), size, {}), jnp.float32)
+        tried = Policy(layers=policy.layers | {"threshold": knob}, ends=policy.ends)
+        workload = run_hard(model, tried)[1].workload
+        counts.append({name: one.count[:, 0] for name, one in workload.operations.items()})
+    fixed = {"predict.shift_add", "encode.encode", "filter0.shift_add", "output.divide"}
+    for few, more in itertools.pairwise(counts):
+        for name in few:
+            assert np.all(few[name] <= more[name]), name
+            assert name not in fixed or np.array_equal(few[name], more[name]), name
+    for name in counts[0].keys() - fixed - {"softmax.compare", "softmax.multiply"}:
+        assert np.sum(counts[0][name]) < np.sum(counts[-1][name]), name
 
 
 def test_every_knob_has_a_gradient() -> None:
