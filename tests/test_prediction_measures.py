@@ -1,6 +1,7 @@
 """Measures of predictions, against plain loops and worked rows, and the study's command."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,12 @@ def small() -> Experiment:
 
 def untrained(experiment: Experiment, **_: Any) -> Problem:
     outlined = outline(experiment)
-    params = init_params(outlined.config.structure, key=jax.random.key(0))
+    initial = functools.partial(init_params, outlined.config.structure, key=jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(scale=0.3, size=leaf.shape).astype(leaf.dtype),
+        jax.eval_shape(initial),
+    )
     return dataclasses.replace(outlined, params=params)
 
 
