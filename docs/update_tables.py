@@ -3,11 +3,14 @@
 Between `<!-- KIND NAME -->` and `<!-- end -->` stands the table KIND of `results/NAME.json`.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from codesign.experiments.prediction_tables import study_tables
 
 DOCS = Path(__file__).resolve().parent
 MARKED = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -124,12 +127,19 @@ def study(records: list[dict[str, Any]]) -> str:
     return table(("method", "setting", *heading), rows)
 
 
+def claims(name: str, record: dict[str, Any]) -> str:
+    """Returns one table of the study of predictions."""
+    found = study_tables(record)[name]
+    return table(found.columns, found.rows)
+
+
+CLAIMS = ("similarity", "recall", "segments", "operations", "fetches")
 TABLES: dict[str, Callable[[Any], str]] = {
     "points": points,
     "gains": gains,
     "equal_kl": equal_kl,
     "study": study,
-}
+} | {name: functools.partial(claims, name) for name in CLAIMS}
 
 
 def updated(text: str) -> str:

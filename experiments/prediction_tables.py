@@ -62,7 +62,8 @@ def study_tables(record: dict[str, Any]) -> dict[str, StudyTable]:
 def _value(task: dict[str, Any], name: str, scale: float, digits: int) -> str:
     """Returns a figure's mean; a dash where there is none."""
     mean = task["figures"].get(name, {}).get("mean")
-    return "-" if mean is None else f"{scale * mean:.{digits}f}"
+    # Adding 0 makes a rounded -0 a 0.
+    return "-" if mean is None else f"{round(scale * mean, digits) + 0.0:.{digits}f}"
 
 
 def _spread(task: dict[str, Any], name: str, scale: float, digits: int) -> str:

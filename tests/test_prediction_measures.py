@@ -259,3 +259,27 @@ def test_tasks_of_short_examples_are_named(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(prediction_claims, "samples", lambda problem, number: iter(()))
     with pytest.raises(CodesignError, match="no example of `digits` has 24 tokens"):
         prediction_claims.study(["digits"], [0], 1, data=None, cache=tmp_path, progress=False)
+
+
+def test_the_older_study_takes_its_seed_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {name: 0.5 for name in ("accuracy", "sparsity", "sparsity_with_padding")}
+    row |= {f"published_{name}": 0.25 for name in ("accuracy", "sparsity")}
+    seen = []
+
+    def stub(experiment: Experiment, **_: Any) -> str:
+        seen.append((experiment.task, experiment.mechanism, experiment.seed))
+        return "problem"
+
+    monkeypatch.setattr("codesign.experiments.problem.load_problem", stub)
+    monkeypatch.setattr(
+        "codesign.experiments.acceltran_sst2.study",
+        lambda problem: [row | {"method": "top-k", "setting": 1}],
+    )
+    monkeypatch.setattr("codesign.experiments.acceltran_sst2.draw_study", lambda rows, path: None)
+    command = ["reproduce", "acceltran-sst2", "--seeds", "3", "--out", str(tmp_path), "--json"]
+    assert main(command) == 0
+    assert seen == [("sst2", "acceltran", 3)]
+    assert json.loads(capsys.readouterr().out)[0]["accuracy"] == 0.5
+    assert main(command) == 2 and "`--overwrite`" in capsys.readouterr().err
