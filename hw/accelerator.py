@@ -21,7 +21,7 @@ class UnitStructure:
 
     A group of rule `groups` takes `group_rows` rows of a head at a time.
     `per_lane` is the work of a lane per cycle, utilisation included; `issue_rate` what it may start
-    in that time, infinite without a bound. `mm2` is per lane, or per element of its width.
+    in that time, infinite without a bound. `mm2` and leakage are per lane, or per element of its width.
     """
 
     name: str
@@ -215,7 +215,8 @@ def spec_with_sizes(spec: AcceleratorSpec, sizes: Mapping[str, float]) -> Accele
     """Returns the machine with other sizes, named as in `Accelerator.sizes`.
 
     Where the switch `buffer_energy_scales` is set, a resized buffer's energy per byte follows the
-    square root of its capacity, so the file prices it as the cost model does.
+    square root of its capacity, so the file prices it as the cost model does. Synthesised blocks of a
+    lane grow with its width, so that an element's energy and area stay what they are.
 
     Raises:
       UnknownNameError: If a name is not a size of the machine.
@@ -244,13 +245,28 @@ def spec_with_sizes(spec: AcceleratorSpec, sizes: Mapping[str, float]) -> Accele
     if elements is not None:
         count = quantity(elements.count, sizes.get("processing_elements"))
         elements = elements.model_copy(update={"count": count})
-    resized_units, memories = {}, {}
+    resized_units, memories, modules = {}, {}, dict(spec.modules)
     for name, unit in spec.units.items():
-        width = unit.width
+        width, blocks = unit.width, unit.modules
         if width is not None:
+            own = width.value
             width = quantity(width, sizes.get(f"{name}.width"))
+            ratio = width.value / own
+            if ratio != 1.0 and blocks:
+                blocks = tuple(f"{name}.{block}" for block in blocks)
+                modules |= {
+                    new: spec.modules[old].model_copy(
+                        update={
+                            field: quantity(part, part.base * ratio)
+                            for field in ("area", "dynamic", "leakage")
+                            if (part := getattr(spec.modules[old], field)).base
+                        }
+                    )
+                    for new, old in zip(blocks, unit.modules, strict=True)
+                }
         lanes = quantity(unit.lanes, sizes.get(f"{name}.lanes"))
-        resized_units[name] = unit.model_copy(update={"lanes": lanes, "width": width})
+        changes = {"lanes": lanes, "width": width, "modules": blocks}
+        resized_units[name] = unit.model_copy(update=changes)
     for name, memory in spec.memories.items():
         target = sizes.get(f"{name}.bytes")
         if memory.sized_by == "query_block":
@@ -266,14 +282,15 @@ def spec_with_sizes(spec: AcceleratorSpec, sizes: Mapping[str, float]) -> Accele
         bandwidth *= spec.clock_hz
     host = spec.host
     if host is not None:
-        changes = {
+        resized = {
             field: quantity(getattr(host, field), sizes.get(f"host.{key}"))
             for field, key in (("rows", "rows"), ("cols", "cols"), ("sram", "sram_bytes"))
         }
-        host = host.model_copy(update=changes)
+        host = host.model_copy(update=resized)
     return spec.model_copy(
         update={
             "units": resized_units,
+            "modules": modules,
             "processing_elements": elements,
             "memories": memories,
             "pipeline": spec.pipeline.model_copy(update={"query_block": block}),
@@ -291,6 +308,7 @@ def _unit(spec: AcceleratorSpec, name: str) -> UnitStructure:
     per_lane = 1.0 if unit.per_lane is None else unit.per_lane.value
     if unit.utilisation is not None:
         per_lane *= unit.utilisation.value
+    elements = 1.0 if unit.width is None else unit.width.value
     return UnitStructure(
         name=name,
         serves=unit.serves,
@@ -310,7 +328,7 @@ def _unit(spec: AcceleratorSpec, name: str) -> UnitStructure:
         group_rows=1.0 if spec.pipeline.rows_at_once is None else spec.pipeline.rows_at_once.value,
         shares_heads=unit.shares_heads is not None and unit.shares_heads.value,
         energy_pj=tuple((kind, energy.operation_pj(spec, name, kind)) for kind in kinds),
-        leakage_pj_per_cycle=energy.modules_leakage_pj(spec, unit.modules),
+        leakage_pj_per_cycle=energy.modules_leakage_pj(spec, unit.modules) / elements,
         mm2=energy.unit_mm2(spec, name),
         is_area_per_element=energy.is_area_per_element(spec, name),
     )

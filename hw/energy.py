@@ -127,18 +127,20 @@ def dram_pj_per_byte(spec: AcceleratorSpec) -> float:
 def unit_mm2(spec: AcceleratorSpec, unit_name: str) -> float:
     """Returns the area of one lane of a unit, or of one element of a lane's width, mm2, as fitted.
 
-    Which of the two: `is_area_per_element`. Areas of synthesised blocks hold as published.
+    Which of the two: `is_area_per_element`. Areas of synthesised blocks hold as published; a lane of another width has
+    as much more or less of them.
     """
     unit = spec.units[unit_name]
     if unit.area is None:
-        return sum(spec.modules[name].area.base for name in unit.modules)
+        width = 1.0 if unit.width is None else unit.width.value
+        return sum(spec.modules[name].area.base for name in unit.modules) / width
     return unit.area.value * spec.area_scale * spec.area.factor.value
 
 
 def is_area_per_element(spec: AcceleratorSpec, unit_name: str) -> bool:
-    """Whether a unit's area is given per element of a lane's width."""
-    area = spec.units[unit_name].area
-    return area is not None and area.unit == "mm2/element"
+    """Whether a unit's area and leakage are those of an element of a lane's width, else those of a lane."""
+    unit = spec.units[unit_name]
+    return unit.width is not None and (unit.area is None or unit.area.unit == "mm2/element")
 
 
 def buffer_mm2_per_byte(spec: AcceleratorSpec, name: str) -> float:

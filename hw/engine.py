@@ -47,6 +47,12 @@ def lanes_of(unit: UnitStructure, sizes: dict[str, jax.Array]) -> jax.Array:
     return lanes * sizes["processing_elements"] if "processing_elements" in sizes else lanes
 
 
+def _extent(unit: UnitStructure, sizes: dict[str, jax.Array]) -> jax.Array:
+    """Returns the lanes of a unit, or their elements, of which each has its area and leakage, scalar."""
+    lanes = lanes_of(unit, sizes)
+    return lanes * sizes[f"{unit.name}.width"] if unit.is_area_per_element else lanes
+
+
 def passes(bits_a: jax.Array, bits_b: jax.Array, unit: UnitStructure) -> jax.Array | float:
     """Returns the passes of an operation through sliced multipliers, of the shape of the bits."""
     result: jax.Array | float = 1.0
@@ -240,10 +246,7 @@ def area_mm2(accelerator: Accelerator) -> dict[str, jax.Array]:
     structure, sizes = accelerator.structure, accelerator.sizes
     area = {}
     for unit in structure.units:
-        lanes = lanes_of(unit, sizes)
-        if unit.is_area_per_element:
-            lanes = lanes * sizes[f"{unit.name}.width"]
-        area[unit.name] = lanes * unit.mm2
+        area[unit.name] = _extent(unit, sizes) * unit.mm2
     capacity = buffer_bytes(accelerator)
     for buffer in structure.buffers:
         area[buffer.name] = capacity[buffer.name] * buffer.mm2_per_byte
@@ -259,7 +262,7 @@ def standing_pj_per_cycle(accelerator: Accelerator) -> jax.Array | None:
     structure, sizes = accelerator.structure, accelerator.sizes
     capacity = buffer_bytes(accelerator)
     parts = [
-        lanes_of(unit, sizes) * unit.leakage_pj_per_cycle
+        _extent(unit, sizes) * unit.leakage_pj_per_cycle
         for unit in structure.units
         if unit.leakage_pj_per_cycle
     ]
