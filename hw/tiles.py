@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from codesign.hw.accelerator import Accelerator, UnitStructure
+from codesign import gates
+from codesign.hw.accelerator import Accelerator
 from codesign.hw.engine import head_cycles, lanes_of
 from codesign.hw.host import ceil
 from codesign.hw.traffic import stream_bytes
@@ -26,11 +27,29 @@ BEFORE_STREAMS = ("tokens", "weight_codes", "query")
 
 @struct.dataclass
 class _Stage:
-    """A stage's cycles by head: all, those before the next stage can start, those after the stage before is done."""
+    """A stage's cycles by head: all, what goes with keys and with pairs, and the blocks of rows that it works on.
+
+    `holds_rows`: nothing that follows can start before all tiles of a block are done.
+    """
 
     total: jax.Array
-    first: jax.Array
-    last: jax.Array
+    keys: jax.Array
+    pairs: jax.Array
+    blocks: jax.Array
+    holds_rows: bool = struct.field(pytree_node=False)
+    makes_keys: bool = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class _Step:
+    """A stage's cycles by head: all, and for each stage before it what of that lies ahead, and what of its own behind.
+
+    `ahead[i]` of stage i is done when this one can start; `behind[i]` of this one is left when stage i is done.
+    """
+
+    total: jax.Array
+    ahead: list[jax.Array]
+    behind: list[jax.Array]
 
 
 def tile_fill(workload: Workload, accelerator: Accelerator) -> jax.Array:
@@ -41,98 +60,147 @@ def tile_fill(workload: Workload, accelerator: Accelerator) -> jax.Array:
     takes beyond the slowest.
     """
     structure = accelerator.structure
-    stages = [
-        _slowest(present)
-        for names in structure.stages
-        if (present := _units_of(names, workload, accelerator))
+    rows = jnp.maximum(workload.rows["attention"].queries, 1.0)
+    tiles = ceil(rows / structure.rows_at_once)
+    found = (_stage(names, workload, accelerator, rows) for names in structure.stages)
+    stages = [stage for stage in found if stage is not None]
+    for index, stage in enumerate(stages):
+        if stage.makes_keys:
+            # As the blocks of the stage before want them, or of the one behind.
+            near = stages[index - 1 if index else min(1, len(stages) - 1)]
+            stages[index] = stage.replace(blocks=near.blocks)  # type: ignore[attr-defined]
+    steps = [
+        _Step(
+            total=stage.total,
+            ahead=[_ahead(before, stage, tiles) for before in stages[:index]],
+            behind=[_behind(before, stage, tiles) for before in stages[:index]],
+        )
+        for index, stage in enumerate(stages)
     ]
     output = jnp.zeros(())
     if structure.memory_overlaps:
-        memory, output = _memory(workload, accelerator)
-        stages = [memory, *stages]
-    shape = jnp.broadcast_shapes(*(stage.total.shape for stage in stages))
-    by_head = jax.tree.map(lambda leaf: jnp.moveaxis(jnp.broadcast_to(leaf, shape), 2, 0), stages)
+        moved, waited, output = _memory(workload, accelerator, _parts(stages[0], tiles))
+        steps = [
+            _Step(total=moved, ahead=[], behind=[]),
+            *(
+                _Step(
+                    total=step.total,
+                    ahead=[waited, *step.ahead],
+                    # The first stage has its last tile left when all of a head has come, the others follow it.
+                    behind=[
+                        jnp.zeros_like(waited) if index else _last_tile(stages[0], tiles),
+                        *step.behind,
+                    ],
+                )
+                for index, step in enumerate(steps)
+            ),
+        ]
+    shape = jnp.broadcast_shapes(*(step.total.shape for step in steps))
+    by_head = jax.tree.map(lambda leaf: jnp.moveaxis(jnp.broadcast_to(leaf, shape), 2, 0), steps)
 
-    def head(ends: list[jax.Array], stages: list[_Stage]) -> tuple[list[jax.Array], None]:
+    def head(ends: list[jax.Array], steps: list[_Step]) -> tuple[list[jax.Array], None]:
+        starts: list[jax.Array] = []
         done: list[jax.Array] = []
-        ready = jnp.zeros_like(ends[0])
-        for end, stage in zip(ends, stages, strict=True):
-            start = jnp.maximum(end, ready)
-            finish = start + stage.total
-            done.append(jnp.maximum(finish, done[-1] + stage.last) if done else finish)
-            ready = start + stage.first
+        for end, step in zip(ends, steps, strict=True):
+            ready = [one + ahead for one, ahead in zip(starts, step.ahead, strict=True)]
+            left = [one + behind for one, behind in zip(done, step.behind, strict=True)]
+            starts.append(functools.reduce(jnp.maximum, ready, end))
+            done.append(functools.reduce(jnp.maximum, left, starts[-1] + step.total))
         return done, None
 
-    ends = [jnp.zeros(shape[:2], stage.total.dtype) for stage in stages]
+    ends = [jnp.zeros(shape[:2], step.total.dtype) for step in steps]
     latest = jax.lax.scan(head, ends, by_head)[0][-1] + output
-    totals = [jnp.sum(stage.total, axis=2) for stage in stages]
+    totals = [jnp.sum(step.total, axis=2) for step in steps]
     if structure.memory_overlaps:
         totals[0] = totals[0] + output
     return latest - functools.reduce(jnp.maximum, totals)
 
 
-def _units_of(names: tuple[str, ...], workload: Workload, accelerator: Accelerator) -> list[_Stage]:
-    """Returns the units of a stage that work; chained ones work on the same tile."""
-    units = [unit for unit in accelerator.structure.units if unit.name in names]
-    # A statistic of a row needs all its tiles.
-    holds_rows = any(key.endswith(".statistic") for unit in units for key in unit.paces)
-    present = [_unit(unit, workload, accelerator, holds_rows) for unit in units]
-    return [stage for stage in present if stage is not None]
-
-
-def _unit(
-    unit: UnitStructure, workload: Workload, accelerator: Accelerator, holds_rows: bool
+def _stage(
+    names: tuple[str, ...], workload: Workload, accelerator: Accelerator, rows: jax.Array
 ) -> _Stage | None:
-    """Returns a unit's cycles by head; None if it does nothing."""
-    rows, tiles = _rows_and_tiles(workload, accelerator)
-    by_key, by_pair = (
-        head_cycles(
-            unit,
-            workload.replace(  # type: ignore[attr-defined]
-                operations={
-                    name: value
-                    for name, value in workload.operations.items()
-                    if (name.partition(".")[0] in OF_KEYS) == of_keys
-                }
-            ),
-            accelerator.sizes,
+    """Returns what units chained on the same tile take, the slowest at everything; None if they do nothing."""
+    structure, sizes = accelerator.structure, accelerator.sizes
+    parts = [
+        workload.replace(  # type: ignore[attr-defined]
+            operations={
+                name: value
+                for name, value in workload.operations.items()
+                if (name.partition(".")[0] in OF_KEYS) == of_keys
+            }
         )
         for of_keys in (True, False)
-    )
-    if not by_key and not by_pair:
-        return None
+    ]
     none = jnp.zeros((1, 1, 1))
-    keys, pairs = (
-        functools.reduce(jnp.maximum, parts.values(), none) for parts in (by_key, by_pair)
-    )
-    by_query = [one for one in accelerator.structure.units if one.rule == "blocks"]
-    paced = [unit] if unit.rule == "blocks" else by_query
-    blocks = functools.reduce(
-        jnp.maximum, [ceil(rows / lanes_of(one, accelerator.sizes)) for one in paced]
-    )
-    first = keys + pairs / blocks
+    units = [unit for unit in structure.units if unit.name in names]
+    present = []
+    for unit in units:
+        cycles = [head_cycles(unit, part, sizes) for part in parts]
+        if any(cycles):
+            # Executing and starting operations overlap.
+            present.append([functools.reduce(jnp.maximum, one.values(), none) for one in cycles])
+    if not present:
+        return None
+    by_query = [unit for unit in units if unit.rule == "blocks"]
+    keys, pairs = (functools.reduce(jnp.maximum, one) for one in zip(*present, strict=True))
     return _Stage(
-        total=keys + pairs,
-        first=first if holds_rows else first / tiles,
-        last=(pairs + (keys if unit.rule == "flat" else 0.0)) / (blocks * tiles),
+        total=functools.reduce(jnp.maximum, [one + other for one, other in present]),
+        keys=keys,
+        pairs=pairs,
+        # Of chained units the one with most lanes says when a block is done.
+        blocks=functools.reduce(
+            jnp.minimum, [ceil(rows / lanes_of(unit, sizes)) for unit in by_query], rows
+        ),
+        # A statistic of a row needs all its tiles.
+        holds_rows=any(key.endswith(".statistic") for unit in units for key in unit.paces),
+        makes_keys=not by_query,
     )
 
 
-def _rows_and_tiles(workload: Workload, accelerator: Accelerator) -> tuple[jax.Array, jax.Array]:
-    """Returns the rows of a head, at least 1, and the tiles of keys that they make, `[B, L, H]`."""
-    rows = jnp.maximum(workload.rows["attention"].queries, 1.0)
-    return rows, ceil(rows / accelerator.structure.rows_at_once)
+def _ahead(before: _Stage, stage: _Stage, tiles: jax.Array) -> jax.Array:
+    """Returns what of a stage lies ahead of the start of a later one, cycles by head: the first tile of its first block.
+
+    Where that has the rows of several blocks, these are all tiles of the blocks before the last.
+    """
+    blocks = jnp.maximum(before.blocks / stage.blocks, 1.0)
+    share = 1.0 if before.holds_rows else 1.0 / tiles
+    is_several = gates.detach((blocks > 1.0).astype(tiles.dtype))
+    part = share if before.makes_keys or before.holds_rows else 1.0 / _parts(before, tiles)
+    keys = before.keys * (is_several + (1.0 - is_several) * part)
+    pairs = before.pairs * (blocks - 1.0 + share) / before.blocks
+    return jnp.minimum(keys + pairs, before.total)
 
 
-def _slowest(units: list[_Stage]) -> _Stage:
-    slowest: _Stage = jax.tree.map(lambda *parts: functools.reduce(jnp.maximum, parts), *units)
-    return slowest
+def _behind(before: _Stage, stage: _Stage, tiles: jax.Array) -> jax.Array:
+    """Returns what of a stage is left when an earlier one is done, cycles by head: the last tile of its last block.
+
+    Where the other's last block has the rows of several, these are all tiles of the blocks behind the first. Keys are
+    predicted for the first block, but made for whichever wants them.
+    """
+    blocks = jnp.maximum(stage.blocks / before.blocks, 1.0)
+    share = 1.0 if before.holds_rows else 1.0 / tiles
+    work = stage.keys if stage.makes_keys else stage.pairs
+    return jnp.minimum(work * (blocks - 1.0 + share) / stage.blocks, stage.total)
 
 
-def _memory(workload: Workload, accelerator: Accelerator) -> tuple[_Stage, jax.Array]:
-    """Returns main memory as the first stage, and the cycles of what is written at the very end, `[B, L]`."""
-    rows, tiles = _rows_and_tiles(workload, accelerator)
-    heads = rows.shape[2]
+def _parts(stage: _Stage, tiles: jax.Array) -> jax.Array:
+    """Returns in how many tiles of a head keys are predicted: lanes take tokens as they take rows."""
+    return jnp.minimum(tiles, stage.blocks)
+
+
+def _last_tile(stage: _Stage, tiles: jax.Array) -> jax.Array:
+    """Returns what the last tile of a head takes a stage, cycles by head."""
+    return stage.keys / _parts(stage, tiles) + stage.pairs / (stage.blocks * tiles)
+
+
+def _memory(
+    workload: Workload, accelerator: Accelerator, parts: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns cycles of main memory: by head all, and what its first tile waits for; and of the last output, `[B, L]`.
+
+    The output of a head moves along with the next one.
+    """
+    heads = parts.shape[2]
     rate = accelerator.sizes["dram.bytes_per_cycle"]
 
     def cycles(names: set[str]) -> jax.Array:
@@ -143,14 +211,12 @@ def _memory(workload: Workload, accelerator: Accelerator) -> tuple[_Stage, jax.A
 
     names = set(workload.streams)
     shared, before = set(SHARED_STREAMS) & names, set(BEFORE_STREAMS) & names
-    is_first = (jnp.arange(heads) == 0).astype(rows.dtype)[None, None, :]
+    place = jnp.arange(heads)[None, None, :]
+    is_first = (place == 0).astype(parts.dtype)
 
     def by_head(names: set[str]) -> jax.Array:
         own = cycles(names - shared)[..., None] / heads
         return own + is_first * cycles(names & shared)[..., None]
 
     output = cycles({"output"}) / heads
-    is_last = (jnp.arange(heads) == heads - 1).astype(rows.dtype)[None, None, :]
-    total = by_head(names) - is_last * output[..., None]
-    first = by_head(before) / tiles
-    return _Stage(total=total, first=first, last=jnp.zeros_like(first)), output
+    return by_head(names) - is_first * output[..., None], by_head(before) / parts, output

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.accelerator import accelerator_from_spec, spec_with_sizes
 from codesign.hw.closed_form import ModelShape, Setting
 from codesign.hw.operating_points import closed_form_workload, operating_points, published_setting
 from codesign.hw.spec import load_preset
@@ -21,6 +21,7 @@ from codesign.policy import Policy
 
 BERT = ModelShape(num_layers=1, num_tokens=512, num_heads=12, head_dim=64, width=768, hidden=3072)
 UTILISATION = 0.852
+fast_cost = jax.jit(cost, static_argnames=("smoothness",), compiler_options=tiny_model.FAST_COMPILE)
 BOTH = pytest.mark.parametrize("name", ["sofa", "lapa"])
 ALL = pytest.mark.parametrize("name", ["sofa", "lapa", "esact"])
 
@@ -33,7 +34,7 @@ def in_double_precision() -> Iterator[None]:
 
 def priced(name: str, setting: Setting, shape: ModelShape = BERT) -> Cost:
     spec = load_preset(name)
-    return cost(closed_form_workload(spec, shape, setting), accelerator_from_spec(spec))
+    return fast_cost(closed_form_workload(spec, shape, setting), accelerator_from_spec(spec))
 
 
 @ALL
@@ -95,7 +96,7 @@ def test_points_in_closed_form_fall_from_dense(name: str) -> None:
     spec = load_preset(name)
     with jax.enable_x64(True):
         prices = {
-            point.name: cost(point.workload, accelerator_from_spec(spec))
+            point.name: fast_cost(point.workload, accelerator_from_spec(spec))
             for point in operating_points(spec, BERT)
         }
     for scope in ("attention", "end_to_end"):
@@ -125,6 +126,31 @@ def test_rows_fill_up_the_lanes_of_a_block() -> None:
 
 
 @BOTH
+def test_a_resized_file_prices_as_the_resized_machine(name: str) -> None:
+    """A lane of another width has as much more of its synthesised blocks: an element's energy and area stay."""
+    spec = load_preset(name)
+    machine = accelerator_from_spec(spec)
+    factors = np.random.default_rng(0).choice([0.5, 0.75, 2.0], len(machine.sizes))
+    sizes = {
+        size: float(value) * factor
+        for (size, value), factor in zip(machine.sizes.items(), factors, strict=True)
+    }
+    typed = {size: jnp.asarray(value, float) for size, value in sizes.items()}
+    workload = closed_form_workload(spec, BERT, published_setting(spec))
+    resized, written = (
+        fast_cost(workload, one)
+        for one in (
+            machine.replace(sizes=typed),
+            accelerator_from_spec(spec_with_sizes(spec, sizes)),
+        )
+    )
+    for scope in ("attention", "end_to_end"):
+        for metric in ("latency_cycles", "energy_pj", "area_mm2"):
+            ours, theirs = (getattr(one, metric)(scope) for one in (resized, written))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, err_msg=metric)
+
+
+@BOTH
 def test_the_fill_is_a_head_through_the_other_stages(name: str) -> None:
     """Equal heads of one tile take the slowest stage and a head's share of the others; more tiles, less."""
     spec = load_preset(name)
@@ -133,7 +159,7 @@ def test_the_fill_is_a_head_through_the_other_stages(name: str) -> None:
     setting = published_setting(spec)
     for tokens in (128, 256):
         workload = closed_form_workload(spec, dataclasses.replace(BERT, num_tokens=tokens), setting)
-        price = cost(workload, fast)
+        price = fast_cost(workload, fast)
         busy = {unit: float(cycles[0]) for unit, cycles in price.busy_by_unit("attention").items()}
         stages = [
             max(busy[unit] for unit in stage if unit in busy)
@@ -155,7 +181,7 @@ def test_the_first_head_waits_for_tokens_and_the_last_output_for_its_end() -> No
     machine = accelerator_from_spec(spec)
     slow = machine.replace(sizes=machine.sizes | {"dram.bytes_per_cycle": jnp.asarray(1e-3)})
     shape = dataclasses.replace(BERT, num_tokens=128)
-    price = cost(closed_form_workload(spec, shape, published_setting(spec)), slow)
+    price = fast_cost(closed_form_workload(spec, shape, published_setting(spec)), slow)
     busy = {unit: float(cycles[0]) for unit, cycles in price.busy_by_unit("attention").items()}
     # Main memory binds: behind its last load the last head's sorting and attention remain; prediction does too.
     behind = sum(busy[unit] for unit in ("dlzs", "sads", "su_fa")) / 12
@@ -175,11 +201,15 @@ def test_sizes_have_gradients(name: str) -> None:
             return cost(workload, sized, smoothness=8.0).latency_cycles("end_to_end")[0]
 
         sizes = {key: jnp.asarray(value, float) for key, value in machine.sizes.items()}
-        slopes = jax.grad(latency)(sizes)
+        slope, value = (
+            jax.jit(one, compiler_options=tiny_model.FAST_COMPILE)
+            for one in (jax.grad(latency), latency)
+        )
+        slopes = slope(sizes)
         own = ("kv_generation.lanes", "dram.bytes_per_cycle")
         for unit in ("execution.lanes", "prediction.lanes") if name == "esact" else own:
             step = 1e-4 * sizes[unit]
-            up, down = (latency(sizes | {unit: sizes[unit] + sign * step}) for sign in (1, -1))
+            up, down = (value(sizes | {unit: sizes[unit] + sign * step}) for sign in (1, -1))
             assert float(slopes[unit]) == pytest.approx(float((up - down) / (2 * step)), rel=1e-4)
             assert float(slopes[unit]) < 0.0
 
@@ -201,7 +231,7 @@ def test_dense_on_the_machine_is_what_its_integer_path_counts(name: str, variant
         )
         machine = accelerator_from_spec(load_preset(name))
         for scope in ("attention", "end_to_end"):
-            ours, theirs = (cost(one, machine).energy_pj(scope) for one in (counted, closed))
+            ours, theirs = (fast_cost(one, machine).energy_pj(scope) for one in (counted, closed))
             np.testing.assert_allclose(ours, theirs, rtol=1e-9)
     made = split_linear_stages(counted)[1]
     assert made is not None
