@@ -153,7 +153,7 @@ def simulate_run(
     cache: Path | None = None,
     as_json: Json = False,
 ) -> int:
-    """Runs the masks of a run through the row-by-row simulator and sets the cost model beside it.
+    """Runs the masks of a run through the simulator and sets the cost model beside it.
 
     Exits with 1 if a count of operations differs in any example or layer.
 

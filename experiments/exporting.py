@@ -197,7 +197,7 @@ def _content(row: NDArray[Any]) -> bytes:
 
 
 def compare_with_simulator(finished: FinishedRun, part: Part, num_examples: int) -> dict[str, Any]:
-    """Returns latency, energy and counts of the cost model beside those of the row-by-row simulator on actual masks.
+    """Returns latency, energy and counts of the cost model beside those of the simulator on actual masks.
 
     Args:
       finished: The run.
@@ -265,7 +265,7 @@ def trace_of(deployed: Deployment, batch: HardChunk) -> Trace:
     else:
         exists = np.broadcast_to(valid[:, None, None, :], probabilities.shape)
         keep = (np.tril(exists) if structure.is_causal else exists)[:, :, :, None]
-    names = ("query_bits", "key_bits", "qk_bits", "v_bits")
+    names = ("query_bits", "key_bits", "tile_bits", "qk_bits", "v_bits")
     bits: dict[str, NDArray[Any]] = {name: layers[name] for name in names if name in layers}
     for kind in ("weight_bits", "activation_bits"):
         bits |= {f"{site}.{kind}": layers[f"{site}_{kind}"] for site in BLOCK_SITES}

@@ -1,4 +1,4 @@
-"""Accelerators: specification, differentiable cost, row-by-row simulator, integer emulator."""
+"""Accelerators: specification, differentiable cost, simulators, integer emulator."""
 
 if not __name__.startswith("codesign."):
     raise ImportError(

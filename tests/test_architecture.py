@@ -76,8 +76,12 @@ NUMPY_ONLY = [
     "codesign.hw.emulator",
     "codesign.hw.export",
     "codesign.hw.loop_order",
+    "codesign.hw.row_simulator",
+    "codesign.hw.simulation",
     "codesign.hw.simulator",
     "codesign.hw.spec",
+    "codesign.hw.tile_counts",
+    "codesign.hw.tile_simulator",
 ]
 
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py"}

@@ -328,16 +328,18 @@ def test_text_goes_from_the_users_file_to_a_verified_export(
 def test_simulator_on_text(
     text_folder: tuple[str, str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Padded and causal rows are counted alike; a machine that does not filter has no simulator, and says so."""
+    """Padded and causal rows are counted alike; a machine that neither filters nor makes keys has no simulator."""
     _, mechanism, folder = text_folder
     command = ("simulate", folder / "run")
-    if mechanism != "energon":
+    if mechanism == "acceltran":
         assert "the row-by-row simulator needs" in refusal(capsys, *command)
     else:
         record = answer(capsys, *command, "--num-examples", str(NUM_VALIDATION))
         assert record["counts_equal"]
         for scope in ("attention", "end_to_end"):
-            assert record[scope]["energy_pj"]["largest_relative_error"] < 1e-5
+            # What SOFA's memories and scheduler draw goes with the latency.
+            limit = 0.01 if mechanism == "sofa" else 1e-5
+            assert record[scope]["energy_pj"]["largest_relative_error"] < limit
             # Rows of 16 keys and fewer: fill and drain weigh more than at the preset's lengths.
             assert record[scope]["latency_cycles"]["largest_relative_error"] < 0.15
 

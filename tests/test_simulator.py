@@ -209,8 +209,8 @@ def test_counts_bytes_and_energy_equal_the_surrogate(seed: int):
         np.testing.assert_allclose(cycles, surrogate.unit_busy_cycles[name], rtol=1e-5)
     for name, spent in simulation.unit_energy_pj.items():
         np.testing.assert_allclose(spent, surrogate.unit_energy_pj[name], rtol=1e-5)
-    np.testing.assert_allclose(simulation.host_cycles, surrogate.block_host.cycles, rtol=1e-5)
-    np.testing.assert_allclose(simulation.end_cycles, surrogate.end_host.cycles, rtol=1e-5)
+    np.testing.assert_allclose(simulation.host.cycles, surrogate.block_host.cycles, rtol=1e-5)
+    np.testing.assert_allclose(simulation.host.end_cycles, surrogate.end_host.cycles, rtol=1e-5)
     for scope in ("attention", "end_to_end"):
         np.testing.assert_allclose(
             simulation.energy_pj(scope), surrogate.energy_pj(scope), rtol=1e-5

@@ -1,0 +1,271 @@
+"""What every simulator reads and returns, and the parts they share; NumPy only.
+
+A simulator takes the masks of a batch through one kind of machine. All price their own counts by the tables of
+the machine's file, and run the host's linear layers in series.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from codesign import units
+from codesign.errors import UnknownNameError
+from codesign.hw import energy
+from codesign.hw.spec import AcceleratorSpec
+from codesign.hw.spec_tables import EnergyTable, Host
+from codesign.vocabulary import LINEAR_SITES, matches
+
+BLOCK_SITES = ("qkv", "out", "up", "down")
+END_SITES = tuple(site for site in LINEAR_SITES if site not in BLOCK_SITES)
+HOST_PARTS = ("host.mac", "host.sram", "host.dram")
+
+
+class Trace(Protocol):
+    """What is read of a `codesign.workload.Trace`, which needs JAX to be imported."""
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Tokens that exist, bool `[B, S]`."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+
+    @property
+    def bits(self) -> dict[str, np.ndarray]:
+        """Deployed widths by knob or site, bit."""
+
+    @property
+    def packed(self) -> np.ndarray:
+        """Packed masks; the leading axis is the layers."""
+
+    def keep(self, layer: int) -> np.ndarray:
+        """Returns one layer's masks after each round, bool `[B, H, R, T, S]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmShape:
+    """Sizes of a linear layer, out[M, N] = x[M, K] w[K, N]: `inner` K, `outer` N.
+
+    `rows` is M; None stands for the valid tokens of each example.
+    """
+
+    inner: int
+    outer: int
+    rows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostRun:
+    """What the host did; `[B, L]` in the blocks, `[B, E]` in linear layers outside them."""
+
+    cycles: np.ndarray
+    energy_pj: dict[str, np.ndarray]
+    end_cycles: np.ndarray
+    end_energy_pj: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """What the machine did; axes B examples, L layers, E linear layers outside the blocks.
+
+    Scopes are those of the cost model: `attention` is the attention alone; `end_to_end` adds the keys and values
+    that the machine makes itself, and the host.
+
+    Attributes:
+      operations: Counts by `stage.kind`, heads summed, `[B, L]`.
+      stream_bytes: Bytes moved by stream, `[B, L]`.
+      busy_cycles: Working time of the attention by unit and `dram`, `[B, L]`.
+      attention_cycles: Latency of a layer's attention, `[B, L]`.
+      unit_energy_pj: Energy of the attention by unit, buffer and `dram`, `[B, L]`.
+      own_busy_cycles: Working time of making keys and values by unit and `dram`, `[B, L]`.
+      own_cycles: What making them adds to the latency, `[B, L]`.
+      own_energy_pj: Its energy by unit and `dram`, `[B, L]`.
+      standing_pj_per_cycle: Drawn in every cycle that is not the host's.
+      host: The linear layers on the host.
+    """
+
+    operations: dict[str, np.ndarray]
+    stream_bytes: dict[str, np.ndarray]
+    busy_cycles: dict[str, np.ndarray]
+    attention_cycles: np.ndarray
+    unit_energy_pj: dict[str, np.ndarray]
+    own_busy_cycles: dict[str, np.ndarray]
+    own_cycles: np.ndarray
+    own_energy_pj: dict[str, np.ndarray]
+    standing_pj_per_cycle: float
+    host: HostRun
+
+    def latency_cycles(self, scope: str) -> np.ndarray:
+        """Returns cycles per example, `[B]`, of scope `attention` or `end_to_end`."""
+        cycles = self._own_latency_cycles(scope)
+        if _has_linear(scope):
+            cycles = cycles + self.host.cycles.sum(axis=1) + self.host.end_cycles.sum(axis=1)
+        return cycles
+
+    def energy_pj(self, scope: str) -> np.ndarray:
+        """Returns pJ per example, `[B]`, of scope `attention` or `end_to_end`."""
+        total = self.standing_pj_per_cycle * self._own_latency_cycles(scope)
+        parts = list(self.unit_energy_pj.values())
+        if _has_linear(scope):
+            parts += self.own_energy_pj.values()
+            parts += [*self.host.energy_pj.values(), *self.host.end_energy_pj.values()]
+        for part in parts:
+            total = total + part.sum(axis=1)
+        return total
+
+    def _own_latency_cycles(self, scope: str) -> np.ndarray:
+        """Returns the cycles that are not the host's, `[B]`."""
+        cycles: np.ndarray = self.attention_cycles.sum(axis=1)
+        if _has_linear(scope):
+            cycles = cycles + self.own_cycles.sum(axis=1)
+        return cycles
+
+
+def _has_linear(scope: str) -> bool:
+    if scope not in ("attention", "end_to_end"):
+        raise UnknownNameError(f"unknown scope `{scope}`: use one of attention, end_to_end")
+    return scope == "end_to_end"
+
+
+def check_sites(gemm_shapes: Mapping[str, GemmShape]) -> None:
+    """Checks the names of linear layers.
+
+    Raises:
+      UnknownNameError: If a linear site does not exist.
+    """
+    for site in gemm_shapes:
+        if site not in LINEAR_SITES:
+            raise UnknownNameError(
+                f"unknown linear site `{site}`: use one of {', '.join(LINEAR_SITES)}"
+            )
+
+
+def standing_pj_per_cycle(spec: AcceleratorSpec) -> float:
+    """Returns what a machine without processing elements draws in every cycle, working or not, pJ."""
+    watts = 0.0 if spec.standing_power is None else spec.standing_power.base
+    for unit in spec.units.values():
+        leaking = sum(spec.modules[name].leakage.base for name in unit.modules)
+        watts += unit.lanes.value * leaking
+    for memory in spec.memories.values():
+        if memory.leakage is not None:
+            watts += memory.leakage.base * memory.capacity.base
+    return energy.pj_per_cycle(spec, watts)
+
+
+def operation_energy(
+    counts: Mapping[str, np.ndarray],
+    widths: Mapping[str, tuple[np.ndarray, ...]],
+    spec: AcceleratorSpec,
+) -> dict[str, np.ndarray]:
+    """Returns energy by unit and by the buffer its operands come from, pJ, `[B, L]`.
+
+    Args:
+      counts: Operations by `stage.kind`, `[B, L]`.
+      widths: Bits of both operands, `[L]`, by operation.
+      spec: The machine.
+    """
+    total: dict[str, np.ndarray] = {}
+    for key, count in counts.items():
+        kind = key.partition(".")[2]
+        if kind == "bits" and not spec.switches.index_lists_priced.value:
+            continue
+        name = spec.unit_of(key)
+        unit = spec.units[name]
+        constant, product = energy.operation_pj(spec, name, kind)
+        bits_a, bits_b = widths[key]
+        spent = count * (constant + product * bits_a * bits_b)[None, :]
+        total[name] = total.get(name, 0.0) + spent
+        if unit.reads_b is not None and matches(key, unit.paces):
+            read_bytes = count * bits_b[None, :] / units.BITS_PER_BYTE
+            spent = read_bytes * energy.buffer_pj_per_byte(spec, unit.reads_b)
+            total[unit.reads_b] = total.get(unit.reads_b, 0.0) + spent
+    return total
+
+
+def run_host(
+    gemm_shapes: Mapping[str, GemmShape],
+    bits: Mapping[str, np.ndarray],
+    tokens: np.ndarray,
+    num_layers: int,
+    spec: AcceleratorSpec,
+    host: Host,
+    table: EnergyTable,
+) -> HostRun:
+    """Returns what the linear layers take on the host, one after the other.
+
+    Args:
+      gemm_shapes: Linear layers by site.
+      bits: Widths, `<site>.weight_bits` and `<site>.activation_bits`, `[L]` (`[1]` outside the blocks).
+      tokens: Tokens of each example, `[B]`.
+      num_layers: L.
+      spec: The machine.
+      host: Its dense array.
+      table: Prices.
+    """
+    block_costs, end_costs = (
+        [
+            _host(gemm_shapes[site], site, bits, tokens, spec, host, table)
+            for site in sites
+            if site in gemm_shapes
+        ]
+        for sites in (BLOCK_SITES, END_SITES)
+    )
+    none = np.zeros((len(tokens), num_layers))
+
+    def side_by_side(name: str) -> np.ndarray:
+        return np.concatenate([none[:, :0], *(cost[name] for cost in end_costs)], axis=1)
+
+    return HostRun(
+        cycles=sum((cost["cycles"] for cost in block_costs), start=none),
+        energy_pj={
+            part: sum((cost[part] for cost in block_costs), start=none) for part in HOST_PARTS
+        },
+        end_cycles=side_by_side("cycles"),
+        end_energy_pj={part: side_by_side(part) for part in HOST_PARTS},
+    )
+
+
+def _host(
+    shape: GemmShape,
+    site: str,
+    bits: Mapping[str, np.ndarray],
+    tokens: np.ndarray,
+    spec: AcceleratorSpec,
+    host: Host,
+    table: EnergyTable,
+) -> dict[str, np.ndarray]:
+    """Returns cycles and energy of one linear layer on the host, `[B, L]` (`[B, 1]` at the ends)."""
+    rows, cols = int(host.rows.value), int(host.cols.value)
+    b_x = bits[f"{site}.activation_bits"][None, :]
+    b_w = bits[f"{site}.weight_bits"][None, :]
+    m = (tokens if shape.rows is None else np.full_like(tokens, shape.rows))[:, None]
+    tiles = -(-shape.inner // rows) * -(-shape.outer // cols)
+    passes = np.ceil(b_x / host.bits.value) * np.ceil(b_w / host.bits.value)
+    fill = 2 * rows + cols - 2
+    cycles = tiles * (fill + m) * passes - 1
+    if host.prefetch_weights.value:
+        cycles = tiles * m * passes + fill
+    if host.scales_with_bits.value:
+        cycles = cycles * b_x * b_w / (passes * host.bits.value**2)
+    half_bits = host.sram.base * units.BITS_PER_BYTE / 2
+    resident_rows = np.maximum(half_bits // (shape.inner * b_x), 1)
+    resident_cols = np.maximum(half_bits // (shape.inner * b_w), 1)
+    weights = shape.inner * shape.outer * b_w
+    inputs = m * shape.inner * b_x
+    moved = np.minimum(
+        weights * np.maximum(np.ceil(m / resident_rows), 1) + inputs,
+        weights + inputs * np.ceil(shape.outer / resident_cols),
+    )
+    moved_bytes = (moved + m * shape.outer * b_x) / units.BITS_PER_BYTE
+    growth = np.sqrt(max(host.sram.base / table.sram_reference.base, 1.0))
+    read_bytes = m * tiles * rows * b_x / units.BITS_PER_BYTE
+    mac_pj = energy.multiply_pj(spec) * b_x * b_w + energy.add_pj(spec) * host.accumulator.value
+    return {
+        "cycles": np.maximum(cycles, moved_bytes / spec.dram_bytes_per_cycle),
+        "host.mac": m * shape.inner * shape.outer * mac_pj,
+        "host.sram": read_bytes * (table.sram.value * spec.energy_scale * growth),
+        "host.dram": moved_bytes * energy.dram_pj_per_byte(spec),
+    }
