@@ -70,7 +70,7 @@ COMMANDS = {
         takes_experiment=True,
     ),
     "reproduce": Command(
-        summary="a published study, measured here beside its published points",
+        summary="a published study, or how well cost model and simulators agree",
         module="codesign.experiments.reproduce",
         function="reproduce",
     ),
@@ -90,7 +90,7 @@ COMMANDS = {
         function="verify",
     ),
     "simulate": Command(
-        summary="cost model against the row-by-row simulator on a run's masks",
+        summary="cost model against the simulator on a run's masks",
         module="codesign.experiments.deploy_commands",
         function="simulate_run",
     ),

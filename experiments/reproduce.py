@@ -12,8 +12,8 @@ from codesign.experiments.finished import DENSE_FOLDER
 from codesign.experiments.run import write_json
 from codesign.experiments.tables import print_json, print_table
 
-Study = Literal["acceltran-sst2", "prediction-claims"]
-ClaimsTask = Literal[
+Study = Literal["acceltran-sst2", "prediction-claims", "simulator-agreement"]
+Task = Literal[
     "digits", "mnist", "tinyshakespeare", "sst2", "spamassassin", "spamassassin512"
 ]
 STUDY_FILE = "study.json"
@@ -28,15 +28,17 @@ def reproduce(
     study: tyro.conf.Positional[Study],
     *,
     out: Path,
-    tasks: tuple[ClaimsTask, ...] = (),
+    tasks: tuple[Task, ...] = (),
     seeds: tuple[int, ...] = (0,),
     num_examples: int = 32,
+    machines: tuple[str, ...] = ("energon", "sofa", "lapa"),
+    num_policies: int = 25,
     data: Path | None = None,
     cache: Path | None = None,
     overwrite: bool = False,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
-    """Measures a published study and prints its points beside the published ones.
+    """Measures a published study, or how well the cost model agrees with the simulators, and prints a table.
 
     `acceltran-sst2`: accuracy and activation sparsity of MiniLM on SST-2 over AccelTran's threshold and top-k, sparsity
     with and without padding (arXiv 2302.14705). Writes OUT/study.json and OUT/study.png.
@@ -45,15 +47,21 @@ def reproduce(
     multipliers, on queries and keys of trained models: similarity of rows, recall of the largest keys, top-k by segment,
     operations of sorted attention, fetches. Writes OUT/study.json. Half a minute a seed for digits, minutes for text.
 
+    `simulator-agreement`: latency and energy of the cost model against the simulators on masks of trained models, random
+    policies on 8 random sizes of each machine: mean error, Kendall's tau overall and the least at one size, with the
+    spread of the costs there. Writes OUT/study.json. About 8 minutes on two CPU cores once the dense models are trained.
+
     Examples: `codesign reproduce acceltran-sst2 --out runs/acceltran-sst2`,
     `codesign reproduce prediction-claims --tasks digits mnist --seeds 0 1 2 --out runs/prediction-claims`
 
     Args:
       study: Its name.
       out: Directory to make.
-      tasks: What `prediction-claims` is measured on; default: digits.
-      seeds: Seeds of the training of the dense models; `acceltran-sst2` takes one.
+      tasks: What models are trained on; default: digits, for `simulator-agreement` also mnist and tinyshakespeare.
+      seeds: Seeds of the training of the dense models; the claims take several.
       num_examples: Validation examples of each task of `prediction-claims`, the first ones.
+      machines: Presets of `simulator-agreement`.
+      num_policies: Random policies of `simulator-agreement` at each size, >= 2.
       data: Folder of the data of the only task; default: that of the task in $CODESIGN_DATA, else where it is published.
       cache: Folder of the dense models; default: `dense` in `--out`.
       overwrite: Replace the study in `--out`.
@@ -75,10 +83,18 @@ def reproduce(
             cache or out / DENSE_FOLDER,
             as_json,
         )
-    if tasks or len(seeds) > 1:
-        raise CodesignError(
-            f"study `{study}` has one task and takes one seed: leave out `--tasks`, and give one of `--seeds`"
-        )
+    if len(seeds) > 1:
+        raise CodesignError(f"study `{study}` takes one seed: give one of `--seeds`")
+    if study == "simulator-agreement":
+        if num_policies < 2:
+            raise CodesignError(
+                f"`--num-policies` must be at least 2, got {num_policies}: raise it"
+            )
+        chosen = tasks or ("digits", "mnist", "tinyshakespeare")
+        folder = cache or out / DENSE_FOLDER
+        return _simulator_agreement(out, folder, seeds[0], chosen, machines, num_policies, as_json)
+    if tasks:
+        raise CodesignError(f"study `{study}` has one task: leave out `--tasks`")
     return _acceltran_sst2(out, seeds[0], data, cache or out / DENSE_FOLDER, as_json)
 
 
@@ -152,3 +168,58 @@ def _prediction_claims(
         print_table(table.title, table.columns, table.rows, text_columns=table.text_columns)
     print(out / STUDY_FILE)
     return 0
+
+
+def _simulator_agreement(
+    out: Path,
+    cache: Path,
+    seed: int,
+    tasks: tuple[str, ...],
+    machines: tuple[str, ...],
+    num_policies: int,
+    as_json: bool,
+) -> int:
+    """Measures the cost model against the simulators."""
+    from codesign.experiments.simulator_agreement import study as run_study
+
+    rows = []
+    for found in run_study(
+        tasks, machines, cache=cache, progress=not as_json, seed=seed, num_policies=num_policies
+    ):
+        rows.append(dataclasses.asdict(found))
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / STUDY_FILE, rows)
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(
+            f"cost model against simulator, {rows[0]['num_points']} policies each, errors in percent",
+            (
+                "task, machine",
+                "scope",
+                "cost",
+                "mean",
+                "largest",
+                "bias",
+                "tau",
+                "least tau",
+                "spread",
+            ),
+            [
+                (
+                    f"{row['task']}, {row['machine']}",
+                    row["scope"].replace("_", " "),
+                    row["metric"],
+                    *(
+                        f"{100.0 * row[name]:.2f}"
+                        for name in ("mean_error", "largest_error", "bias")
+                    ),
+                    *(f"{row[name]:.3f}" for name in ("tau", "least_tau")),
+                    f"{100.0 * row['spread']:.1f}",
+                )
+                for row in rows
+            ],
+            text_columns=3,
+        )
+        print(out / STUDY_FILE)
+    return 0 if all(row["counts_equal"] for row in rows) else 1
