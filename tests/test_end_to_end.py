@@ -338,7 +338,7 @@ def test_simulator_on_text(
         assert record["counts_equal"]
         for scope in ("attention", "end_to_end"):
             # What SOFA's memories and scheduler draw goes with the latency.
-            limit = 0.01 if mechanism == "sofa" else 1e-5
+            limit = 0.03 if mechanism == "sofa" else 1e-5
             assert record[scope]["energy_pj"]["largest_relative_error"] < limit
             # Rows of 16 keys and fewer: fill and drain weigh more than at the preset's lengths.
             assert record[scope]["latency_cycles"]["largest_relative_error"] < 0.15
