@@ -13,9 +13,7 @@ from codesign.experiments.run import write_json
 from codesign.experiments.tables import print_json, print_table
 
 Study = Literal["acceltran-sst2", "prediction-claims", "simulator-agreement"]
-Task = Literal[
-    "digits", "mnist", "tinyshakespeare", "sst2", "spamassassin", "spamassassin512"
-]
+Task = Literal["digits", "mnist", "tinyshakespeare", "sst2", "spamassassin", "spamassassin512"]
 STUDY_FILE = "study.json"
 
 
