@@ -230,7 +230,10 @@ def test_text_records_put_every_step_beside_the_plain_one(monkeypatch: pytest.Mo
     monkeypatch.setattr(bench_steps, "measured_ranges", lambda *model: None)
     records = bench_steps.text_records(TEXT, "text", TINY)
     check_records(records)
-    kinds = ("energon_joint", "energon_thresholds", "acceltran_joint", "acceltran_thresholds")
+    kinds = (
+        *("energon_joint", "energon_thresholds", "acceltran_joint", "acceltran_thresholds"),
+        *("sofa_joint", "lapa_joint", "esact_joint"),
+    )
     assert [record["name"] for record in records] == [
         f"text_{kind}{quantity}" for quantity in ("", "_memory", "_compile") for kind in kinds
     ]
@@ -238,9 +241,9 @@ def test_text_records_put_every_step_beside_the_plain_one(monkeypatch: pytest.Mo
         (name, train)
         for name in ("energon", "acceltran")
         for train in (MODES["joint"], ("thresholds",))
-    ]
-    assert {record["ratio"] for record in records[-4:]} == {2.5}
-    assert {record["unit"] for record in records[4:8]} == {"MB"}
+    ] + [(name, MODES["joint"]) for name in ("sofa", "lapa", "esact")]
+    assert {record["ratio"] for record in records[-7:]} == {2.5}
+    assert {record["unit"] for record in records[7:14]} == {"MB"}
 
 
 def test_training_compares_every_mode_with_the_float_step(

@@ -334,6 +334,22 @@ def run_hard(model: tiny_model.Model, policy: Policy) -> tuple[Any, ModelOutput]
     return tiny_model.run_hard(model, policy, model.inputs, mechanism="lapa")
 
 
+def test_next_to_equal_scores_do_not_drown_the_others() -> None:
+    """Two equal keys alive, or one, of scores that spread over thousands."""
+    scores = jnp.asarray([9000.0, 9000.0, -7000.0, 4000.0, -2000.0, 500.0])
+    pairs = jnp.ones((1, 1, 1, 6))
+    relaxed = tiny_model.relaxation(0.1)
+
+    def left(weights: jax.Array) -> jax.Array:
+        rows = (jnp.reshape(one, (1, 1, 1, 6)) for one in (scores, weights))
+        return jnp.sum(soft_round(*rows, pairs, jnp.asarray([1.0]), relaxed))
+
+    for alive in ([1.0, 1.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]):
+        slopes = jax.grad(left)(jnp.asarray(alive))
+        # A key that returned would move the mean by three spreads, so the gate by 3 / (4 * 0.1 * 1/2) and what follows.
+        assert 0.0 < float(jnp.max(jnp.abs(slopes))) < 50.0
+
+
 @VARIANTS
 def test_integer_path_equals_the_emulator(variant: str) -> None:
     model = tiny_model.random_model(variant)

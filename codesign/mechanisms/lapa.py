@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from codesign import gates
+from codesign.backward import row_products
 from codesign.gates import Relaxation
 from codesign.log_codes import leading_one, leading_one_operand
 from codesign.mechanisms.on_demand import (
@@ -163,8 +164,23 @@ def soft_round(
     # Finite in a row without any key too: infinity times a zero gradient would be NaN.
     top = jnp.where(jnp.any(alive, axis=-1, keepdims=True), top, 0.0)
     theta = top - alpha[None, :, None, None] * (top - mean)
-    width = relaxation.temperature * gates.gate_width(jnp.sqrt(gates.detach(variance)))
+    width = relaxation.temperature * _unit(gates.detach(scores), gates.detach(variance), pairs)
     return gates.soft_gate(scores, theta, temperature=width)
+
+
+def _unit(scores: jax.Array, variance: jax.Array, pairs: jax.Array) -> jax.Array:
+    """Returns the unit of a gate's temperature: the spread of what is alive, at least half of that of all keys.
+
+    Of one key alive, or of several equal ones, the spread is 0, of few it may be that of one unit of scores that lie ten
+    thousand apart. Their mean moves by as much for a key that returned, and a gate as narrow as that would drown all
+    other derivatives. Where all scores are equal nothing tells keys apart, and no derivative is left.
+    """
+    exists = jnp.broadcast_to(pairs, scores.shape)
+    number = jnp.maximum(jnp.sum(exists, axis=-1, keepdims=True), 1.0)
+    mean = row_products(exists, scores) / number
+    spread = row_products(exists, jnp.square(scores - mean)) / number
+    unit = jnp.sqrt(jnp.maximum(variance, spread / 4.0))
+    return jnp.where(unit > gates.MIN_SPREAD, unit, FAR)
 
 
 def top_code(code: jax.Array, code_bits: jax.Array) -> jax.Array:
