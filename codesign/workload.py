@@ -120,6 +120,24 @@ class Workload:
     densities: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
+def attention_macs(workload: Workload) -> jax.Array:
+    """Returns the multiplications of exact attention per example, `[B]`; those of predictions are not among them."""
+    return sum(
+        (jnp.sum(workload.operations[key].count, axis=(1, 2)) for key in ("qk.mac", "pv.mac")),
+        start=jnp.zeros(()),
+    )
+
+
+def all_macs(workload: Workload) -> jax.Array:
+    """Returns the multiplications of attention and dense products, inside the blocks and outside, per example, `[B]`."""
+    total = attention_macs(workload)
+    if "generate.mac" in workload.operations:
+        total = total + jnp.sum(workload.operations["generate.mac"].count, axis=(1, 2))
+    for product in (*workload.block_gemms.values(), *workload.end_gemms.values()):
+        total = total + jnp.sum(product.rows, axis=1) * float(product.inner * product.outer)
+    return total
+
+
 def layers_second(stacked: Workload) -> Workload:
     """Returns the workload that `lax.scan` stacked, `[L, B, ...]`, with the layer axis second, `[B, L, ...]`."""
     result: Workload = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), stacked)

@@ -304,6 +304,12 @@ def print_result(record: dict[str, Any]) -> None:
     name = record["trained"]["quality_name"].replace("_", " ")
     title = f"{record['part']} part, {count} examples, integer path; quality: {name}"
     print_table(title, ("point", *COLUMNS), rows)
+    if "mac_ratio" in record["trained"]["attention"]:
+        parts = [
+            f"{scope.replace('_', ' ')} {record['trained'][scope]['mac_ratio']:.3f}"
+            for scope in ("end_to_end", "attention")
+        ]
+        print(f"multiplications of dense, predictions apart: {', '.join(parts)}")
     if "policy" in record:
         print_table(*policy_table(record["policy"]))
     budget = dict(record.get("budget", {}))

@@ -24,7 +24,7 @@ from codesign.models.model import apply_hard
 from codesign.policy import Policy, dense_knobs
 from codesign.references import tensor_shapes
 from codesign.structure import ModelStructure
-from codesign.workload import Workload
+from codesign.workload import Workload, all_macs, attention_macs
 
 HARD_CHUNK = 128
 """Most examples per call of the compiled hard path."""
@@ -53,6 +53,7 @@ class Measurement:
       kl_nats: Divergence of the outputs from those of the dense float model, per token of a decoder, `[N]`.
       costs: `costs[scope][metric]` per example, `[N]`: energy in pJ, latency in cycles.
       kept: Kept fractions by entry of the mechanism's thresholds, `[L, ...]`; `[L, 1]` ones if it has none.
+      macs: Multiplications of exact attention, and of it and the dense products, by scope, `[N]`; predictions apart.
       kept_pairs: Those of them that are fractions of pairs; None: all.
     """
 
@@ -62,6 +63,7 @@ class Measurement:
     costs: dict[Scope, dict[Metric, NDArray[np.float64]]]
     kept: NDArray[np.float64]
     kept_pairs: NDArray[np.float64] | None = None
+    macs: dict[Scope, NDArray[np.float64]] = dataclasses.field(default_factory=dict)
 
     def kept_fraction(self) -> float:
         """Returns the mean kept fraction: of pairs, where the mechanism keeps pairs."""
@@ -81,6 +83,7 @@ class HardChunk:
       indices: Their places in the data, `[n]`.
       logits: Real logits, `[n, C]` or `[n, T, C]`.
       costs: As in `Measurement`, `[n]`.
+      macs: As in `Measurement`, `[n]`.
       kept: As in `Measurement`.
       counts: Operations of the attention engine by `stage.kind`, heads summed, `[n, L]`.
       densities: Fraction of non-zero elements by site, `[n, L]` or `[1, L]`, if the mechanism counts it.
@@ -91,6 +94,7 @@ class HardChunk:
     indices: NDArray[np.int64]
     logits: NDArray[np.float64]
     costs: dict[Scope, dict[Metric, NDArray[np.float64]]]
+    macs: dict[Scope, NDArray[np.float64]]
     kept: NDArray[np.float64]
     counts: dict[str, NDArray[np.float64]]
     densities: dict[str, NDArray[np.float64]]
@@ -127,6 +131,10 @@ def _hard_step(
     return {
         "logits": output.logits,
         "costs": costs_of(output.workload, accelerator),
+        "macs": {
+            "attention": attention_macs(output.workload),
+            "end_to_end": all_macs(output.workload),
+        },
         "kept": kept,
         "densities": output.workload.densities,
         "counts": {key: jnp.sum(value.count, axis=2) for key, value in operations.items()},
@@ -184,6 +192,7 @@ def hard_chunks(
             indices=indices,
             logits=deployed.real_logits(found["logits"][first], exists.get("valid")),
             costs=jax.tree.map(lambda values, first=first: values[first], found["costs"]),
+            macs={scope: values[first] for scope, values in found["macs"].items()},
             kept=found["kept"],
             counts={name: values[first] for name, values in found["counts"].items()},
             densities={name: values[first] for name, values in found["densities"].items()},
@@ -289,6 +298,7 @@ def measure(
         scope: {"energy": np.zeros(len(examples)), "latency": np.zeros(len(examples))}
         for scope in SCOPES
     }
+    macs = {scope: np.zeros(len(examples)) for scope in SCOPES}
     kept, lengths = [], []
     hooks = mechanism or problem.mechanism
     for chunk in hard_chunks(
@@ -304,6 +314,7 @@ def measure(
         for scope in SCOPES:
             for metric, values in chunk.costs[scope].items():
                 costs[scope][metric][where] = values
+            macs[scope][where] = chunk.macs[scope]
         kept.append(chunk.kept)
         lengths.append(len(where))
     scale, fractions = hooks.thresholds, np.average(kept, axis=0, weights=lengths)
@@ -314,6 +325,7 @@ def measure(
         costs=costs,
         kept=fractions,
         kept_pairs=None if scale is None else scale.of_pairs(fractions),
+        macs=macs,
     )
 
 
@@ -351,4 +363,7 @@ def summary(measurement: Measurement, dense: Measurement) -> dict[str, Any]:
             "latency_ratio": measurement.mean_cost("latency", scope)
             / dense.mean_cost("latency", scope),
         }
+        if measurement.macs and dense.macs:
+            result[scope]["macs"] = float(np.mean(measurement.macs[scope]))
+            result[scope]["mac_ratio"] = result[scope]["macs"] / float(np.mean(dense.macs[scope]))
     return result

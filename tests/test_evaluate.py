@@ -176,6 +176,7 @@ def test_summary_by_hand() -> None:
             kl_nats=np.asarray([0.1, 0.3]),
             costs=costs,
             kept=np.asarray([[[1.0, 0.5]], [[0.5, 0.25]]]),  # [L, H, R]
+            macs={scope: 10.0 * np.asarray(energy) for scope in SCOPES},
         )
 
     result = summary(measurement([2.0, 1.0], [3.0, 1.0]), measurement([1.0, 1.0], [6.0, 2.0]))
@@ -188,4 +189,6 @@ def test_summary_by_hand() -> None:
             "latency_cycles": 8.0,
             "energy_ratio": 0.5,
             "latency_ratio": 1.0,
+            "macs": 20.0,
+            "mac_ratio": 0.5,
         }
