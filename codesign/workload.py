@@ -363,7 +363,9 @@ class Trace:
 
     `packed` holds `numpy.packbits` of the masks along keys, uint8 `[L, B, H, R, T, ceil(S / 8)]`: after each round, the
     last one being what attention runs on. `valid` bool `[B, S]`. `bits` maps a knob or site to its deployed width `[L]`
-    or `[L, R]`.
+    or `[L, R]`. Mechanisms that copy rows add the row whose attention each row takes, `source` `[L, B, H, T]`, the token
+    whose feed-forward branch each token takes, `ffn_source` `[L, B, T]`, and whether a head compares rows at all,
+    `compares` bool `[L, H]`.
     """
 
     packed: np.ndarray
@@ -371,6 +373,9 @@ class Trace:
     num_keys: int
     head_dim: int
     bits: dict[str, np.ndarray]
+    source: np.ndarray | None = None
+    ffn_source: np.ndarray | None = None
+    compares: np.ndarray | None = None
 
     def keep(self, layer: int) -> np.ndarray:
         """Returns one layer's masks, bool `[B, H, R, T, S]`."""

@@ -36,6 +36,7 @@ from codesign.hw.simulator import GemmShape, Simulation, simulate
 from codesign.hw.surrogate import SCOPES, cost
 from codesign.models.deploy import Deployment
 from codesign.references import reference_by_name
+from codesign.references.esact import SIMILARITY_OFF
 from codesign.structure import ModelStructure, PatchInput
 from codesign.vocabulary import BLOCK_SITES
 from codesign.workload import Trace
@@ -272,12 +273,18 @@ def trace_of(deployed: Deployment, batch: HardChunk) -> Trace:
         bits |= {
             f"{site}.{kind}": np.atleast_1d(ends[f"{site}_{kind}"]) for site in structure.end_sites
         }
+    compares = None
+    if "source" in batch.tensors:
+        compares = layers["threshold"][..., 1] != SIMILARITY_OFF
     return Trace(
         packed=np.packbits(keep, axis=-1),
         valid=valid,
         num_keys=num_tokens,
         head_dim=structure.head_dim,
         bits=bits,
+        source=batch.tensors.get("source"),
+        ffn_source=batch.tensors.get("ffn_source"),
+        compares=compares,
     )
 
 

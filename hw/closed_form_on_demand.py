@@ -203,6 +203,7 @@ def similar_rows_workload(shape: ModelShape, setting: Setting) -> Workload:
     streams = {
         "tokens": stream(float(tokens), setting.activation_bits),
         "ffn_output": stream(float(tokens), setting.activation_bits),
+        "generate_weights": stream(2.0 * heads * depth, setting.weight_bits),
     }
     if setting.kept:
         copied = (1.0 - critical) * rows * depth * setting.activation_bits / BITS_PER_BYTE

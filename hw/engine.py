@@ -124,12 +124,12 @@ def head_cycles(
         for name, value in flat_cycles(unit, count, density, sizes).items():
             add_to(cycles, name, value * repeats)
     if unit.rule == "groups" and cycles:
-        waiting = _waiting(unit, cycles[unit.name], workload)
-        cycles = {name: value * waiting for name, value in cycles.items()}
+        longer = waiting(unit, cycles[unit.name], workload)
+        cycles = {name: value * longer for name, value in cycles.items()}
     return cycles
 
 
-def _waiting(unit: UnitStructure, cycles: jax.Array, workload: Workload) -> jax.Array:
+def waiting(unit: UnitStructure, cycles: jax.Array, workload: Workload) -> jax.Array:
     """Returns by how much groups of lanes take longer because some wait for the last, at least 1, `[B, L, 1]`.
 
     Groups that share heads take windows as they come, x each: half a window is waited for, so that `1 - 1 / (2 x)` of the
@@ -146,9 +146,9 @@ def _waiting(unit: UnitStructure, cycles: jax.Array, workload: Workload) -> jax.
     heads = cycles.shape[-1]
     if unit.shares_heads:
         windows = ceil(workload.block_gemms["out"].rows / unit.group_rows)
-        share = windows * (heads / unit.groups)
-        busy = jnp.where(share < 1.0, share / 2.0, 1.0 - 0.5 / jnp.maximum(share, 1.0))
-        return 1.0 / jnp.maximum(busy, 0.5 / unit.groups)[..., None]
+        share = jnp.maximum(windows * (heads / unit.groups), 1.0 / unit.groups)
+        behind = 1.0 + 0.5 * (1.0 - 1.0 / unit.groups) / share
+        return jnp.maximum(behind, 1.0 / share)[..., None]
     groups = min(unit.groups, heads)
     number = -(-heads // groups)
     dealt = jnp.pad(cycles, ((0, 0), (0, 0), (0, number * groups - heads)))

@@ -5,7 +5,7 @@ the machine's file, and run the host's linear layers in series.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -40,6 +40,18 @@ class Trace(Protocol):
     @property
     def packed(self) -> np.ndarray:
         """Packed masks; the leading axis is the layers."""
+
+    @property
+    def source(self) -> np.ndarray | None:
+        """The row whose attention each row takes, `[L, B, H, T]`; None where every row has its own."""
+
+    @property
+    def ffn_source(self) -> np.ndarray | None:
+        """The token whose feed-forward branch each token takes, `[L, B, T]`; None where every token has its own."""
+
+    @property
+    def compares(self) -> np.ndarray | None:
+        """Whether a head compares rows, bool `[L, H]`; None where none does."""
 
     def keep(self, layer: int) -> np.ndarray:
         """Returns one layer's masks after each round, bool `[B, H, R, T, S]`."""
@@ -85,6 +97,8 @@ class Simulation:
       own_energy_pj: Its energy by unit and `dram`, `[B, L]`.
       standing_pj_per_cycle: Drawn in every cycle that is not the host's.
       host: The linear layers on the host.
+      own_end_cycles: Latency of linear layers outside the blocks on the machine's own units, `[B, E]`; E is 0 if none are.
+      own_end_energy_pj: Their energy by unit, memory and `dram`, `[B, E]`.
     """
 
     operations: dict[str, np.ndarray]
@@ -97,6 +111,8 @@ class Simulation:
     own_energy_pj: dict[str, np.ndarray]
     standing_pj_per_cycle: float
     host: HostRun
+    own_end_cycles: np.ndarray = field(default_factory=lambda: np.zeros((1, 0)))
+    own_end_energy_pj: dict[str, np.ndarray] = field(default_factory=dict)
 
     def latency_cycles(self, scope: str) -> np.ndarray:
         """Returns cycles per example, `[B]`, of scope `attention` or `end_to_end`."""
@@ -112,6 +128,7 @@ class Simulation:
         if _has_linear(scope):
             parts += self.own_energy_pj.values()
             parts += [*self.host.energy_pj.values(), *self.host.end_energy_pj.values()]
+            parts += self.own_end_energy_pj.values()
         for part in parts:
             total = total + part.sum(axis=1)
         return total
@@ -120,7 +137,7 @@ class Simulation:
         """Returns the cycles that are not the host's, `[B]`."""
         cycles: np.ndarray = self.attention_cycles.sum(axis=1)
         if _has_linear(scope):
-            cycles = cycles + self.own_cycles.sum(axis=1)
+            cycles = cycles + self.own_cycles.sum(axis=1) + self.own_end_cycles.sum(axis=1)
         return cycles
 
 
@@ -226,6 +243,12 @@ def run_host(
         end_cycles=side_by_side("cycles"),
         end_energy_pj={part: side_by_side(part) for part in HOST_PARTS},
     )
+
+
+def no_host(batch: int, num_layers: int) -> HostRun:
+    """Returns what a machine without a host does on it."""
+    none = np.zeros((batch, num_layers))
+    return HostRun(cycles=none, energy_pj={}, end_cycles=none[:, :0], end_energy_pj={})
 
 
 def _host(

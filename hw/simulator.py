@@ -2,7 +2,8 @@
 
 The independent check of the differentiable cost: same machine file, but every count comes from the masks and every
 ceil is a ceil. Machines whose lanes share the keys of a row move row by row (`row_simulator`), machines whose lanes
-take a query each move tile by tile (`tile_simulator`).
+take a query each move tile by tile (`tile_simulator`), machines whose groups of lanes take windows of rows move window by
+window (`window_simulator`).
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from codesign.hw.row_simulator import simulate_rows
 from codesign.hw.simulation import GemmShape, Simulation, Trace
 from codesign.hw.spec import AcceleratorSpec
 from codesign.hw.tile_simulator import simulate_tiles
+from codesign.hw.window_simulator import simulate_windows
 
 __all__ = ["GemmShape", "Simulation", "Trace", "simulate"]
 
@@ -37,6 +39,6 @@ def simulate(
       PresetError: If no simulator has rules for this machine.
       UnknownNameError: If a linear site does not exist.
     """
-    takes_queries = any(unit.rule == "blocks" for unit in spec.units.values())
-    run = simulate_tiles if takes_queries else simulate_rows
+    rules = {unit.rule for unit in spec.units.values()}
+    run = simulate_tiles if "blocks" in rules else simulate_windows if "groups" in rules else simulate_rows
     return run(trace, spec, gemm_shapes, is_causal=is_causal)

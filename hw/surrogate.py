@@ -26,11 +26,14 @@ from codesign.hw.host import HostCost, Maximum, host_cost, host_mm2
 from codesign.hw.linear import block_work, end_cost
 from codesign.hw.tiles import tile_fill
 from codesign.hw.traffic import add_transfers, attention_writes, spilled_bytes, stream_bytes
+from codesign.hw.windows import window_cycles
 from codesign.vocabulary import LINEAR_SITES, LINEAR_STAGES
 from codesign.workload import Gemm, Workload
 
 Scope = Literal["attention", "end_to_end"]
 SCOPES: tuple[Scope, ...] = ("attention", "end_to_end")
+_GENERATION_WEIGHTS = "generate_weights"
+"""Stream that a machine with storage writes into its memory of weights."""
 
 
 @struct.dataclass
@@ -198,8 +201,12 @@ def cost(
     first_load = nothing
     if generation is not None:
         own_busy, own_energy = _units_work(generation, accelerator)
-        moved = stream_bytes(generation, accelerator)
-        add_transfers(own_busy, own_energy, {"dram": moved}, accelerator)
+        transfers = {"dram": stream_bytes(generation, accelerator)}
+        if storage is not None and _GENERATION_WEIGHTS in generation.streams:
+            own = {_GENERATION_WEIGHTS: generation.streams[_GENERATION_WEIGHTS]}
+            weights: Workload = generation.replace(streams=own)  # type: ignore[attr-defined]
+            transfers[storage.weights] = stream_bytes(weights, accelerator)
+        add_transfers(own_busy, own_energy, transfers, accelerator)
     if storage is not None:
         linear = block_work(workload, accelerator, written)
         for parts, added in (
@@ -293,6 +300,8 @@ def _layer_cycles(
       maximum: Combines times that overlap.
     """
     structure = accelerator.structure
+    if structure.moves_windows and structure.fills_and_drains:
+        return window_cycles(busy, workload, accelerator, maximum)
     resources = {unit.name: unit.resources for unit in structure.units}
     in_stages = [
         [name for unit in stage for name in resources[unit] if name in busy]
@@ -309,11 +318,7 @@ def _layer_cycles(
         return cycles
     if structure.moves_tiles:
         return cycles + tile_fill(workload, accelerator) + structure.drain_cycles
-    if structure.moves_windows:
-        # Of all heads together, rows that are not computed included.
-        rows = workload.block_gemms["out"].rows
-    else:
-        rows = jnp.sum(workload.rows["attention"].queries, axis=2)
+    rows = jnp.sum(workload.rows["attention"].queries, axis=2)
     groups = jnp.maximum(rows / structure.rows_at_once, 1.0)
     return cycles + functools.reduce(jnp.add, stages) / groups + structure.drain_cycles
 

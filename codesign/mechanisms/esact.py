@@ -251,7 +251,7 @@ def soft_plan(
     if relaxation.straight_through:
         decided = hard_votes(gates.detach(votes), vote_code)
         ffn_sources = gates.straight_through(decided, ffn_sources)
-    return _planned(
+    return counted_plan(
         context,
         Prediction(query, key, found.get("scores")),
         found["keep"],
@@ -286,7 +286,7 @@ def hard_plan(
     sources = hard_sources(distances, threshold[:, 1], OFF_CODE, x.shape[1])
     votes = jnp.sum(sources, axis=1, dtype=jnp.int32)
     ffn_sources = hard_votes(votes, context.knobs["vote_cut"])
-    return _planned(
+    return counted_plan(
         context,
         Prediction(query, key, scores),
         keep.astype(dtype),
@@ -304,7 +304,7 @@ class Prediction(NamedTuple):
     scores: jax.Array | None
 
 
-def _planned(
+def counted_plan(
     context: Context,
     predicted: Prediction,
     keep: jax.Array,
@@ -450,6 +450,11 @@ def execution(
             # All heads share the tokens that enter the layer and those that leave it.
             "tokens": stream(tokens, activation_bits, width),
             "ffn_output": stream(tokens, activation_bits, width),
+            "generate_weights": stream(
+                jnp.full((*kept.shape, 1), 2.0 * head_dim, kept.dtype),
+                context.widths["qkv.weight_bits"],
+                width,
+            ),
         },
     )
 

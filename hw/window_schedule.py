@@ -1,0 +1,143 @@
+"""When windows of rows pass units that follow one another, and groups of lanes that share their tasks; plain Python.
+
+Axes: H heads, W windows. All times are cycles.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+_QUERY, _HEAD, _LINEAR = range(3)
+
+
+def chained(
+    ready: np.ndarray, least: np.ndarray, cycles: np.ndarray, free: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns starts and ends of windows in a unit that takes them in order, `[W]`.
+
+    Args:
+      ready: When each may start.
+      least: Before when none may end: the unit that it is chained to has not ended the window yet.
+      cycles: Time of each.
+      free: When the unit is free.
+    """
+    starts, ends = np.zeros(len(cycles)), np.zeros(len(cycles))
+    for index, each in enumerate(cycles):
+        starts[index] = max(ready[index], free)
+        free = ends[index] = max(starts[index] + each, least[index])
+    return starts, ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupWork:
+    """What groups of lanes do with the windows of a layer; cycles.
+
+    Attributes:
+      query: Of every group for a window before its heads, `[W]`.
+      make: Of one group for the keys and values that a head's window is the first to want, `[H, W]`.
+      attend: Of the same group for attention, `[H, W]`.
+      linear: Of every group for a window behind its heads, `[W]`.
+      beside: Of units chained to the heads' work, in order, `[U][W]`.
+      groups: Number of groups.
+      shares_heads: Whether any group takes any head; else head h is of group h modulo the groups.
+    """
+
+    query: np.ndarray
+    make: np.ndarray
+    attend: np.ndarray
+    linear: np.ndarray
+    beside: list[np.ndarray]
+    groups: int
+    shares_heads: bool
+
+
+def run_groups(work: GroupWork, ready: np.ndarray) -> np.ndarray:
+    """Returns when each window has left, `[W]`.
+
+    A group that is free takes the task of the earliest window that may start; a head's attention waits, on its group,
+    until tasks of earlier windows have made the keys it wants of them.
+
+    Args:
+      work: The tasks.
+      ready: When each window may start, `[W]`, not falling.
+    """
+    heads, windows = work.make.shape
+    groups = work.groups
+    # Tasks `(window, kind, head)` of a group's own, and those that any group takes.
+    own: list[list[tuple[int, int, int]]] = [[] for _ in range(groups)]
+    shared: list[tuple[int, int, int]] = []
+    # Events `(time, number, group, window, kind)`; a group below 0 says that a window is ready for a kind.
+    events: list[tuple[float, int, int, int, int]] = []
+    number = 0
+    left = {_QUERY: np.full(windows, groups), _HEAD: np.full(windows, heads), _LINEAR: np.full(windows, groups)}
+    first, last, done = np.full(windows, np.inf), np.zeros(windows), np.zeros(windows)
+    made = np.zeros(heads)
+    idle = list(range(groups))
+    beside_free, passed = [0.0] * len(work.beside), 0
+
+    def at(time: float, group: int, window: int, kind: int) -> None:
+        nonlocal number
+        heapq.heappush(events, (time, number, group, window, kind))
+        number += 1
+
+    def offer(window: int, kind: int) -> None:
+        if kind == _QUERY and not work.query[window]:
+            kind = _HEAD
+        if kind == _HEAD:
+            for head in range(heads):
+                queue = shared if work.shares_heads else own[head % groups]
+                heapq.heappush(queue, (window, kind, head))
+        elif kind == _QUERY or work.linear[window]:
+            # Queries come before the heads of the window before: these would keep some groups from them.
+            for queue in own:
+                heapq.heappush(queue, (window - (kind == _QUERY), kind, window))
+
+    for window in range(windows):
+        at(float(ready[window]), -1, window, _QUERY)
+    while events:
+        now = events[0][0]
+        while events and events[0][0] == now:
+            _, _, group, window, kind = heapq.heappop(events)
+            if group < 0:
+                offer(window, kind)
+                continue
+            idle.append(group)
+            left[kind][window] -= 1
+            if left[kind][window]:
+                continue
+            if kind == _QUERY:
+                offer(window, _HEAD)
+            elif kind == _LINEAR:
+                done[window] = max(done[window], now)
+            else:
+                last[window] = now
+                # Chained units take windows in order, whichever is ended first.
+                while passed < windows and not left[_HEAD][passed]:
+                    starts, ends = first[passed], last[passed]
+                    for index, cycles in enumerate(work.beside):
+                        starts = max(starts, beside_free[index])
+                        ends = beside_free[index] = max(starts + cycles[passed], ends)
+                    done[passed] = ends
+                    at(max(float(ends), now), -1, passed, _LINEAR)
+                    passed += 1
+        idle.sort()
+        waiting = []
+        for group in idle:
+            queue = own[group]
+            if shared and (not queue or shared[0] < queue[0]):
+                queue = shared
+            if not queue:
+                waiting.append(group)
+                continue
+            window, kind, head = heapq.heappop(queue)
+            if kind != _HEAD:
+                window = head
+                end = now + (work.query if kind == _QUERY else work.linear)[window]
+            else:
+                first[window] = min(first[window], now)
+                made[head] = max(made[head], now + work.make[head, window])
+                end = made[head] + work.attend[head, window]
+            at(float(end), group, window, kind)
+        idle[:] = waiting
+    return done
