@@ -132,8 +132,9 @@ def head_cycles(
 def waiting(unit: UnitStructure, cycles: jax.Array, workload: Workload) -> jax.Array:
     """Returns by how much groups of lanes take longer because some wait for the last, at least 1, `[B, L, 1]`.
 
-    Groups that share heads take windows as they come, x each: half a window is waited for, so that `1 - 1 / (2 x)` of the
-    time is work, x / 2 below one window each. Else heads are dealt to groups, and the one with most work decides.
+    G groups that share heads take windows as they come, x each: half a window is waited for by all but the last, so that
+    `1 + (1 - 1 / G) / (2 x)` of the work is time, at least one window. Else heads are dealt to groups, and the one with
+    most work decides.
 
     Args:
       unit: Its groups.

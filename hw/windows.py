@@ -1,6 +1,6 @@
 """How long windows of rows take through two stages, where groups of lanes take a head of a window each.
 
-Rules: docs/cost_model.md, section 6, ESACT. Arrays are `[B, L]`.
+Rules: docs/cost_model.md, section 6, ESACT. Arrays are `[B, L]`, or by head `[B, L, H]`.
 """
 
 import functools
@@ -12,13 +12,34 @@ from flax import struct
 from codesign.hw.accelerator import Accelerator, UnitStructure
 from codesign.hw.engine import flat_cycles, head_cycles, passes, waiting
 from codesign.hw.host import Maximum, ceil
+from codesign.hw.traffic import stream_bytes
 from codesign.workload import Workload
+
+
+@struct.dataclass
+class _Array:
+    """Times of the array, cycles.
+
+    Attributes:
+      total: All its work, waiting for the last group and for a head's first keys included.
+      task: A head's window on the group that takes it, of the heaviest head, without keys made for others.
+      first: The same of a head's first window, with the keys that it makes.
+      linear: What all groups share behind the heads.
+    """
+
+    total: jax.Array
+    task: jax.Array
+    first: jax.Array
+    linear: jax.Array
 
 
 def window_cycles(
     busy: dict[str, jax.Array], workload: Workload, accelerator: Accelerator, maximum: Maximum
 ) -> jax.Array:
     """Returns the latency of a layer, `[B, L]`.
+
+    The second stage starts when the first window is predicted, and ends no earlier than it takes the last window after the
+    first stage has ended. If keys of all tokens are needed, they are predicted before the first window.
 
     Args:
       busy: Time by unit and memory.
@@ -29,96 +50,100 @@ def window_cycles(
     structure = accelerator.structure
     unit = next(unit for unit in structure.units if unit.rule == "groups")
     windows = jnp.maximum(workload.block_gemms["out"].rows / structure.rows_at_once, 1.0)
-    last_window, is_causal = 1.0 / windows, _is_causal(workload)
+    is_causal = _is_causal(workload)
     piped = {name for stage in structure.stages for name in stage}
-    first, second = (
+    array = _array(unit, busy[unit.name], workload, accelerator, is_causal)
+    first, chained = (
         [name for name in stage if name in busy and name != unit.name] for stage in structure.stages
     )
-    array = _array(unit, workload, accelerator)
-    chained = [busy[name] for name in second]
-    linear = busy[unit.name] - array.waited
-    taken = array.attend + jnp.maximum(array.make + linear * array.query_part, array.first)
-    taken = maximum([taken + linear * (1.0 - array.query_part), *chained])
-    # The last window: a head on one group, then what all groups share.
-    growth = 1.0 + is_causal * (1.0 - last_window)
-    left = maximum([array.task, *(one * last_window for one in chained)]) * growth + linear * last_window
-    fill, predicted = jnp.zeros(()), []
+    # Chained units take windows in order: they start with the second when the heads of the first have ended.
+    held = array.first + array.linear / windows
+    rest = 1.0 - 1.0 / windows
+    cycles = [maximum([array.total, *(busy[name] * rest + held for name in chained)])]
+    tokens, output = (_moved(name, workload, accelerator) for name in ("tokens", "ffn_output"))
+    tokens = tokens * (1.0 + is_causal * (1.0 / windows - 1.0))
+    memories = [value for name, value in busy.items() if name not in piped]
     if first:
         keys = _predicted_keys(workload, accelerator) * (1.0 - is_causal)
-        own = accelerator.structure.unit_of("predict.shift_add").name
-        rest = maximum([busy[name] - keys if name == own else busy[name] for name in first])
-        fill = keys + rest * last_window
-        predicted = [keys + rest + left]
-    memories = [value for name, value in busy.items() if name not in piped]
+        own = structure.unit_of("predict.shift_add").name
+        after = maximum([busy[name] - keys if name == own else busy[name] for name in first])
+        # Rows of a causal model grow: the last window has nearly twice the mean.
+        growth = 1.0 + is_causal * (1.0 - 1.0 / windows)
+        last = maximum([array.task, *(busy[name] / windows for name in chained)]) * growth
+        cycles[0] = cycles[0] + keys + after / windows
+        cycles.append(keys + after + last + array.linear / windows)
     if structure.memory_overlaps:
-        cycles = maximum([taken + fill, *predicted, *memories])
-    else:
-        cycles = functools.reduce(jnp.add, memories, maximum([taken + fill, *predicted]))
-    return cycles + structure.drain_cycles
+        # Nothing starts before its tokens are there, and the last output follows its window.
+        cycles = [one + tokens + output / windows for one in cycles]
+        return maximum([*cycles, *memories]) + structure.drain_cycles
+    return functools.reduce(jnp.add, memories, maximum(cycles)) + structure.drain_cycles
 
 
-@struct.dataclass
-class _Array:
-    """Times of the groups, cycles.
+def _array(
+    unit: UnitStructure,
+    busy: jax.Array,
+    workload: Workload,
+    accelerator: Accelerator,
+    is_causal: jax.Array,
+) -> _Array:
+    """Returns the times of the array, of whose `busy` linear work is what is not attention nor the making of keys."""
+    windows = ceil(workload.block_gemms["out"].rows / unit.group_rows)
+    waited = jnp.zeros(())
 
-    Attributes:
-      waited: What `busy` has of attention and of making keys and values, waiting included.
-      attend: Attention, waiting included.
-      make: Making keys and values, on all groups.
-      first: The same of a head's first window, on the group that takes it.
-      task: Attention of a head's window on the group that takes it.
-      query_part: Part of the linear work that makes queries.
-    """
-
-    waited: jax.Array
-    attend: jax.Array
-    make: jax.Array
-    first: jax.Array
-    task: jax.Array
-    query_part: jax.Array
-
-
-def _array(unit: UnitStructure, workload: Workload, accelerator: Accelerator) -> _Array:
-    sizes, structure = accelerator.sizes, accelerator.structure
-
-    def cycles(keys: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
-        """Returns the cycles of operations on every head, `[B, L, H]`, and those of all, waiting included."""
+    def by_head(keys: tuple[str, ...]) -> jax.Array:
+        """Returns the work of all groups on operations, `[B, L, H]`, and adds it with the waiting to `waited`."""
+        nonlocal waited
         own = {key: value for key, value in workload.operations.items() if key in keys}
         if not own:
-            return jnp.zeros((1, 1, 1)), jnp.zeros(())
+            return jnp.zeros((1, 1, 1))
         some: Workload = workload.replace(operations=own)  # type: ignore[attr-defined]
-        by_head = head_cycles(unit, some, sizes)[unit.name]
-        return by_head / waiting(unit, by_head, workload), jnp.sum(by_head, axis=2)
+        cycles = head_cycles(unit, some, accelerator.sizes)[unit.name]
+        waited = waited + jnp.sum(cycles, axis=2)
+        return cycles / waiting(unit, cycles, workload)
 
-    work, attend_waited = cycles(("qk.mac", "pv.mac"))
-    made, make_waited = cycles(("generate.mac",))
-    heads = workload.operations["qk.mac"].count.shape[-1]
-    windows = ceil(workload.block_gemms["out"].rows / structure.rows_at_once)
-    groups = float(unit.groups if unit.shares_heads else min(unit.groups, heads))
+    attend, make = by_head(("qk.mac", "pv.mac")), by_head(("generate.mac",))
+    products = {
+        site: one.rows * float(one.inner * one.outer) for site, one in workload.block_gemms.items()
+    }
+    linear = busy - waited
+    queries = linear * products["qkv"] / functools.reduce(jnp.add, products.values())
+    linear = linear - queries
+    rows = workload.rows["attention"].queries
+    queries = rows * (queries / jnp.maximum(jnp.sum(rows, axis=2), 1.0))[..., None]
+    heads = rows.shape[-1]
+    groups = unit.groups if unit.shares_heads else min(unit.groups, heads)
     rounds = max(1.0, heads / groups)
-    task = jnp.max(work, axis=2) * groups / windows * rounds
-    attend, make, first = attend_waited, make_waited, jnp.zeros(())
+    # What a window of a head takes on one group.
+    each = (attend + queries + is_causal[..., None] * make) / windows[..., None] * groups
+    task = jnp.max(each, axis=2)
+    work = jnp.sum(attend, axis=2) + jnp.sum(queries, axis=2)
+    made, first = jnp.sum(make, axis=2), jnp.zeros(())
+    if "generate.bytes" in workload.operations:
+        # Attention of a head waits for the keys that its first window makes, on one group.
+        fetched, wanted = (
+            workload.operations[f"{one}.bytes"].count for one in ("fetch", "generate")
+        )
+        part = jnp.minimum(fetched / windows[..., None] / jnp.maximum(wanted, 1e-9), 1.0)
+        part = part * (1.0 - is_causal[..., None])
+        first = jnp.max(make * part, axis=2) * groups * rounds
     if unit.shares_heads:
-        attend = jnp.maximum(jnp.sum(work, axis=2) + 0.5 * (1.0 - 1.0 / groups) * task, task)
-        make = jnp.sum(made, axis=2)
-        if "generate.bytes" in workload.operations:
-            fetched, wanted = (
-                workload.operations[f"{name}.bytes"].count for name in ("fetch", "generate")
-            )
-            part = jnp.minimum(fetched / windows[..., None] / jnp.maximum(wanted, 1e-9), 1.0)
-            part = part + _is_causal(workload)[..., None] * (1.0 / windows[..., None] - part)
-            first = jnp.max(made * part, axis=2) * groups * rounds
-    gemms = workload.block_gemms
-    products = {site: one.rows * float(one.inner * one.outer) for site, one in gemms.items()}
-    total = functools.reduce(jnp.add, products.values())
-    return _Array(
-        waited=attend_waited + make_waited,
-        attend=attend,
-        make=make,
-        first=first,
-        task=task,
-        query_part=products["qkv"] / jnp.maximum(total, 1.0),
-    )
+        growth = 1.0 + is_causal * (1.0 - 1.0 / windows)
+        behind = 0.5 * (1.0 - 1.0 / groups) * task * growth
+        total = jnp.maximum(work + behind, task) + jnp.maximum(made, first)
+    else:
+        together = attend + queries + make
+        total = jnp.sum(together * waiting(unit, together, workload), axis=2)
+    task = task * rounds
+    return _Array(total=total + linear, task=task, first=first + task, linear=linear)
+
+
+def _moved(name: str, workload: Workload, accelerator: Accelerator) -> jax.Array:
+    """Returns the cycles of main memory for a stream; 0 where the workload has none of the name."""
+    if name not in workload.streams:
+        return jnp.zeros(())
+    own = {name: workload.streams[name]}
+    some: Workload = workload.replace(streams=own)  # type: ignore[attr-defined]
+    return stream_bytes(some, accelerator) / accelerator.sizes["dram.bytes_per_cycle"]
 
 
 def _predicted_keys(workload: Workload, accelerator: Accelerator) -> jax.Array:
@@ -136,5 +161,5 @@ def _is_causal(workload: Workload) -> jax.Array:
     heads = operations[key].count.shape[-1]
     tokens = workload.block_gemms["out"].rows
     pairs = jnp.sum(operations[key].count, axis=2) / (heads * workload.head_dim)
-    full, half = tokens**2, tokens * (tokens + 1.0) / 2.0
-    return jnp.clip((full - pairs) / jnp.maximum(full - half, 1e-9), 0.0, 1.0)
+    beyond = tokens * (tokens - 1.0) / 2.0
+    return jnp.clip((tokens**2 - pairs) / jnp.maximum(beyond, 1e-9), 0.0, 1.0)
