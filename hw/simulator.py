@@ -40,5 +40,11 @@ def simulate(
       UnknownNameError: If a linear site does not exist.
     """
     rules = {unit.rule for unit in spec.units.values()}
-    run = simulate_tiles if "blocks" in rules else simulate_windows if "groups" in rules else simulate_rows
+    run = (
+        simulate_tiles
+        if "blocks" in rules
+        else simulate_windows
+        if "groups" in rules
+        else simulate_rows
+    )
     return run(trace, spec, gemm_shapes, is_causal=is_causal)

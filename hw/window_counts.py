@@ -49,7 +49,7 @@ class WindowCounts:
       widths: Bits of both operands by operation.
       stream_bytes: Bytes moved by stream.
       tokens: Tokens of each window, `[W]`.
-      query_rows: Rows of each window that get queries, heads summed, `[W]`.
+      query_rows: Rows that get queries, `[H, W]`.
       ffn_tokens: Tokens of each window whose feed-forward branch is computed, `[W]`.
       is_causal: Whether a window's scores need its own keys and those before it only.
     """
@@ -180,7 +180,7 @@ def count_windows(
         widths=widths,
         stream_bytes=streams,
         tokens=sizes[0],
-        query_rows=rows.sum(axis=0),
+        query_rows=rows,
         ffn_tokens=by_window(computed[None])[0],
         is_causal=is_causal,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_QUERY, _HEAD, _LINEAR = range(3)
+_HEAD, _LINEAR = range(2)
 
 
 def chained(
@@ -34,8 +34,8 @@ class GroupWork:
     """What groups of lanes do with the windows of a layer; cycles.
 
     Attributes:
-      query: Of every group for a window before its heads, `[W]`.
       make: Of one group for the keys and values that a head's window is the first to want, `[H, W]`.
+      query: Of the same group for the window's queries of that head, `[H, W]`.
       attend: Of the same group for attention, `[H, W]`.
       linear: Of every group for a window behind its heads, `[W]`.
       beside: Of units chained to the heads' work, in order, `[U][W]`.
@@ -43,8 +43,8 @@ class GroupWork:
       shares_heads: Whether any group takes any head; else head h is of group h modulo the groups.
     """
 
-    query: np.ndarray
     make: np.ndarray
+    query: np.ndarray
     attend: np.ndarray
     linear: np.ndarray
     beside: list[np.ndarray]
@@ -70,7 +70,7 @@ def run_groups(work: GroupWork, ready: np.ndarray) -> np.ndarray:
     # Events `(time, number, group, window, kind)`; a group below 0 says that a window is ready for a kind.
     events: list[tuple[float, int, int, int, int]] = []
     number = 0
-    left = {_QUERY: np.full(windows, groups), _HEAD: np.full(windows, heads), _LINEAR: np.full(windows, groups)}
+    left = {_HEAD: np.full(windows, heads), _LINEAR: np.full(windows, groups)}
     first, last, done = np.full(windows, np.inf), np.zeros(windows), np.zeros(windows)
     made = np.zeros(heads)
     idle = list(range(groups))
@@ -81,34 +81,24 @@ def run_groups(work: GroupWork, ready: np.ndarray) -> np.ndarray:
         heapq.heappush(events, (time, number, group, window, kind))
         number += 1
 
-    def offer(window: int, kind: int) -> None:
-        if kind == _QUERY and not work.query[window]:
-            kind = _HEAD
-        if kind == _HEAD:
-            for head in range(heads):
-                queue = shared if work.shares_heads else own[head % groups]
-                heapq.heappush(queue, (window, kind, head))
-        elif kind == _QUERY or work.linear[window]:
-            # Queries come before the heads of the window before: these would keep some groups from them.
-            for queue in own:
-                heapq.heappush(queue, (window - (kind == _QUERY), kind, window))
-
     for window in range(windows):
-        at(float(ready[window]), -1, window, _QUERY)
+        at(float(ready[window]), -1, window, _HEAD)
     while events:
         now = events[0][0]
         while events and events[0][0] == now:
             _, _, group, window, kind = heapq.heappop(events)
             if group < 0:
-                offer(window, kind)
+                for head in range(heads if kind == _HEAD else groups):
+                    any_group = kind == _HEAD and work.shares_heads
+                    heapq.heappush(
+                        shared if any_group else own[head % groups], (window, kind, head)
+                    )
                 continue
             idle.append(group)
             left[kind][window] -= 1
             if left[kind][window]:
                 continue
-            if kind == _QUERY:
-                offer(window, _HEAD)
-            elif kind == _LINEAR:
+            if kind == _LINEAR:
                 done[window] = max(done[window], now)
             else:
                 last[window] = now
@@ -119,7 +109,8 @@ def run_groups(work: GroupWork, ready: np.ndarray) -> np.ndarray:
                         starts = max(starts, beside_free[index])
                         ends = beside_free[index] = max(starts + cycles[passed], ends)
                     done[passed] = ends
-                    at(max(float(ends), now), -1, passed, _LINEAR)
+                    if work.linear[passed]:
+                        at(max(float(ends), now), -1, passed, _LINEAR)
                     passed += 1
         idle.sort()
         waiting = []
@@ -131,13 +122,12 @@ def run_groups(work: GroupWork, ready: np.ndarray) -> np.ndarray:
                 waiting.append(group)
                 continue
             window, kind, head = heapq.heappop(queue)
-            if kind != _HEAD:
-                window = head
-                end = now + (work.query if kind == _QUERY else work.linear)[window]
-            else:
+            end = now + work.linear[window]
+            if kind == _HEAD:
                 first[window] = min(first[window], now)
                 made[head] = max(made[head], now + work.make[head, window])
-                end = made[head] + work.attend[head, window]
+                own_end = now + work.make[head, window] + work.query[head, window]
+                end = max(own_end, made[head]) + work.attend[head, window]
             at(float(end), group, window, kind)
         idle[:] = waiting
     return done

@@ -2,10 +2,10 @@
 
 Windows of `rows_at_once` rows, with all their heads, move through two stages. The first predicts: a window's queries and
 scores, its largest scores, its similar rows. A window's scores need the predicted keys of all tokens that it may attend
-to: of a causal model its own and those before it, else of all tokens, which are then predicted first. In the second a
-window's queries are made, evenly on all groups; then every head is one task on one group, which makes the keys and
-values that no window before has wanted of that head, and runs its attention; then the window's other linear layers run,
-evenly again. A group takes work of the earliest window that has any.
+to: of a causal model its own and those before it, else of all tokens, which are then predicted first. In the second
+every head of a window is one task on one group, which makes the keys and values that no window before has wanted of that
+head, then the queries, and runs attention; when all heads are done, the window's other linear layers run, evenly on all
+groups. A group takes work of the earliest window that has any.
 """
 
 from collections.abc import Mapping
@@ -87,20 +87,23 @@ def simulate_windows(
     for is_linear in (False, True):
         counted = {key: value for key, value in operations.items() if (key in LINEAR) == is_linear}
         energies.append(operation_energy(counted, {key: (*widths[key],) for key in counted}, spec))
-        moved = sum(value for key, value in streams.items() if (key in LINEAR_STREAMS) == is_linear)
-        weights = streams["generate_weights"] if is_linear else np.zeros(moved.shape)
+        parts = [value for key, value in streams.items() if (key in LINEAR_STREAMS) == is_linear]
+        moved = np.sum(parts, axis=0)
         if is_linear:
-            products = table(
-                [[one.linear.product_pj for one in examples] for examples in layers]
-            )
+            products = table([[one.linear.product_pj for one in examples] for examples in layers])
             energies[-1][execution] = energies[-1].get(execution, 0.0) + products
             own = table([[one.linear.weight_bytes for one in examples] for examples in layers])
-            moved, weights = moved + own, weights + own
-            energies[-1][storage.weights] = weights * _write_pj(spec, storage)
+            moved = moved + own
+            written = own + streams["generate_weights"]
+            energies[-1][storage.weights] = written * _write_pj(spec, storage)
         energies[-1]["dram"] = moved * energy.dram_pj_per_byte(spec)
         runs = [[one.whole if is_linear else one.alone for one in examples] for examples in layers]
-        busy.append({key: table([[one.busy_cycles[key] for one in examples] for examples in runs])
-                     for key in runs[0][0].busy_cycles})
+        busy.append(
+            {
+                key: table([[one.busy_cycles[key] for one in examples] for examples in runs])
+                for key in runs[0][0].busy_cycles
+            }
+        )
         busy[-1]["dram"] = moved / spec.dram_bytes_per_cycle
     for key in busy[0]:
         if key != "dram":
@@ -168,7 +171,7 @@ def _write_pj(spec: AcceleratorSpec, storage: Storage) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _Linear:
-    """Dense products of one layer: their cycles on one group by window, before they are split, `[W]`; pJ; bytes."""
+    """Dense products of one layer: cycles of the whole array, queries by head `[H, W]`, others `[W]`; pJ; bytes."""
 
     query: np.ndarray
     others: np.ndarray
@@ -257,7 +260,10 @@ def _linear(
         shape = gemm_shapes[site]
         pair = bits[f"{site}.activation_bits"], bits[f"{site}.weight_bits"]
         if site == "qkv":  # Queries alone: rows are those of each head.
-            macs, size = counts.query_rows * (shape.inner * head_dim), shape.inner * heads * head_dim
+            macs, size = (
+                counts.query_rows * (shape.inner * head_dim),
+                shape.inner * heads * head_dim,
+            )
         else:
             macs, size = rows[site] * (shape.inner * shape.outer), shape.inner * shape.outer
         cycles[site] = macs / _slots(spec.units[name]) * _passes(spec.units[name], spec, pair)
@@ -303,7 +309,9 @@ def _run(counts: WindowCounts, linear: _Linear, spec: AcceleratorSpec, *, has_li
     moved += linear.weight_bytes if has_linear else 0.0
     ready = np.zeros(len(counts.tokens))
     if overlaps:
-        arrived = counts.stream_bytes["tokens"] * np.cumsum(counts.tokens) / counts.tokens.sum() / rate
+        arrived = (
+            counts.stream_bytes["tokens"] * np.cumsum(counts.tokens) / counts.tokens.sum() / rate
+        )
         ready = arrived if counts.is_causal else np.full_like(arrived, arrived[-1])
     ready = _predict(counts, spec, ready, busy)
     ends = _execute(counts, linear, spec, ready, busy, has_linear=has_linear)
@@ -338,7 +346,7 @@ def _predict(
             )
             free = float(ready[-1] + first.sum())
             busy[name] = float(first.sum())
-        cycles = np.sum(list(by_key.values()), axis=0)
+        cycles: np.ndarray = np.sum(list(by_key.values()), axis=0)
         busy[name] = busy.get(name, 0.0) + float(cycles.sum())
         starts, ends = chained(starts, ends, cycles, free)
     return np.maximum(ready, ends)
@@ -374,26 +382,24 @@ def _execute(
 
     def taken(keys: tuple[str, ...]) -> np.ndarray:
         present = [key for key in keys if key in counts.operations and matches(key, unit.paces)]
-        return sum(
-            (
-                np.ceil(counts.by_window[key] / slots) * _passes(unit, spec, counts.widths[key])
-                for key in present
-            ),
-            start=nothing,
-        )
+        total = nothing
+        for key in present:
+            passes = _passes(unit, spec, counts.widths[key])
+            total = total + np.ceil(counts.by_window[key] / slots) * passes
+        return total
 
     is_linear = float(has_linear)
     work = GroupWork(
-        query=np.ceil(linear.query) * is_linear,
         make=taken(("generate.mac",)) * is_linear,
+        query=np.ceil(linear.query * groups) * is_linear,
         attend=taken(("qk.mac", "pv.mac")),
         linear=np.ceil(linear.others) * is_linear,
         beside=[],
         groups=groups,
         shares_heads=shares,
     )
-    shared = (work.query + work.linear).sum()
-    busy[name] = float((work.make + work.attend).sum() / groups + shared)
+    by_head = work.make + work.query + work.attend
+    busy[name] = float(by_head.sum() / groups + work.linear.sum())
     for other in others:
         keys = [
             key
@@ -401,10 +407,11 @@ def _execute(
             if matches(key, spec.units[other].paces) and (has_linear or key not in LINEAR)
         ]
         if keys:
-            cycles = sum(
+            parts = [
                 _flat(counts.by_window[key], spec.units[other], spec, counts.widths[key])
                 for key in keys
-            )
+            ]
+            cycles: np.ndarray = np.sum(parts, axis=0)
             work.beside.append(cycles)
             busy[other] = float(np.sum(cycles))
     return run_groups(work, ready)
@@ -422,7 +429,9 @@ def _ends(
     constant, product = energy.operation_pj(spec, name, "mac")
     tokens = np.asarray(trace.valid, bool).sum(axis=1)
     cycles = [np.zeros((len(tokens), 0))]
-    spent: dict[str, list[np.ndarray]] = {part: [cycles[0]] for part in (name, storage.weights, "dram")}
+    spent: dict[str, list[np.ndarray]] = {
+        part: [cycles[0]] for part in (name, storage.weights, "dram")
+    }
     for site in END_SITES:
         if site not in gemm_shapes:
             continue

@@ -11,7 +11,7 @@ from flax import struct
 
 from codesign.hw.accelerator import Accelerator, UnitStructure
 from codesign.hw.engine import flat_cycles, head_cycles, passes, waiting
-from codesign.hw.host import Maximum, ceil
+from codesign.hw.host import Maximum
 from codesign.hw.traffic import stream_bytes
 from codesign.workload import Workload
 
@@ -87,7 +87,7 @@ def _array(
     is_causal: jax.Array,
 ) -> _Array:
     """Returns the times of the array, of whose `busy` linear work is what is not attention nor the making of keys."""
-    windows = ceil(workload.block_gemms["out"].rows / unit.group_rows)
+    windows = jnp.maximum(workload.block_gemms["out"].rows / unit.group_rows, 1.0)
     waited = jnp.zeros(())
 
     def by_head(keys: tuple[str, ...]) -> jax.Array:
@@ -116,7 +116,7 @@ def _array(
     # What a window of a head takes on one group.
     each = (attend + queries + is_causal[..., None] * make) / windows[..., None] * groups
     task = jnp.max(each, axis=2)
-    work = jnp.sum(attend, axis=2) + jnp.sum(queries, axis=2)
+    work = jnp.sum(attend, axis=2)
     made, first = jnp.sum(make, axis=2), jnp.zeros(())
     if "generate.bytes" in workload.operations:
         # Attention of a head waits for the keys that its first window makes, on one group.
@@ -129,7 +129,9 @@ def _array(
     if unit.shares_heads:
         growth = 1.0 + is_causal * (1.0 - 1.0 / windows)
         behind = 0.5 * (1.0 - 1.0 / groups) * task * growth
-        total = jnp.maximum(work + behind, task) + jnp.maximum(made, first)
+        # Other groups make queries meanwhile.
+        made = jnp.maximum(made + jnp.sum(queries, axis=2), first)
+        total = jnp.maximum(work + behind, task) + made
     else:
         together = attend + queries + make
         total = jnp.sum(together * waiting(unit, together, workload), axis=2)

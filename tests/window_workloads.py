@@ -26,7 +26,10 @@ WINDOW = 8
 
 def gemm_shapes(heads: int = 4) -> dict[str, GemmShape]:
     attention = heads * HEAD_DIM
-    own = {"qkv": GemmShape(inner=WIDTH, outer=3 * attention), "out": GemmShape(inner=attention, outer=WIDTH)}
+    own = {
+        "qkv": GemmShape(inner=WIDTH, outer=3 * attention),
+        "out": GemmShape(inner=attention, outer=WIDTH),
+    }
     return masks.gemm_shapes() | own
 
 
@@ -75,7 +78,7 @@ def random_trace(
 
 def in_windows(places: jax.Array) -> jax.Array:
     """Weights `[..., T, w]` of the rows `[..., T]` that rows name."""
-    return (places[..., None] % WINDOW == jnp.arange(WINDOW)).astype(float)
+    return jax.nn.one_hot(places % WINDOW, WINDOW, dtype=float)
 
 
 def workload(
@@ -89,7 +92,11 @@ def workload(
     codes = jnp.zeros((*keep.shape[1:3], keep.shape[4], HEAD_DIM))
 
     def layer(index: int) -> Workload:
-        widths = {name: jnp.asarray(value[index], float) for name, value in bits.items() if len(value) > index}
+        widths = {
+            name: jnp.asarray(value[index], float)
+            for name, value in bits.items()
+            if len(value) > index
+        }
         context = Context(
             knobs={},
             widths=widths,
@@ -111,7 +118,7 @@ def workload(
                 in_windows(decided["ffn_source"][index]),
                 decided["compares"][index].astype(float),
             )
-            own = decided["ffn_source"][index] == jnp.arange(kept.shape[2])
+            own = decided["ffn_source"][index] == jnp.arange(kept.shape[2])[None]
             rows["up"] = rows["down"] = jnp.sum(own * valid, axis=1)
         computed = jnp.broadcast_to(computed_rows(context, plan), kept.shape[:3])
         rows["qkv"] = jnp.mean(jnp.sum(computed, axis=-1), axis=-1)
@@ -130,7 +137,10 @@ def workload(
             streams=counts.streams | (extra.streams if extra else {}),
             block_gemms={
                 site: gemm(
-                    rows[site], *sizes[site], widths[f"{site}.activation_bits"], widths[f"{site}.weight_bits"]
+                    rows[site],
+                    *sizes[site],
+                    widths[f"{site}.activation_bits"],
+                    widths[f"{site}.weight_bits"],
                 )
                 for site in SITES
             },
@@ -143,13 +153,17 @@ def workload(
     ends = {}
     for site, (inner, outer, size) in ENDS.items():
         number = tokens if size is None else jnp.full_like(tokens, size)
-        widths = [jnp.asarray(bits[f"{site}.{side}_bits"][0], float) for side in ("activation", "weight")]
+        widths = [
+            jnp.asarray(bits[f"{site}.{side}_bits"][0], float) for side in ("activation", "weight")
+        ]
         ends[site] = gemm(number, inner, outer, *widths)
     ends = {site: jax.tree.map(lambda leaf: leaf[:, None], end) for site, end in ends.items()}
     return whole.replace(end_gemms=ends)  # type: ignore[attr-defined,no-any-return]
 
 
-@functools.partial(jax.jit, static_argnames=("structure",), compiler_options=tiny_model.FAST_COMPILE)
+@functools.partial(
+    jax.jit, static_argnames=("structure",), compiler_options=tiny_model.FAST_COMPILE
+)
 def _priced(
     keep: jax.Array,
     decided: dict[str, jax.Array],
@@ -166,11 +180,15 @@ def _priced(
     return cost(found, machine), counts
 
 
-def priced(trace: Trace, spec: AcceleratorSpec, *, is_causal: bool = False) -> tuple[Cost, dict[str, np.ndarray]]:
+def priced(
+    trace: Trace, spec: AcceleratorSpec, *, is_causal: bool = False
+) -> tuple[Cost, dict[str, np.ndarray]]:
     """Returns the cost of a trace's decisions, and counts, heads summed."""
-    decided = {} if trace.source is None else {
-        "source": trace.source, "ffn_source": trace.ffn_source, "compares": trace.compares
-    }
+    decided = (
+        {}
+        if trace.source is None
+        else {"source": trace.source, "ffn_source": trace.ffn_source, "compares": trace.compares}
+    )
     machine = accelerator_from_spec(spec)
     price, counts = _priced(
         masks.masks_of(trace),
