@@ -349,7 +349,8 @@ def _predict(
         cycles: np.ndarray = np.sum(list(by_key.values()), axis=0)
         busy[name] = busy.get(name, 0.0) + float(cycles.sum())
         starts, ends = chained(starts, ends, cycles, free)
-    return np.maximum(ready, ends)
+    done: np.ndarray = np.maximum(ready, ends)
+    return done
 
 
 def _flat(

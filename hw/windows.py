@@ -11,7 +11,7 @@ from flax import struct
 
 from codesign.hw.accelerator import Accelerator, UnitStructure
 from codesign.hw.engine import flat_cycles, head_cycles, passes, waiting
-from codesign.hw.host import Maximum
+from codesign.hw.host import Maximum, ceil
 from codesign.hw.traffic import stream_bytes
 from codesign.workload import Workload
 
@@ -123,7 +123,8 @@ def _array(
         fetched, wanted = (
             workload.operations[f"{one}.bytes"].count for one in ("fetch", "generate")
         )
-        part = jnp.minimum(fetched / windows[..., None] / jnp.maximum(wanted, 1e-9), 1.0)
+        number = ceil(windows)[..., None]
+        part = jnp.minimum(fetched / number / jnp.maximum(wanted, 1e-9), 1.0)
         part = part * (1.0 - is_causal[..., None])
         first = jnp.max(make * part, axis=2) * groups * rounds
     if unit.shares_heads:
