@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 
 from codesign.calibration import Calibration, floored
 from codesign.gates import Relaxation
+from codesign.hw import emulator
 from codesign.mechanisms import MECHANISMS, Mechanism
 from codesign.mechanisms.energon import hard_filter, knobs, soft_filter
 from codesign.mechanisms.protocol import Context, Operands, Plan, Selection
@@ -322,6 +323,18 @@ def run_filter(
 def tensors(output: ModelOutput) -> dict[str, np.ndarray]:
     """Every named tensor of a run, the logits among them."""
     return {**output.trace, "logits": output.logits}
+
+
+def emulated(model: Model, deployment: Any, output: ModelOutput) -> dict[str, np.ndarray]:
+    """Checks that every tensor of the hard path equals the emulator's, and returns them."""
+    wanted = emulator.emulate(
+        deployment.structure, deployment.layers, deployment.ends, model.inputs
+    )
+    got = tensors(output)
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+    return got
 
 
 def existing(model: Model) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ from codesign import gates
 from codesign.backward import dense_product
 from codesign.fake_quantize import RESIDUAL_BITS
 from codesign.log_codes import hybrid_log, hybrid_log_operand
-from codesign.mechanisms.on_demand import kept_part, part_variable, wanted_keys
+from codesign.mechanisms.on_demand import wanted_keys
 from codesign.mechanisms.protocol import (
     Carry,
     Context,
@@ -44,7 +44,13 @@ from codesign.mechanisms.protocol import (
     own_weights,
     part_columns,
 )
-from codesign.mechanisms.threshold_scale import ThresholdScale
+from codesign.mechanisms.threshold_scale import (
+    ThresholdScale,
+    from_strength,
+    kept_part,
+    part_variable,
+    to_strength,
+)
 from codesign.parts import map_examples
 from codesign.policy import bits_range
 from codesign.quantize import deployed_bits, exact_einsum, power_of_two
@@ -127,18 +133,6 @@ def _cut(parts: np.ndarray | jax.Array, xp: object) -> np.ndarray | jax.Array:
     total = xp.sum(parts, axis=-1)  # type: ignore[attr-defined]
     least = xp.maximum(xp.ceil(total - 1e-6), 1.0)  # type: ignore[attr-defined]
     return xp.where(total > OFF_PART * num_heads, num_heads + 1.0, least)  # type: ignore[attr-defined,no-any-return]
-
-
-def from_strength(strength: np.ndarray, ranges: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns the variables of the parts `1 - strength`: of keys, of the largest similarity threshold, of heads."""
-    del ranges
-    return part_variable(1.0 - strength)
-
-
-def to_strength(threshold: np.ndarray, ranges: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns `1 - sigmoid(threshold)`."""
-    del ranges
-    return 1.0 - kept_part(threshold)
 
 
 def from_setting(

@@ -27,9 +27,7 @@ from codesign.log_codes import leading_one, leading_one_operand
 from codesign.mechanisms.on_demand import (
     BYPASS,
     hard_plan,
-    kept_part,
     on_demand,
-    part_variable,
     soft_plan,
     wanted_keys,
 )
@@ -42,7 +40,13 @@ from codesign.mechanisms.protocol import (
     Plan,
     Selection,
 )
-from codesign.mechanisms.threshold_scale import ThresholdScale
+from codesign.mechanisms.threshold_scale import (
+    ThresholdScale,
+    from_strength,
+    kept_part,
+    part_variable,
+    to_strength,
+)
 from codesign.policy import bits_range
 from codesign.quantize import deployed_bits, exact_einsum, power_of_two
 from codesign.workload import Workload, operation
@@ -81,18 +85,6 @@ def codes(
     del tensors
     scaled = ALPHA_ONE * MAX_ALPHA * kept_part(knobs["threshold"])
     return {"threshold": np.where(scaled > 255.5, OFF_CODE, np.rint(scaled)).astype(np.int64)}
-
-
-def from_strength(strength: np.ndarray, ranges: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns the variable of alpha = 2 (1 - strength)."""
-    del ranges
-    return part_variable(1.0 - strength)
-
-
-def to_strength(threshold: np.ndarray, ranges: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns 1 - alpha / 2."""
-    del ranges
-    return 1.0 - kept_part(threshold)
 
 
 def from_setting(

@@ -13,7 +13,6 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from codesign import gates
 from codesign.backward import dense_product
@@ -40,23 +39,7 @@ WEIGHT_CODE_BITS = 4.0
 """Sign and leading-zero count of an 8-bit weight, bit (arXiv 2407.10416)."""
 
 
-MIN_PART, MAX_PART = 2.0**-10, 1.0 - 2.0**-12
-"""Parts beyond these mean the same integers; the variable would be infinite (ours)."""
-
 ProductFn: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-def part_variable(part: np.ndarray) -> np.ndarray:
-    """Returns v with sigmoid(v) = part, limited to [2^-10, 1 - 2^-12], any shape."""
-    limited = np.clip(np.asarray(part, np.float64), MIN_PART, MAX_PART)
-    variable: np.ndarray = np.log(limited) - np.log1p(-limited)
-    return variable
-
-
-def kept_part(variable: np.ndarray) -> np.ndarray:
-    """Returns sigmoid(v), float64."""
-    part: np.ndarray = 1.0 / (1.0 + np.exp(-np.asarray(variable, np.float64)))
-    return part
 
 
 def _planned(

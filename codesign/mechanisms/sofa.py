@@ -27,9 +27,7 @@ from codesign.log_codes import leading_one, leading_one_operand
 from codesign.mechanisms.on_demand import (
     BYPASS,
     hard_plan,
-    kept_part,
     on_demand,
-    part_variable,
     soft_plan,
     wanted_keys,
 )
@@ -42,7 +40,12 @@ from codesign.mechanisms.protocol import (
     Plan,
     Selection,
 )
-from codesign.mechanisms.threshold_scale import ThresholdScale
+from codesign.mechanisms.threshold_scale import (
+    ThresholdScale,
+    from_strength,
+    kept_part,
+    to_strength,
+)
 from codesign.quantize import exact_einsum, power_of_two
 from codesign.segments import (
     RADIUS_OFF,
@@ -90,18 +93,6 @@ def codes(
         "threshold": np.stack([kept, radius], axis=-1).astype(np.int64),
         "score_shift": np.asarray(shift, np.int64),
     }
-
-
-def from_strength(strength: np.ndarray, ranges: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns the variables of the kept share and the part of the largest radius `1 - strength`."""
-    del ranges
-    return part_variable(1.0 - strength)
-
-
-def to_strength(threshold: np.ndarray, ranges: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns `1 - sigmoid(threshold)`."""
-    del ranges
-    return 1.0 - kept_part(threshold)
 
 
 def from_setting(

@@ -1,4 +1,4 @@
-"""How grids, common moves and start values see a mechanism's thresholds."""
+"""How grids, common moves and start values see a mechanism's thresholds; thresholds that are parts of a whole."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +10,34 @@ import numpy as np
 from codesign.workload import Workload
 
 Kept = TypeVar("Kept", jax.Array, np.ndarray)
+
+MIN_PART, MAX_PART = 2.0**-10, 1.0 - 2.0**-12
+"""Parts beyond these mean the same integers; the variable would be infinite (ours)."""
+
+
+def part_variable(part: np.ndarray) -> np.ndarray:
+    """Returns v with sigmoid(v) = part, limited to [2^-10, 1 - 2^-12], any shape."""
+    limited = np.clip(np.asarray(part, np.float64), MIN_PART, MAX_PART)
+    variable: np.ndarray = np.log(limited) - np.log1p(-limited)
+    return variable
+
+
+def kept_part(variable: np.ndarray) -> np.ndarray:
+    """Returns sigmoid(v), float64."""
+    part: np.ndarray = 1.0 / (1.0 + np.exp(-np.asarray(variable, np.float64)))
+    return part
+
+
+def from_strength(strength: np.ndarray, ranges: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the variables v of parts sigmoid(v) = 1 - strength, for `ThresholdScale.from_strength`."""
+    del ranges
+    return part_variable(1.0 - strength)
+
+
+def to_strength(threshold: np.ndarray, ranges: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns 1 - sigmoid(v), for `ThresholdScale.to_strength`."""
+    del ranges
+    return 1.0 - kept_part(threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
