@@ -171,15 +171,18 @@ def chunks(
 ) -> Iterator[tuple[Inputs, Indices]]:
     """Yields all examples, bucket by bucket, in chunks with the same number of rows in each bucket.
 
+    A bucket of fewer examples than a chunk holds takes the next power of two instead, so that few examples cost little and
+    still few shapes are compiled.
+
     `result[indices] = output[: len(indices)]` puts results back in order.
 
     Args:
       examples: N examples.
-      size: Rows of a chunk, >= 1, by the tokens of a row; by 1 for images.
+      size: Most rows of a chunk, >= 1, by the tokens of a row; by 1 for images.
       buckets: Lengths, rising; none: rows are not cut.
 
     Yields:
-      Inputs of exactly `size` rows, and the indices `[n]` of the first n of them; the rest repeat the first row.
+      Inputs of as many rows, and the indices `[n]` of the first n of them; the rest repeat the first row.
     """
     everything = np.arange(len(examples))
     groups: list[tuple[Indices, int | None]] = [(everything, None)]
@@ -188,7 +191,8 @@ def chunks(
         groups = [(everything[numbers == number], own) for number, own in enumerate(buckets)]
     uncut = examples.inputs["tokens"].shape[1] if "tokens" in examples.inputs else 1
     for group, length in groups:
-        rows = size(uncut if length is None else length)
+        most = size(uncut if length is None else length)
+        rows = min(most, 1 << max(len(group) - 1, 0).bit_length())
         for start in range(0, len(group), rows):
             indices = group[start : start + rows]
             filled = np.concatenate([indices, np.repeat(indices[:1], rows - len(indices))])

@@ -135,7 +135,7 @@ def _seed_points(
     chosen = _choose_uniform(problem, settings, start, out / "points" / f"seed{seed}-uniform.json")
     points = [dense]
     for fraction in settings.budgets:
-        point = _uniform_point(problem, start, chosen[fraction])
+        point = _uniform_point(problem, start, chosen[fraction], start.calibration)
         points.append(
             CurvePoint("uniform", seed, fraction, chosen[fraction], measure(problem, point, part))
         )
@@ -147,7 +147,8 @@ def _seed_points(
         point = start
         for fraction in settings.budgets:
             if kind != "trained":
-                point = _uniform_point(problem, point, chosen[fraction])
+                ranges = measured_ranges(problem, point.params)
+                point = _uniform_point(problem, point, chosen[fraction], ranges)
             budget = settings.budget(fraction) if metrics else Budget(scope=settings.scope)
             point = _trained_point(training, point, budget, kind, fraction, out, progress)
             measured = measure(problem, point, part)
@@ -210,9 +211,10 @@ def _uniform_policy(
     return with_threshold(Policy(layers=layers, ends=ends), threshold)
 
 
-def _uniform_point(problem: Problem, point: Point, setting: dict[str, Any]) -> Point:
-    """Returns a point with the weights of `point`, a uniform policy, and ranges measured on those weights."""
-    calibration = measured_ranges(problem, point.params)
+def _uniform_point(
+    problem: Problem, point: Point, setting: dict[str, Any], calibration: Calibration
+) -> Point:
+    """Returns a point with the weights of `point`, a uniform policy, and the ranges of those weights."""
     policy = _uniform_policy(problem, point.policy, setting, calibration)
     return Point(params=point.params, policy=policy, calibration=calibration)
 
@@ -244,7 +246,7 @@ def _choose_uniform(
                 }
                 result = measure(
                     problem,
-                    _uniform_point(problem, start, setting),
+                    _uniform_point(problem, start, setting, start.calibration),
                     "validation",
                     num_examples=settings.num_selection,
                 )
