@@ -52,13 +52,16 @@ def group(name: str) -> str:
     )
 
 
+def is_filter_width(name: str) -> bool:
+    """Returns whether a knob in group `bits` is a width of the filter, on which depends what it keeps."""
+    return name not in ATTENTION_BITS and not name.endswith(("weight_bits", "activation_bits"))
+
+
 def bits_range(name: str) -> tuple[float, float]:
     """Returns the legal range, in bit, of a knob in group `bits`."""
-    if name in ATTENTION_BITS:
-        return BITS_RANGE["attention"]
-    if name.endswith(("weight_bits", "activation_bits")):
-        return BITS_RANGE["linear"]
-    return BITS_RANGE["filter"]
+    if is_filter_width(name):
+        return BITS_RANGE["filter"]
+    return BITS_RANGE["attention" if name in ATTENTION_BITS else "linear"]
 
 
 def dense_knobs(
@@ -127,13 +130,18 @@ def has_whole_bits(policy: Policy) -> bool:
 def deployed_bits(policy: Policy, *, offset: float | jax.Array = 0.0) -> Policy:
     """Returns the policy with integer widths, floor(b + 0.5 - offset), in range.
 
+    Widths of the filter take no offset: thresholds were trained for the planes that the nearest widths give, and one bit
+    more or less changes what they keep.
+
     Args:
       policy: A policy whose widths may be fractional.
       offset: Raises (positive) the threshold of rounding, in bit, so that a budget survives it (FracBits).
     """
 
     def rounded(name: str, value: jax.Array) -> jax.Array:
-        return jnp.floor(value + 0.5 - offset) if group(name) == "bits" else value
+        if group(name) != "bits":
+            return value
+        return jnp.floor(value + 0.5 - (0.0 if is_filter_width(name) else offset))
 
     return project(
         Policy(

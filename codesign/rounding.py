@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from codesign.policy import Policy, deployed_bits, group, project
+from codesign.policy import Policy, deployed_bits, group, is_filter_width, project
 
 OFFSET = 0.499
 """Largest shift of the rounding, in bit: nearly all the way up or down (ours)."""
@@ -16,9 +16,9 @@ BISECTIONS = 10
 def hardened(policy: Policy, ratios_fn: Callable[[Policy], ArrayLike]) -> Policy:
     """Returns the policy with widths in whole bits that meets its budgets with the most bits.
 
-    One offset shifts the rounding of all widths, found by bisection between rounding up and rounding down; widths are
-    rounded down if even that breaks a budget, for thresholds to mend. Widths that trained together round together, so what
-    the offset leaves of the budgets is filled width by width (`_filled`).
+    One offset shifts the rounding of all widths but the filter's, found by bisection between rounding up and rounding down;
+    widths are rounded down if even that breaks a budget, for thresholds to mend. Widths that trained together round
+    together, so what the offset leaves of the budgets is filled width by width (`_filled`).
 
     Args:
       policy: Fractional widths.
@@ -48,6 +48,8 @@ def hardened(policy: Policy, ratios_fn: Callable[[Policy], ArrayLike]) -> Policy
 def _filled(policy: Policy, rounded: Policy, is_met: Callable[[Policy], bool]) -> Policy:
     """Returns `rounded` with one more bit wherever training wanted more and the budgets allow it, the largest lack first.
 
+    More bits bring a tensor closer to what it stands for. Those of a filter only change what it keeps.
+
     Args:
       policy: Fractional widths.
       rounded: Widths in whole bits that meet the budgets.
@@ -57,7 +59,7 @@ def _filled(policy: Policy, rounded: Policy, is_met: Callable[[Policy], bool]) -
         (float(lack), part, name, index)
         for part in ("layers", "ends")
         for name, trained in getattr(policy, part).items()
-        if group(name) == "bits"
+        if group(name) == "bits" and not is_filter_width(name)
         for index, lack in np.ndenumerate(np.asarray(trained - getattr(rounded, part)[name]))
         if lack > 0.0
     ]

@@ -16,7 +16,7 @@ from codesign.experiments.batches import TrainingBatches
 from codesign.experiments.configs import Experiment
 from codesign.experiments.data import Examples, Task
 from codesign.experiments.model_choice import ChosenModel, choose_model
-from codesign.experiments.run import RunDirectory, train_loop
+from codesign.experiments.run import RunDirectory, locked, train_loop
 from codesign.experiments.tasks import load_task
 from codesign.experiments.teacher import Teacher
 from codesign.gates import Relaxation
@@ -210,6 +210,21 @@ def dense_params(
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = cache / f"dense-{problem.task.name}-{digest}"
+    # Two curves of one cache would write one another's checkpoints.
+    with locked(path):
+        return _trained_dense(problem, params, path, settings, progress, restart)
+
+
+def _trained_dense(
+    problem: Problem,
+    params: dict[str, Any],
+    path: Path,
+    settings: dict[str, Any],
+    progress: bool,
+    restart: bool,
+) -> dict[str, Any]:
+    """Returns the parameters that the run directory `path` holds, after training them there as far as they are not."""
+    dense, seed = problem.experiment.dense, problem.experiment.seed
     run = RunDirectory.create(
         path, settings, resume=path.exists() and not restart, overwrite=restart and path.exists()
     )
@@ -245,7 +260,7 @@ def dense_params(
             loss, accuracy = task_loss(output.logits, batch, dense.label_smoothing)
             return loss, LossAux(terms={"accuracy": accuracy}, workload=None)
 
-        batches = problem.batches(dense.batch_size, experiment.seed)
+        batches = problem.batches(dense.batch_size, seed)
         saved["state"] = train_loop(
             make_train_step(loss_fn, no_cost, optimize),
             saved["state"],

@@ -200,17 +200,17 @@ def test_threshold_falls_with_alpha_by_the_distance_of_the_maximum_from_the_mean
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         scores = jnp.asarray(rng.normal(size=(1, 1, 1, 20)))
-        ones = jnp.ones_like(scores)
+        ones, zero = jnp.ones_like(scores), jnp.zeros((1, 1, 1, 1))
 
         def total(alpha: jax.Array) -> jax.Array:
-            return jnp.sum(soft_round(scores, ones, ones, alpha, relaxation(0.5)))
+            return jnp.sum(soft_round(scores, ones, ones, alpha, relaxation(0.5), zero))
 
         alpha, step = jnp.asarray([0.8]), 1e-6
         gradient = float(jax.grad(total)(alpha)[0])
         difference = float(total(alpha + step) - total(alpha - step)) / (2 * step)
         # Of a gate g of width w: d g / d alpha = g (1 - g) / w * -(d theta / d alpha).
         row = np.ravel(scores)
-        gate = np.ravel(soft_round(scores, ones, ones, alpha, relaxation(0.5)))
+        gate = np.ravel(soft_round(scores, ones, ones, alpha, relaxation(0.5), zero))
         width = 0.5 * float(gate_width(jnp.asarray(row.std())))
         slope = row.max() - row.mean()
     assert gradient == pytest.approx(difference, rel=1e-6)
@@ -226,6 +226,7 @@ def test_bit_operations_move_with_what_is_left_for_each_plane() -> None:
             jnp.asarray(np.rint(rng.normal(size=(1, 1, size, 4)) * 40)) for size in (3, 12)
         )
 
+        @jax.jit
         def counted(threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Products of each round per pair, and bits of its plane."""
             context = Context(
@@ -270,9 +271,9 @@ def test_soft_round_becomes_hard_as_the_temperature_falls() -> None:
     alive = jnp.asarray(rng.random(scores.shape) < 0.7)
     code = jnp.asarray([40, 128, 200])
     hard = survivors(scores, alive, code)
-    weights = alive.astype(jnp.float32)
+    weights, spread = alive.astype(jnp.float32), jnp.full((2, 3, 5, 1), 1000.0)
     soft = weights * soft_round(
-        scores.astype(jnp.float32), weights, weights, code / 128, relaxation(1e-5)
+        scores.astype(jnp.float32), weights, weights, code / 128, relaxation(1e-5), spread
     )
     np.testing.assert_allclose(soft, hard, atol=1e-3)
 
@@ -337,16 +338,47 @@ def test_next_to_equal_scores_do_not_drown_the_others() -> None:
     """Two equal keys alive, or one, of scores that spread over thousands."""
     scores = jnp.asarray([9000.0, 9000.0, -7000.0, 4000.0, -2000.0, 500.0])
     pairs = jnp.ones((1, 1, 1, 6))
-    relaxed = tiny_model.relaxation(0.1)
+    relaxed, spread = tiny_model.relaxation(0.1), jnp.full((1, 1, 1, 1), jnp.std(scores))
 
     def left(weights: jax.Array) -> jax.Array:
         rows = (jnp.reshape(one, (1, 1, 1, 6)) for one in (scores, weights))
-        return jnp.sum(soft_round(*rows, pairs, jnp.asarray([1.0]), relaxed))
+        return jnp.sum(soft_round(*rows, pairs, jnp.asarray([1.0]), relaxed, spread))
 
     for alive in ([1.0, 1.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]):
         slopes = jax.grad(left)(jnp.asarray(alive))
         # A key that returned would move the mean by three spreads, so the gate by 3 / (4 * 0.1 * 1/2) and what follows.
         assert 0.0 < float(jnp.max(jnp.abs(slopes))) < 50.0
+
+
+def test_keys_that_a_first_plane_cannot_tell_apart_do_not_drown_the_others() -> None:
+    """Keys below half of the range leave nothing in the first plane but a few scores, and thresholds on the rest."""
+    rng = np.random.default_rng(0)
+    query, key = (
+        jnp.asarray(rng.integers(-size, size + 1, (1, 1, 64, 8)), jnp.float32) for size in (100, 66)
+    )
+    widths = {"qk_bits": jnp.asarray(8.0), "key_bits": jnp.asarray([2.0, 4.0, 8.0])}
+    context = Context(
+        knobs={"threshold": jnp.zeros((1, 3)), "key_bits": widths["key_bits"]},
+        widths=widths,
+        ranges={},
+        relaxation=relaxation(0.05, straight_through=True),
+        valid=jnp.ones((1, 64)),
+        pairs=jnp.ones((1, 1, 64, 64)),
+        tracing=False,
+    )
+
+    @jax.jit
+    def after_first_round(key: jax.Array) -> jax.Array:
+        operands = Operands(
+            query=query, key=key, value=key, logit_scale=jnp.ones(()), value_scale=jnp.ones(())
+        )
+        _, counts = soft_filter(context, operands, Plan(notes={"key": key}), ())
+        return jnp.sum(counts.operations["filter1.statistic"].count)
+
+    left, slopes = jax.value_and_grad(after_first_round)(key)
+    # A key's code moves the scores of 64 rows; at its place in the first plane it would move several times as many keys.
+    assert 0 < left < 64 * 64
+    assert 0.0 < float(jnp.max(jnp.abs(slopes))) < 0.5
 
 
 @VARIANTS

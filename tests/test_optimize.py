@@ -19,6 +19,7 @@ from codesign.optimize import (
     relaxation_at,
 )
 from codesign.policy import Policy, dense_knobs, deployed_bits, group
+from codesign.rounding import hardened
 from codesign.watch import DEAD_GRADIENT_STEPS, ThresholdWatch, check_finite
 
 NUM_LAYERS = 2
@@ -186,17 +187,37 @@ def test_rounding_widths_keeps_the_budget() -> None:
     assert max(costs) > 1.0  # rounding up would break the budget
     # One offset for all reaches this much; single widths then fill what it leaves.
     assert max(c for c in costs if c <= 1.0) <= after <= 1.0
-    hardened = policies[settings.hardened_step]
-    for name, value in hardened.layers.items():
+    rounded = policies[settings.hardened_step]
+    for name, value in rounded.layers.items():
         if group(name) != "bits":
             continue
         for index, lack in np.ndenumerate(fractional.layers[name] - value):
             if lack > 0.0:
                 more = np.array(value)
                 more[index] += 1.0
-                tried = hardened.replace(layers=hardened.layers | {name: more})  # type: ignore[attr-defined]
+                tried = rounded.replace(layers=rounded.layers | {name: more})  # type: ignore[attr-defined]
                 assert ratio_of(tried, settings, budget=0.5) > 1.0
     np.testing.assert_array_equal([m["ratio"][0] for m in history[-80:]], after)
+
+
+def test_widths_of_a_filter_stay_the_nearest_whatever_the_budget_leaves() -> None:
+    """Thresholds are trained for the planes they see: 2.02 bit are seen as 2, and a third would drop other keys."""
+    policy = Policy(
+        layers={
+            "key_bits": jnp.asarray([[2.02, 3.6, 7.4]]),
+            "qk_bits": jnp.asarray([9.4]),
+            "qkv.weight_bits": jnp.asarray([4.3]),
+        },
+        ends={},
+    )
+    for limit, weights, scores in ((99.0, 5.0, 10.0), (14.0, 4.0, 10.0), (13.0, 4.0, 9.0)):
+
+        def ratio(tried: Policy, limit: float = limit) -> Any:
+            return (tried.layers["qk_bits"] + tried.layers["qkv.weight_bits"]) / limit
+
+        whole = hardened(policy, ratio).layers
+        np.testing.assert_array_equal(whole["key_bits"], [[2.0, 4.0, 7.0]])
+        assert (float(whole["qkv.weight_bits"][0]), float(whole["qk_bits"][0])) == (weights, scores)
 
 
 def test_widths_meet_the_mean_over_the_batches_they_are_rounded_on() -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from codesign.errors import CheckpointError, NonFiniteError, RunDirectoryError
-from codesign.experiments.run import CHECKPOINTS, CONFIG, METRICS, RunDirectory, train_loop
+from codesign.experiments.run import CHECKPOINTS, CONFIG, METRICS, RunDirectory, locked, train_loop
 from codesign.gates import Relaxation
 from codesign.optimize import LossAux, OptimizeSettings, TrainState, init_state, make_train_step
 from codesign.policy import Policy, dense_knobs
@@ -290,3 +291,19 @@ def test_malformed_metrics(copied: Path) -> None:
     (copied / METRICS).write_text("{\n" + text)
     with pytest.raises(RunDirectoryError, match="malformed line"):
         RunDirectory(copied).metrics()
+
+
+def test_a_lock_lets_one_in_at_a_time(tmp_path: Path) -> None:
+    order = []
+
+    def second() -> None:
+        with locked(tmp_path / "cache" / "dense"):
+            order.append("second")
+
+    other = threading.Thread(target=second)
+    with locked(tmp_path / "cache" / "dense"):
+        other.start()
+        other.join(timeout=0.2)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]

@@ -134,18 +134,25 @@ def soft_round(
     pairs: jax.Array,
     alpha: jax.Array,
     relaxation: Relaxation,
+    spread: jax.Array,
 ) -> jax.Array:
     """Returns the gate of a round, differentiable in alpha and in the scores.
 
-    `sigmoid((P - theta) / (temperature * std))`, `theta = max - alpha (max - mean)`; the mean is weighted, the maximum
-    runs over keys with w >= 0.5; only the std is held constant.
+    `sigmoid((P - theta) / (temperature * unit))`, `theta = max - alpha (max - mean)`; the mean is weighted, the maximum
+    runs over keys with w >= 0.5; only the unit is held constant: the spread of what is alive, at least half of `spread`.
+
+    Of one key alive, or of several equal ones, the spread is 0, of few it may be that of one unit of scores that lie ten
+    thousand apart; and scores of a first plane may be 0 but for one, while their derivatives are those of whole keys. A
+    gate as narrow as that would drown all other derivatives.
 
     Args:
       scores: Scores, `[B, H, T, S]`.
       weights: Alive weights at the start of the round, `[B, H, T, S]`.
       pairs: 1 for pairs that exist, `[B, 1, T, S]`.
       alpha: Threshold parameter in (0, 2), `[H]`.
-      relaxation: Temperature, in units of the row's standard deviation.
+      relaxation: Temperature, in the unit above.
+      spread: Standard deviation of the scores that all planes give, over all keys of a row, `[B, H, T, 1]`; where it is
+        0 nothing tells keys apart, and no derivative is left.
     """
     alive = weights >= 0.5
     alive = jnp.where(jnp.any(alive, axis=-1, keepdims=True), alive, pairs > 0.5)
@@ -156,23 +163,17 @@ def soft_round(
     # Finite in a row without any key too: infinity times a zero gradient would be NaN.
     top = jnp.where(jnp.any(alive, axis=-1, keepdims=True), top, 0.0)
     theta = top - alpha[None, :, None, None] * (top - mean)
-    width = relaxation.temperature * _unit(gates.detach(scores), gates.detach(variance), pairs)
-    return gates.soft_gate(scores, theta, temperature=width)
+    unit = jnp.maximum(jnp.sqrt(gates.detach(variance)), gates.detach(spread) / 2.0)
+    unit = jnp.where(unit > gates.MIN_SPREAD, unit, FAR)
+    return gates.soft_gate(scores, theta, temperature=relaxation.temperature * unit)
 
 
-def _unit(scores: jax.Array, variance: jax.Array, pairs: jax.Array) -> jax.Array:
-    """Returns the unit of a gate's temperature: the spread of what is alive, at least half of that of all keys.
-
-    Of one key alive, or of several equal ones, the spread is 0, of few it may be that of one unit of scores that lie ten
-    thousand apart. Their mean moves by as much for a key that returned, and a gate as narrow as that would drown all
-    other derivatives. Where all scores are equal nothing tells keys apart, and no derivative is left.
-    """
+def _spread(scores: jax.Array, pairs: jax.Array) -> jax.Array:
+    """Returns the standard deviation of a row's scores over its keys, `[B, H, T, 1]`, for scores `[B, H, T, S]`."""
     exists = jnp.broadcast_to(pairs, scores.shape)
     number = jnp.maximum(jnp.sum(exists, axis=-1, keepdims=True), 1.0)
     mean = row_products(exists, scores) / number
-    spread = row_products(exists, jnp.square(scores - mean)) / number
-    unit = jnp.sqrt(jnp.maximum(variance, spread / 4.0))
-    return jnp.where(unit > gates.MIN_SPREAD, unit, FAR)
+    return jnp.sqrt(row_products(exists, jnp.square(scores - mean)) / number)
 
 
 def top_code(code: jax.Array, code_bits: jax.Array) -> jax.Array:
@@ -227,13 +228,18 @@ def soft_filter(
     query = leading_one_operand(top_code(operands.query, widths["qk_bits"]))
     key = top_code(jnp.swapaxes(plan.notes["key"], 2, 3), widths["qk_bits"])
     weights = jnp.broadcast_to(context.pairs, (*query.shape[:3], key.shape[3])).astype(dtype)
-    all_weights, all_scores = [weights], []
-    for index in range(alpha.shape[-1]):
-        seen = plane_operand(
-            key, context.knobs["key_bits"][index], widths["key_bits"][index], relaxation
-        )
-        scores = jnp.matmul(query, seen)
-        gate = soft_round(scores, weights, context.pairs, alpha[:, index], relaxation)
+    all_weights = [weights]
+    all_scores = [
+        jnp.matmul(query, plane_operand(key, trained, width, relaxation))
+        for trained, width in zip(context.knobs["key_bits"], widths["key_bits"], strict=True)
+    ]
+    whole = gates.detach(jnp.matmul(query, key))
+    spread = _spread(whole, context.pairs)
+    for index, scores in enumerate(all_scores):
+        # First planes leave so few values that hundreds of keys of a row lie on its threshold. A derivative of them all
+        # would drown every other one, so it is taken where the whole keys' scores lie.
+        located = gates.straight_through(whole, scores) if relaxation.straight_through else scores
+        gate = soft_round(located, weights, context.pairs, alpha[:, index], relaxation, spread)
         is_off = (stored[:, index] == OFF_CODE)[None, :, None, None]
         left = weights * jnp.where(is_off, 1.0, gate)
         if relaxation.straight_through:
@@ -243,7 +249,6 @@ def soft_filter(
             left = gates.straight_through(hard, left)
         weights = left
         all_weights.append(weights)
-        all_scores.append(scores)
     return _selection(context, operands, plan, all_weights, all_scores)
 
 
