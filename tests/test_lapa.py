@@ -1,5 +1,6 @@
 """LAPA: the specification's examples of its rounds, whole models against the emulator and against training, and counts."""
 
+import functools
 from typing import Any
 
 import jax
@@ -350,35 +351,52 @@ def test_next_to_equal_scores_do_not_drown_the_others() -> None:
         assert 0.0 < float(jnp.max(jnp.abs(slopes))) < 50.0
 
 
-def test_keys_that_a_first_plane_cannot_tell_apart_do_not_drown_the_others() -> None:
-    """Keys below half of the range leave nothing in the first plane but a few scores, and thresholds on the rest."""
+def test_thresholds_learn_from_deployed_rounds_and_predictions_do_not() -> None:
+    """Slopes to the first threshold lie where whole keys do; queries and predicted keys get some only if soft."""
     rng = np.random.default_rng(0)
     query, key = (
         jnp.asarray(rng.integers(-size, size + 1, (1, 1, 64, 8)), jnp.float32) for size in (100, 66)
     )
     widths = {"qk_bits": jnp.asarray(8.0), "key_bits": jnp.asarray([2.0, 4.0, 8.0])}
-    context = Context(
-        knobs={"threshold": jnp.zeros((1, 3)), "key_bits": widths["key_bits"]},
-        widths=widths,
-        ranges={},
-        relaxation=relaxation(0.05, straight_through=True),
-        valid=jnp.ones((1, 64)),
-        pairs=jnp.ones((1, 1, 64, 64)),
-        tracing=False,
-    )
+    pairs = jnp.ones((1, 1, 64, 64))
 
-    @jax.jit
-    def after_first_round(key: jax.Array) -> jax.Array:
+    @functools.partial(jax.jit, static_argnums=3)
+    def left(
+        threshold: jax.Array, query: jax.Array, key: jax.Array, straight_through: bool
+    ) -> jax.Array:
+        context = Context(
+            knobs={"threshold": threshold, "key_bits": widths["key_bits"]},
+            widths=widths,
+            ranges={},
+            relaxation=relaxation(0.05, straight_through=straight_through),
+            valid=jnp.ones((1, 64)),
+            pairs=pairs,
+            tracing=False,
+        )
         operands = Operands(
             query=query, key=key, value=key, logit_scale=jnp.ones(()), value_scale=jnp.ones(())
         )
         _, counts = soft_filter(context, operands, Plan(notes={"key": key}), ())
         return jnp.sum(counts.operations["filter1.statistic"].count)
 
-    left, slopes = jax.value_and_grad(after_first_round)(key)
-    # A key's code moves the scores of 64 rows; at its place in the first plane it would move several times as many keys.
-    assert 0 < left < 64 * 64
-    assert 0.0 < float(jnp.max(jnp.abs(slopes))) < 0.5
+    slopes = jax.jit(jax.grad(left, argnums=(0, 1, 2)), static_argnums=3)
+    threshold = jnp.zeros((1, 3))
+    assert 0 < left(threshold, query, key, True) < 64 * 64
+    to_threshold, to_query, to_key = slopes(threshold, query, key, True)
+    powers = jnp.asarray(integers.leading_one(np.asarray(query, np.int64)), jnp.float32)
+    whole = jnp.matmul(powers, jnp.swapaxes(key, 2, 3))
+    spread = jnp.std(whole, axis=-1, keepdims=True)
+
+    def first(v: jax.Array) -> jax.Array:
+        alpha = 2.0 * jax.nn.sigmoid(v)
+        return jnp.sum(soft_round(whole, pairs, pairs, alpha, relaxation(0.05), spread))
+
+    expected = jax.grad(first)(threshold[:, 0])
+    np.testing.assert_allclose(to_threshold[:, 0], expected, rtol=1e-4)
+    np.testing.assert_array_equal(to_threshold[:, 1:], 0.0)
+    assert not np.any(to_query) and not np.any(to_key)
+    _, to_query, to_key = slopes(threshold, query, key, False)
+    assert np.any(to_query) and np.any(to_key)
 
 
 @VARIANTS

@@ -212,7 +212,10 @@ def plane_operand(
 def soft_filter(
     context: Context, operands: Operands, plan: Plan, carry: Carry
 ) -> tuple[Selection, Counts]:
-    """Filters in rounds of sigmoid gates; straight-through the forward decisions are those of `hard_filter`."""
+    """Filters in rounds of sigmoid gates; straight-through the forward decisions are those of `hard_filter`.
+
+    Straight-through there are derivatives to thresholds and planes, none to queries and predicted keys.
+    """
     del carry
     relaxation = context.relaxation
     dtype = operands.query.dtype
@@ -227,6 +230,10 @@ def soft_filter(
     }
     query = leading_one_operand(top_code(operands.query, widths["qk_bits"]))
     key = top_code(jnp.swapaxes(plan.notes["key"], 2, 3), widths["qk_bits"])
+    if relaxation.straight_through:
+        # Deployed decisions hang on leading ones and few planes, which small steps of weights seldom change: derivatives
+        # to them are noise that drowns those of the attention. Thresholds and planes learn here, weights from the rest.
+        query, key = gates.detach(query), gates.detach(key)
     weights = jnp.broadcast_to(context.pairs, (*query.shape[:3], key.shape[3])).astype(dtype)
     all_weights = [weights]
     all_scores = [
@@ -236,8 +243,8 @@ def soft_filter(
     whole = gates.detach(jnp.matmul(query, key))
     spread = _spread(whole, context.pairs)
     for index, scores in enumerate(all_scores):
-        # First planes leave so few values that hundreds of keys of a row lie on its threshold. A derivative of them all
-        # would drown every other one, so it is taken where the whole keys' scores lie.
+        # First planes leave so few values that hundreds of keys of a row lie on its threshold; their derivatives are taken
+        # where the whole keys' scores lie.
         located = gates.straight_through(whole, scores) if relaxation.straight_through else scores
         gate = soft_round(located, weights, context.pairs, alpha[:, index], relaxation, spread)
         is_off = (stored[:, index] == OFF_CODE)[None, :, None, None]
