@@ -52,7 +52,9 @@ def start_point(problem: Problem) -> Point:
     """Returns where training starts: the dense weights, off-integer widths, thresholds at quantiles.
 
     Each threshold is found by bisection of its strength on the hard path, so that the kept fractions on the calibration
-    examples are `start_kept`: entry by entry where one depends on those before it, else all at once.
+    examples are `start_kept`: entry by entry where one depends on those before it, else all at once. Where even the
+    strongest keeps more (scores of a first plane may all be equal), the strength says nothing about what it will drop once
+    weights move: such a threshold starts at the mechanism's own value.
     """
     experiment, scale = problem.experiment, problem.mechanism.thresholds
     policy = start_policy(
@@ -65,7 +67,8 @@ def start_point(problem: Problem) -> Point:
     if scale is None:
         return point
     ranges = ranges_of(calibration)
-    strength = np.full(policy.layers["threshold"].shape, 0.25)
+    own = scale.to_strength(np.asarray(policy.layers["threshold"], np.float64), ranges)
+    strength = np.full(own.shape, 0.25)
     targets = np.asarray(experiment.start_kept or scale.start_kept)
     entries = np.arange(len(targets))
     for chosen in [entries[index, None] for index in entries] if scale.in_order else [entries]:
@@ -77,6 +80,7 @@ def start_point(problem: Problem) -> Point:
             keeps_more = kept[..., chosen] > targets[chosen]
             low = np.where(keeps_more, strength[..., chosen], low)
             high = np.where(keeps_more, high, strength[..., chosen])
+        strength[..., chosen] = np.where(high < 1.0, strength[..., chosen], own[..., chosen])
     return with_policy(point, with_threshold(policy, scale.from_strength(strength, ranges)))
 
 
