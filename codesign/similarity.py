@@ -54,18 +54,15 @@ class Distances:
 def _sums(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns distances, 0 where c >= t, and sizes of integer rows `[..., W, w, S]`."""
     window = rows.shape[-2]
-    by_lag = [
-        jnp.sum(jnp.abs(rows[..., lag:, :] - rows[..., :-lag, :]), axis=-1, dtype=rows.dtype)
-        for lag in range(1, window)
-    ]
-    none = jnp.zeros(rows.shape[:-2], rows.dtype)
-    apart = [
-        by_lag[row - other - 1][..., other] if other < row else none
-        for row in range(window)
-        for other in range(window)
-    ]
-    grid = jnp.reshape(jnp.stack(apart, axis=-1), (*none.shape, window, window))
-    return grid, jnp.sum(jnp.abs(rows), axis=-1, dtype=rows.dtype)
+
+    # A loop, so that rows are written down first: unrolled, compilers find the scores again for every difference.
+    def from_row(other: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_index_in_dim(rows, other, axis=-2)
+        return jnp.sum(jnp.abs(rows - row), axis=-1, dtype=rows.dtype)
+
+    apart = jnp.moveaxis(jax.lax.map(from_row, jnp.arange(window)), 0, -1)
+    before = jnp.broadcast_to(np.tri(window, k=-1, dtype=bool), apart.shape)
+    return jnp.where(before, apart, 0), jnp.sum(jnp.abs(rows), axis=-1, dtype=rows.dtype)
 
 
 @jax.custom_vjp
@@ -85,10 +82,14 @@ def _distances_backward(rows: jax.Array, slopes: tuple[jax.Array, ...]) -> tuple
     before = jnp.broadcast_to(np.tri(window, k=-1, dtype=bool), to_apart.shape)
     to_apart = jnp.where(before, to_apart, 0.0)
     both = to_apart + jnp.swapaxes(to_apart, -1, -2)
-    total = to_sizes[..., None] * jnp.sign(rows)
-    for other in range(window):
-        difference = rows - rows[..., other : other + 1, :]
-        total = total + both[..., other, None] * jnp.sign(difference)
+
+    # A loop for the reason above.
+    def add(other: jax.Array, total: jax.Array) -> jax.Array:
+        difference = rows - jax.lax.dynamic_index_in_dim(rows, other, axis=-2)
+        slope = jax.lax.dynamic_index_in_dim(both, other, axis=-1)
+        return total + slope * jnp.sign(difference)
+
+    total = jax.lax.fori_loop(0, window, add, to_sizes[..., None] * jnp.sign(rows))
     return (total,)
 
 

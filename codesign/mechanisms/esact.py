@@ -18,7 +18,7 @@ References:
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +220,7 @@ def soft_plan(
         similarity = gates.straight_through(jnp.minimum(rounded, MAX_SIMILARITY), similarity)
     is_compared, num_rows = parts[:, 1] <= OFF_PART, x.shape[1]
 
-    def decide(seen: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def decide(seen: dict[str, jax.Array]) -> dict[str, Any]:
         sums = jnp.matmul(
             hybrid_log_operand(seen["query"]), jnp.swapaxes(hybrid_log_operand(seen["key"]), 2, 3)
         )
@@ -228,18 +228,19 @@ def soft_plan(
         whole = jnp.clip(jnp.floor(gates.detach(scaled)), -SCORE_LIMIT, SCORE_LIMIT)
         scores = gates.straight_through(whole, scaled)
         keep = soft_top(scores, seen["pairs"], share, SCORE_BITS, relaxation)
-        distances = row_distances(keep * scores, WINDOW)
-        width = SIMILARITY_WIDTH * relaxation.temperature
-        sources = soft_sources(distances, similarity, is_compared, width, num_rows)
-        if relaxation.straight_through:
-            decided = hard_sources(distances, similarity_code, OFF_CODE, num_rows)
-            sources = gates.straight_through(decided, sources)
-        found = {"keep": keep, "sources": sources}
+        found = {"keep": keep, "distances": row_distances(keep * scores, WINDOW)}
         return found | ({"scores": scores} if context.tracing else {})
 
     seen = {"query": query, "key": key, "pairs": context.pairs}
     found = map_examples(decide, seen, query.shape[1] * num_rows**2)
-    votes = jnp.sum(found["sources"], axis=1)
+    # Of windows, not of pairs: small arrays and many steps, so all examples at once.
+    distances = found["distances"]
+    width = SIMILARITY_WIDTH * relaxation.temperature
+    sources = soft_sources(distances, similarity, is_compared, width, num_rows)
+    if relaxation.straight_through:
+        decided = hard_sources(distances, similarity_code, OFF_CODE, num_rows)
+        sources = gates.straight_through(decided, sources)
+    votes = jnp.sum(sources, axis=1)
     is_on = vote_code <= part.shape[0]
     ffn_sources = soft_votes(votes, vote, is_on, VOTE_WIDTH * relaxation.temperature)
     if relaxation.straight_through:
@@ -249,7 +250,7 @@ def soft_plan(
         context,
         Prediction(query, key, found.get("scores")),
         found["keep"],
-        found["sources"],
+        sources,
         ffn_sources,
         is_compared.astype(votes.dtype),
     )
