@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny_model
 
-from codesign.hw import emulator
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import cost
