@@ -173,6 +173,29 @@ def test_start_point_keeps_what_is_asked_for(tiny_problem: Problem, start: Point
     np.testing.assert_array_equal(found["up.weight_bits"], 7.5)
 
 
+def test_a_threshold_that_never_drops_enough_starts_at_its_own_value(
+    tiny_problem: Problem, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert SCALE is not None
+
+    def strengths(of: Policy) -> np.ndarray:
+        assert SCALE is not None
+        return SCALE.to_strength(np.asarray(of.layers["threshold"], np.float64), {})
+
+    def run(problem: Problem, point: Point) -> CalibrationRun:
+        kept = 1.0 - strengths(point.policy)
+        kept[1, 0, 0] = 1.0  # the scores of this head's first round are all equal
+        return CalibrationRun(costs={}, kept=kept, kl_nats=0.0)
+
+    monkeypatch.setattr("codesign.experiments.start.calibration_run", run)
+    found = strengths(start_point(tiny_problem).policy)
+    wanted = np.broadcast_to(1.0 - np.asarray(SCALE.start_kept), found.shape).copy()
+    wanted[1, 0, 0] = strengths(policy)[1, 0, 0]
+    assert wanted[1, 0, 0] > 0.0
+    # BISECTIONS halvings of [0, 1].
+    np.testing.assert_allclose(found, wanted, atol=1 / 64)
+
+
 def test_calibration_covers_every_image(tiny_problem: Problem) -> None:
     """Ranges are those of all images, however they are divided into calls; a filled-up last call adds nothing."""
     images = tiny_problem.task.part("train").first(300)
