@@ -2,7 +2,7 @@
 
 from codesign.experiments.data import TextInput
 from codesign.experiments.problem import Problem
-from codesign.experiments.train import ACTIVATION_SHARES, BUDGET_BISECTIONS, THRESHOLD_RAISES
+from codesign.experiments.train import ACTIVATION_SHARES, BUDGET_BISECTIONS, THRESHOLD_MOVES
 
 # Seconds per multiplication of a linear layer, and per pair of a query and a key in all heads: of a dense step, a step with
 # a budget, and the integer path. Those of the steps are solved from MiniLM's at 8 x 128 and 2 x 512 tokens (Energon, two
@@ -14,7 +14,7 @@ INTEGER_PATH = (60e-12, 15e-9)
 SECONDS_STEP = 0.01
 SECONDS_RUN = 0.15
 SECONDS_SETUP = 45.0
-NUM_FITTING_RUNS = (len(ACTIVATION_SHARES) + len(THRESHOLD_RAISES)) * (BUDGET_BISECTIONS + 2)
+NUM_FITTING_RUNS = (len(ACTIVATION_SHARES) + len(THRESHOLD_MOVES)) * (BUDGET_BISECTIONS + 2)
 """Runs over the calibration examples that find where a budget is met, before a point is trained."""
 NUM_ROUNDING_RUNS = 50
 """Forward passes of the step's model over the calibration examples that round the widths (about; counted on MiniLM)."""

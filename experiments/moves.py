@@ -51,10 +51,16 @@ def with_spare(policy: Policy, spare: float) -> Policy:
 
 
 def raised(point: Point, move: float, scale: ThresholdScale | None) -> Policy:
-    """Returns the point's policy with every threshold, if it has any, made stronger: `move` of the way to 1, 0 to 1."""
+    """Returns the point's policy with every threshold, if it has any, moved part of the way to strength 1, or 0.
+
+    Args:
+      point: Where the thresholds are.
+      move: That part, in [-1, 1]: 1 makes them the strongest, -1 drops next to nothing.
+      scale: How strong a threshold is; None: there is none.
+    """
     if scale is None:
         return point.policy
     ranges = ranges_of(point.calibration)
     strength = scale.to_strength(np.asarray(point.policy.layers["threshold"], np.float64), ranges)
-    stronger = strength + (1.0 - strength) * move
-    return with_threshold(point.policy, scale.from_strength(stronger, ranges))
+    moved = strength + (1.0 - strength if move > 0.0 else strength) * move
+    return with_threshold(point.policy, scale.from_strength(moved, ranges))

@@ -41,10 +41,11 @@ ACTIVATION_SHARES = (1.0, 0.75, 0.5, 0.25)
 SPARE_BITS = 0.44
 """How far above the whole width that is deployed a narrowed width starts, bit, < 0.5 (ours). A step or two deploy one more,
 and the price takes back what is worth least; from the middle, few steps reach either side."""
-THRESHOLD_RAISES = (0.25, 0.5)
-"""How far thresholds may be raised first, so that widths need be narrowed less (ours)."""
-RAISE_GAIN = 0.9
-"""Part of the divergence without raising that a start with raised thresholds may have at most (ours). Where both are near
+THRESHOLD_MOVES = (-0.5, 0.25, 0.5)
+"""How far thresholds may be moved first (ours): raised, so that widths need be narrowed less, or lowered, where what they
+drop costs more than narrower widths do."""
+MOVE_GAIN = 0.9
+"""Part of the divergence without a move that a start with moved thresholds may have at most (ours). Where both are near
 chance, differences say nothing, and of keys that nobody looks at any more a threshold learns little."""
 MIN_KEYS = 4.0
 """Keys per row, mean, that such a start must leave (ours): a row of one key has no gradient, and what two keys carry is
@@ -250,8 +251,8 @@ class BudgetedTraining:
 
         Widths move towards their lower limits in proportion to their distance from them, thresholds alike upwards: the
         widths first under a budget on energy, the thresholds first under one on latency alone, which widths hardly change.
-        How far activations follow the weights, and whether thresholds rise before widths are narrowed, is what diverges
-        least from the dense model on the calibration examples.
+        How far activations follow the weights, and whether thresholds rise or fall before widths are narrowed, is what
+        diverges least from the dense model on the calibration examples.
         """
         moves: dict[Group, Callable[[Point, Budget], Point]] = {
             "bits": self._narrowed,
@@ -278,12 +279,12 @@ class BudgetedTraining:
 
         best = min((tried(point, share) for share in ACTIVATION_SHARES), key=lambda one: one[:2])
         if "thresholds" in self.settings.train and self.problem.mechanism.thresholds is not None:
-            starts = (with_policy(point, self._raised(point, by)) for by in THRESHOLD_RAISES)
+            starts = (with_policy(point, self._raised(point, by)) for by in THRESHOLD_MOVES)
             others = [
                 one for one in (tried(start, best[2]) for start in starts) if one[4] >= MIN_KEYS
             ]
             other = min(others, key=lambda one: one[:2], default=best)
-            if other[0] < best[0] or (other[0] == best[0] and other[1] < RAISE_GAIN * best[1]):
+            if other[0] < best[0] or (other[0] == best[0] and other[1] < MOVE_GAIN * best[1]):
                 best = other
         return with_policy(best[3], with_spare(best[3].policy, SPARE_BITS))
 

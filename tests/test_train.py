@@ -134,6 +134,8 @@ def test_raising_goes_to_the_largest_alpha(policy: Policy) -> None:
     )
     np.testing.assert_allclose(alpha(raised_alpha(policy, 1.0)), 0.99, atol=1e-6)
     np.testing.assert_allclose(alpha(raised_alpha(policy, 0.0)), before, atol=1e-6)
+    # Half of the way from a to -1, which keeps all, is (a - 1) / 2.
+    np.testing.assert_allclose(alpha(raised_alpha(policy, -0.5)), (before - 1) / 2, atol=1e-6)
     for name, value in widths(policy).items():
         np.testing.assert_array_equal(widths(raised_alpha(policy, 0.5))[name], value)
     assert raised(Point(params={}, policy=policy, calibration=None), 0.5, None) is policy
