@@ -251,29 +251,42 @@ def test_sites_start_and_move_together(pruning: Problem) -> None:
 
 
 @pytest.mark.parametrize(
-    ("divergence", "keys", "is_raised"), [(0.95, 6.0, False), (0.8, 6.0, True), (0.8, 3.9, False)]
+    ("divergence", "keys", "sign", "is_moved"),
+    [
+        (0.95, 6.0, 1, False),
+        (0.8, 6.0, 1, True),
+        (0.8, 3.9, 1, False),
+        (0.95, 6.0, -1, False),
+        (0.8, 6.0, -1, True),
+    ],
 )
-def test_thresholds_are_raised_first_only_for_a_clear_gain_that_leaves_keys(
+def test_thresholds_move_first_only_for_a_clear_gain_that_leaves_keys(
     tiny_problem: Problem,
     start: Point,
     divergence: float,
     keys: float,
-    is_raised: bool,
+    sign: int,
+    is_moved: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def has_moved(point: Point) -> np.bool_:
+        return np.any(sign * (alpha(point.policy) - alpha(start.policy)) > 1e-6)
+
     def run(problem: Problem, point: Point) -> CalibrationRun:
-        raised = np.any(alpha(point.policy) > alpha(start.policy) + 1e-6)
         found = calibration_run(problem, point)
         share = keys / problem.config.structure.max_tokens
-        kept = np.full_like(found.kept, share) if raised else found.kept
-        return dataclasses.replace(found, kl_nats=divergence if raised else 1.0, kept=kept)
+        kept = np.full_like(found.kept, share) if has_moved(point) else found.kept
+        diverged = divergence if has_moved(point) else 1.0
+        return dataclasses.replace(found, kl_nats=diverged, kept=kept)
 
     monkeypatch.setattr(train, "calibration_run", run)
     optimize = dataclasses.replace(tiny_problem.experiment.optimize, train=("thresholds", "bits"))
     budget = Budget(energy=0.5)
     training = BudgetedTraining(tiny_problem, optimize, ("energy",), budget.scope)
     fitted = training.fitted(start, budget)
-    assert np.any(alpha(fitted.policy) > alpha(start.policy) + 1e-6) == is_raised
+    assert has_moved(fitted) == is_moved
+    others = np.any(-sign * (alpha(fitted.policy) - alpha(start.policy)) > 1e-6)
+    assert not others
 
 
 @pytest.mark.parametrize(
