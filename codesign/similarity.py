@@ -87,7 +87,8 @@ def _distances_backward(rows: jax.Array, slopes: tuple[jax.Array, ...]) -> tuple
     def add(other: jax.Array, total: jax.Array) -> jax.Array:
         difference = rows - jax.lax.dynamic_index_in_dim(rows, other, axis=-2)
         slope = jax.lax.dynamic_index_in_dim(both, other, axis=-1)
-        return total + slope * jnp.sign(difference)
+        added: jax.Array = total + slope * jnp.sign(difference)
+        return added
 
     total = jax.lax.fori_loop(0, window, add, to_sizes[..., None] * jnp.sign(rows))
     return (total,)

@@ -4,7 +4,7 @@ A simulator takes the masks of a batch through one kind of machine. All price th
 the machine's file, and run the host's linear layers in series.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -200,6 +200,83 @@ def operation_energy(
             spent = read_bytes * energy.buffer_pj_per_byte(spec, unit.reads_b)
             total[unit.reads_b] = total.get(unit.reads_b, 0.0) + spent
     return total
+
+
+class Counted(Protocol):
+    """Counts of one layer of one example: operations, bits of both operands, and bytes moved by stream."""
+
+    @property
+    def operations(self) -> Mapping[str, float]:
+        """Operations by `stage.kind`, heads summed."""
+
+    @property
+    def widths(self) -> Mapping[str, tuple[int, int]]:
+        """Bits of both operands by operation."""
+
+    @property
+    def stream_bytes(self) -> Mapping[str, float]:
+        """Bytes moved by stream."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a batch executes and moves; operations and bytes `[B, L]`, bits of both operands `[2, L]`."""
+
+    operations: dict[str, np.ndarray]
+    widths: dict[str, np.ndarray]
+    stream_bytes: dict[str, np.ndarray]
+
+    def split(self, operations: Collection[str], streams: Collection[str]) -> tuple["Work", "Work"]:
+        """Returns the work without the named operations and streams, and that of these alone."""
+
+        def part(is_named: bool) -> Work:
+            kept = {
+                key: value
+                for key, value in self.operations.items()
+                if (key in operations) == is_named
+            }
+            moved = {
+                key: value
+                for key, value in self.stream_bytes.items()
+                if (key in streams) == is_named
+            }
+            return Work(operations=kept, widths=self.widths, stream_bytes=moved)
+
+        return part(False), part(True)
+
+    @property
+    def moved_bytes(self) -> np.ndarray:
+        """Bytes of all streams, `[B, L]`."""
+        total: np.ndarray = np.sum(list(self.stream_bytes.values()), axis=0)
+        return total
+
+    def energy_pj(self, spec: AcceleratorSpec) -> dict[str, np.ndarray]:
+        """Returns energy by unit and by the buffer its operands come from, pJ, `[B, L]`; without main memory."""
+        widths = {key: (*self.widths[key],) for key in self.operations}
+        return operation_energy(self.operations, widths, spec)
+
+
+def by_example(layers: Sequence[Sequence[float]]) -> np.ndarray:
+    """Returns figures of layers and examples, `[L][B]`, as `[B, L]`."""
+    return np.asarray(layers, np.float64).T
+
+
+def collected(counts: Sequence[Sequence[Counted]]) -> Work:
+    """Returns the counts of layers and examples, `[L][B]`, as one."""
+    first = [examples[0] for examples in counts]
+    return Work(
+        operations={
+            key: by_example([[one.operations[key] for one in examples] for examples in counts])
+            for key in first[0].operations
+        },
+        widths={
+            key: np.asarray([one.widths[key] for one in first]).T for key in first[0].operations
+        },
+        stream_bytes={
+            key: by_example([[one.stream_bytes[key] for one in examples] for examples in counts])
+            for key in first[0].stream_bytes
+        },
+    )
 
 
 def run_host(

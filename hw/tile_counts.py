@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from codesign import units
+
 SORTER_INPUTS, SORTER_OUTPUTS = 12, 4
 """New scores and winners of a cycle of a sorting network (arXiv 2407.10416)."""
 WEIGHT_CODE_BITS = 4
@@ -60,6 +62,14 @@ class TileCounts:
     first_wanting: np.ndarray
     width: int
     head_dim: int
+
+    @property
+    def stream_bytes(self) -> dict[str, float]:
+        """Bytes moved by stream."""
+        return {
+            key: elements * bits / units.BITS_PER_BYTE
+            for key, (elements, bits) in self.vectors.items()
+        }
 
     @property
     def is_predicted(self) -> bool:

@@ -17,8 +17,9 @@ from codesign.hw.simulation import (
     GemmShape,
     Simulation,
     Trace,
+    by_example,
     check_sites,
-    operation_energy,
+    collected,
     run_host,
     standing_pj_per_cycle,
 )
@@ -101,34 +102,22 @@ def simulate_tiles(
         [[_run(one, spec, makes_keys=makes_keys) for one in examples] for examples in counts]
         for makes_keys in (False, True)
     )
-    first = [examples[0] for examples in counts]
-    operations = {
-        key: _table([[one.operations[key] for one in examples] for examples in counts])
-        for key in first[0].operations
-    }
-    widths = {key: np.asarray([one.widths[key] for one in first]).T for key in operations}
-    stream_bytes = {
-        key: _table([[_stream_bytes(one, key) for one in examples] for examples in counts])
-        for key in first[0].vectors
-    }
+    work = collected(counts)
     unit_cycles = {
-        key: _table([[one.busy_cycles[key] for one in examples] for examples in whole])
+        key: by_example([[one.busy_cycles[key] for one in examples] for examples in whole])
         for key in whole[0][0].busy_cycles
     }
     making = {spec.unit_of(key) for key in MADE}
     energies, busy = [], []
-    for is_made in (False, True):
-        parts = [value for key, value in stream_bytes.items() if (key in MADE_STREAMS) == is_made]
-        moved = np.sum(parts, axis=0)
-        counted = {key: value for key, value in operations.items() if (key in MADE) == is_made}
-        energies.append(operation_energy(counted, {key: (*widths[key],) for key in counted}, spec))
-        energies[-1]["dram"] = moved * energy.dram_pj_per_byte(spec)
+    for is_made, part in enumerate(work.split(MADE, MADE_STREAMS)):
+        dram_pj = part.moved_bytes * energy.dram_pj_per_byte(spec)
+        energies.append(part.energy_pj(spec) | {"dram": dram_pj})
         busy.append(
             {key: value for key, value in unit_cycles.items() if (key in making) == is_made}
         )
-        busy[-1]["dram"] = moved / spec.dram_bytes_per_cycle
+        busy[-1]["dram"] = part.moved_bytes / spec.dram_bytes_per_cycle
     attention_cycles, whole_cycles = (
-        _table([[one.latency_cycles for one in examples] for examples in runs])
+        by_example([[one.latency_cycles for one in examples] for examples in runs])
         for runs in (alone, whole)
     )
     # Keys and values are made by the machine itself: its host makes the queries.
@@ -137,8 +126,8 @@ def simulate_tiles(
         inner=shapes["qkv"].inner, outer=num_heads * trace.head_dim, rows=shapes["qkv"].rows
     )
     return Simulation(
-        operations=operations,
-        stream_bytes=stream_bytes,
+        operations=work.operations,
+        stream_bytes=work.stream_bytes,
         busy_cycles=busy[0],
         attention_cycles=attention_cycles,
         unit_energy_pj=energies[0],
@@ -401,13 +390,3 @@ def _transfers(tasks: list[_Tasks], counts: TileCounts) -> tuple[list[np.ndarray
     ]
     last_bytes = float(output[-1])
     return arrivals, float(np.concatenate(sizes).sum()) + last_bytes, last_bytes
-
-
-def _stream_bytes(counts: TileCounts, key: str) -> float:
-    elements, bits = counts.vectors[key]
-    return elements * bits / units.BITS_PER_BYTE
-
-
-def _table(rows: list[list[float]]) -> np.ndarray:
-    """Returns figures of layers and examples `[L][B]` as `[B, L]`."""
-    return np.asarray(rows, np.float64).T

@@ -21,9 +21,10 @@ from codesign.hw.simulation import (
     GemmShape,
     Simulation,
     Trace,
+    by_example,
     check_sites,
+    collected,
     no_host,
-    operation_energy,
     standing_pj_per_cycle,
 )
 from codesign.hw.spec import AcceleratorSpec
@@ -70,37 +71,23 @@ def simulate_windows(
         for index in range(trace.packed.shape[0])
     ]
 
-    def table(rows: list[list[float]]) -> np.ndarray:
-        return np.asarray(rows, np.float64).T
-
-    first = [examples[0] for examples in layers]
-    operations = {
-        key: table([[one.counts.operations[key] for one in examples] for examples in layers])
-        for key in first[0].counts.operations
-    }
-    widths = {key: np.asarray([one.counts.widths[key] for one in first]).T for key in operations}
-    streams = {
-        key: table([[one.counts.stream_bytes[key] for one in examples] for examples in layers])
-        for key in first[0].counts.stream_bytes
-    }
+    work = collected([[one.counts for one in examples] for examples in layers])
     energies, busy = [], []
-    for is_linear in (False, True):
-        counted = {key: value for key, value in operations.items() if (key in LINEAR) == is_linear}
-        energies.append(operation_energy(counted, {key: (*widths[key],) for key in counted}, spec))
-        parts = [value for key, value in streams.items() if (key in LINEAR_STREAMS) == is_linear]
-        moved = np.sum(parts, axis=0)
+    for is_linear, part in enumerate(work.split(LINEAR, LINEAR_STREAMS)):
+        energies.append(part.energy_pj(spec))
+        moved = part.moved_bytes
         if is_linear:
-            products = table([[one.linear.product_pj for one in examples] for examples in layers])
+            products = by_example([[one.linear.product_pj for one in some] for some in layers])
             energies[-1][execution] = energies[-1].get(execution, 0.0) + products
-            own = table([[one.linear.weight_bytes for one in examples] for examples in layers])
+            own = by_example([[one.linear.weight_bytes for one in some] for some in layers])
             moved = moved + own
-            written = own + streams["generate_weights"]
+            written = own + work.stream_bytes["generate_weights"]
             energies[-1][storage.weights] = written * _write_pj(spec, storage)
         energies[-1]["dram"] = moved * energy.dram_pj_per_byte(spec)
-        runs = [[one.whole if is_linear else one.alone for one in examples] for examples in layers]
+        runs = [[one.whole if is_linear else one.alone for one in some] for some in layers]
         busy.append(
             {
-                key: table([[one.busy_cycles[key] for one in examples] for examples in runs])
+                key: by_example([[one.busy_cycles[key] for one in some] for some in runs])
                 for key in runs[0][0].busy_cycles
             }
         )
@@ -109,13 +96,13 @@ def simulate_windows(
         if key != "dram":
             busy[1][key] = busy[1][key] - busy[0][key]
     attention, whole = (
-        table([[getattr(one, name).latency_cycles for one in examples] for examples in layers])
+        by_example([[getattr(one, name).latency_cycles for one in some] for some in layers])
         for name in ("alone", "whole")
     )
     ends = _ends(trace, spec, gemm_shapes, storage, execution)
     return Simulation(
-        operations=operations,
-        stream_bytes=streams,
+        operations=work.operations,
+        stream_bytes=work.stream_bytes,
         busy_cycles=busy[0],
         attention_cycles=attention,
         unit_energy_pj=energies[0],
