@@ -50,17 +50,23 @@ def with_spare(policy: Policy, spare: float) -> Policy:
     )
 
 
-def raised(point: Point, move: float, scale: ThresholdScale | None) -> Policy:
-    """Returns the point's policy with every threshold, if it has any, moved part of the way to strength 1, or 0.
+def raised(
+    point: Point, move: float, scale: ThresholdScale | None, *, only_pairs: bool = False
+) -> Policy:
+    """Returns the point's policy with its thresholds, if it has any, moved part of the way to strength 1, or 0.
 
     Args:
       point: Where the thresholds are.
       move: That part, in [-1, 1]: 1 makes them the strongest, -1 drops next to nothing.
       scale: How strong a threshold is; None: there is none.
+      only_pairs: Whether entries behind that of the pairs stay: what they drop is not pairs but whole rows and tokens.
     """
     if scale is None:
         return point.policy
     ranges = ranges_of(point.calibration)
     strength = scale.to_strength(np.asarray(point.policy.layers["threshold"], np.float64), ranges)
     moved = strength + (1.0 - strength if move > 0.0 else strength) * move
+    if only_pairs and scale.pairs_entry is not None and scale.pairs_entry >= 0:
+        others = slice(scale.pairs_entry + 1, None)
+        moved[..., others] = strength[..., others]
     return with_threshold(point.policy, scale.from_strength(moved, ranges))

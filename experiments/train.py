@@ -41,9 +41,9 @@ ACTIVATION_SHARES = (1.0, 0.75, 0.5, 0.25)
 SPARE_BITS = 0.44
 """How far above the whole width that is deployed a narrowed width starts, bit, < 0.5 (ours). A step or two deploy one more,
 and the price takes back what is worth least; from the middle, few steps reach either side."""
-THRESHOLD_MOVES = (-0.5, 0.25, 0.5)
-"""How far thresholds may be moved first (ours): raised, so that widths need be narrowed less, or lowered, where what they
-drop costs more than narrower widths do."""
+THRESHOLD_MOVES = (-0.5, 0.25, 0.5, 0.75)
+"""How far thresholds may be moved first (ours): those of pairs raised, so that widths need be narrowed less, or all lowered,
+where what they drop costs more than narrower widths do."""
 MOVE_GAIN = 0.9
 """Part of the divergence without a move that a start with moved thresholds may have at most (ours). Where both are near
 chance, differences say nothing, and of keys that nobody looks at any more a threshold learns little."""
@@ -279,7 +279,7 @@ class BudgetedTraining:
 
         best = min((tried(point, share) for share in ACTIVATION_SHARES), key=lambda one: one[:2])
         if "thresholds" in self.settings.train and self.problem.mechanism.thresholds is not None:
-            starts = (with_policy(point, self._raised(point, by)) for by in THRESHOLD_MOVES)
+            starts = (with_policy(point, self._shifted(point, by)) for by in THRESHOLD_MOVES)
             others = [
                 one for one in (tried(start, best[2]) for start in starts) if one[4] >= MIN_KEYS
             ]
@@ -302,6 +302,9 @@ class BudgetedTraining:
 
     def _raised(self, point: Point, move: float) -> Policy:
         return raised(point, move, self.problem.mechanism.thresholds)
+
+    def _shifted(self, point: Point, move: float) -> Policy:
+        return raised(point, move, self.problem.mechanism.thresholds, only_pairs=move > 0.0)
 
     def _moved(self, point: Point, budget: Budget, move: Callable[[Point, float], Policy]) -> Point:
         """Returns the point with the least move in [0, 1] that meets the budget; the whole move if none does."""

@@ -56,7 +56,7 @@ class ThresholdScale:
       start_kept: Kept fraction of each entry where training starts.
       kept: A hard path's workload to the kept fraction of each entry, mean over the batch, shaped like the knob.
       pairs_entry: The entry whose kept fraction is that of the pairs that attention runs on, in rows that are computed;
-        None if none is.
+        None if none is. Entries behind it, where it is not counted from the end, drop whole rows and tokens.
     """
 
     names: tuple[str, ...]
