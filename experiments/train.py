@@ -42,8 +42,8 @@ SPARE_BITS = 0.44
 """How far above the whole width that is deployed a narrowed width starts, bit, < 0.5 (ours). A step or two deploy one more,
 and the price takes back what is worth least; from the middle, few steps reach either side."""
 THRESHOLD_MOVES = (-0.5, 0.25, 0.5, 0.75)
-"""How far thresholds may be moved first (ours): those of pairs raised, so that widths need be narrowed less, or all lowered,
-where what they drop costs more than narrower widths do."""
+"""How far thresholds may be moved first (ours): those of pairs raised, so that widths need be narrowed less, or all
+lowered, where what they drop costs more than narrower widths do."""
 MOVE_GAIN = 0.9
 """Part of the divergence without a move that a start with moved thresholds may have at most (ours). Where both are near
 chance, differences say nothing, and of keys that nobody looks at any more a threshold learns little."""

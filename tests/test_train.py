@@ -141,6 +141,29 @@ def test_raising_goes_to_the_largest_alpha(policy: Policy) -> None:
     assert raised(Point(params={}, policy=policy, calibration=None), 0.5, None) is policy
 
 
+def test_what_drops_rows_may_stay_when_the_thresholds_of_pairs_rise(policy: Policy) -> None:
+    mechanism = MECHANISMS["esact"]
+    scale = mechanism.thresholds
+    assert scale is not None
+    own = Policy(layers=policy.layers | mechanism.knobs(2, 2), ends=policy.ends)
+    point = Point(params={}, policy=own, calibration=Calibration(layers={}, ends={}))
+
+    def strength(of: Policy) -> np.ndarray:
+        return scale.to_strength(np.asarray(of.layers["threshold"], np.float64), {})
+
+    before = strength(own)
+    every, pairs = (strength(raised(point, 0.5, scale, only_pairs=one)) for one in (False, True))
+    halfway = before + (1.0 - before) / 2.0
+    np.testing.assert_allclose(every, halfway, atol=1e-6)
+    np.testing.assert_allclose(pairs[..., 0], halfway[..., 0], atol=1e-6)
+    np.testing.assert_allclose(pairs[..., 1:], before[..., 1:], atol=1e-6)
+    # Of a filter in rounds every threshold is one of pairs.
+    rounds = Point(params={}, policy=policy, calibration=point.calibration)
+    assert SCALE is not None
+    for name, value in raised(rounds, 0.5, SCALE, only_pairs=True).layers.items():
+        np.testing.assert_array_equal(value, raised(rounds, 0.5, SCALE).layers[name])
+
+
 def test_unreachable_budget_is_refused_with_the_least_that_is_not() -> None:
     problem = outline(tiny())
     with pytest.raises(InfeasibleBudgetError, match=r"`budget.energy` 0\.01 cannot") as refusal:
