@@ -279,7 +279,9 @@ class BudgetedTraining:
 
         best = min((tried(point, share) for share in ACTIVATION_SHARES), key=lambda one: one[:2])
         if "thresholds" in self.settings.train and self.problem.mechanism.thresholds is not None:
-            starts = (with_policy(point, self._shifted(point, by)) for by in THRESHOLD_MOVES)
+            # Under a budget on latency alone thresholds have just been raised to meet it.
+            moves = [by for by in THRESHOLD_MOVES if by > 0.0 or "energy" in self.metrics]
+            starts = (with_policy(point, self._shifted(point, by)) for by in moves)
             others = [
                 one for one in (tried(start, best[2]) for start in starts) if one[4] >= MIN_KEYS
             ]

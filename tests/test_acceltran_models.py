@@ -168,7 +168,8 @@ def gradients() -> tuple[Policy, Policy, Policy]:
         densities = output.workload.densities
         # The last layer's, which no later layer changes.
         left = (jnp.sum(densities[site][:, 1]) for site in ("down", "gelu"))
-        return jnp.stack([jnp.sum(output.logits[:, 0]), *left])
+        # The first token attends to itself alone: no query or key matters to it.
+        return jnp.stack([jnp.sum(output.logits[:, 1:]), *left])
 
     slopes = jax.jit(jax.jacrev(terms), compiler_options=tiny_model.FAST_COMPILE)(policy)
     first, second, third = (
