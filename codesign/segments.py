@@ -18,6 +18,7 @@ from codesign import gates
 from codesign.backward import kept, row_products
 from codesign.gates import Relaxation
 from codesign.policy import bits_range
+from codesign.quantize import power_of_two
 
 SHARE_ONE = 1024
 """A kept share is stored in 1/1024 (10 bits, 0 standing for 1024)."""
@@ -27,6 +28,8 @@ RADIUS_OFF = 2 * SCORE_LIMIT + 1
 """Radius that clips nothing: no two scores are as far apart."""
 SORTER_INPUTS, SORTER_OUTPUTS = 12, 4
 """New scores and winners of a cycle of a 16-to-4 sorting network (arXiv 2407.10416: the other 4 inputs are its winners)."""
+_PLACED_BITS = 30
+"""Bits of a score together with its place, in 32 bits with room for what lies below all."""
 SEGMENT_SCORE_BITS = 16
 """Bits of a score that enters the sorter of segments, sign included."""
 
@@ -268,6 +271,80 @@ def soft_top(
     if relaxation.straight_through:
         soft = gates.straight_through(_largest(cut), soft)
     return _joined(soft, num_keys)
+
+
+def exact_top(scores: jax.Array, pairs: jax.Array, share: jax.Array, score_bits: int) -> jax.Array:
+    """Returns which keys of a row are kept, as `hard_top` does, of scores too wide to carry their places, booleans.
+
+    The k-th largest is found bit by bit from the top, the first of equal ones by their place: passes that count, no sort.
+
+    Args:
+      scores: Whole numbers of `score_bits` bits, sign included, in floating point, `[B, H, T, S]`; compared as they are.
+      pairs: 1 for pairs that exist, `[B, 1, T, S]`.
+      share: Kept share in 1/1024, 1 to 1024, whole numbers `[H]`.
+      score_bits: See `scores`.
+    """
+    exists = pairs > 0.5
+    sizes = jnp.sum(exists, axis=-1, keepdims=True, dtype=jnp.int32)
+    wanted = share.astype(jnp.int32)[None, :, None, None] * sizes
+    number = (wanted + (SHARE_ONE - 1)) // SHARE_ONE
+    there = jnp.where(exists, scores, -jnp.inf)
+    bits = jnp.asarray(2.0 ** np.arange(score_bits - 1, -1, -1), scores.dtype)
+
+    def next_bit(index: int, theta: jax.Array) -> jax.Array:
+        higher = theta + bits[index]
+        count = jnp.sum(there >= higher, axis=-1, keepdims=True, dtype=jnp.int32)
+        return jnp.where(count >= number, higher, theta)
+
+    lowest = jnp.full(number.shape, -(2.0 ** (score_bits - 1)), scores.dtype)
+    theta = jax.lax.fori_loop(0, score_bits, next_bit, lowest)
+    is_equal = there == theta
+    missing = number - jnp.sum(there > theta, axis=-1, keepdims=True, dtype=jnp.int32)
+    place = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None, None, :]
+    num_bits = int(scores.shape[-1]).bit_length()
+
+    def next_place(index: int, end: jax.Array) -> jax.Array:
+        further = end + jnp.left_shift(1, num_bits - 1 - index)
+        count = jnp.sum(is_equal & (place < further), axis=-1, keepdims=True, dtype=jnp.int32)
+        return jnp.where(count <= missing, further, end)
+
+    end = jax.lax.fori_loop(0, num_bits, next_place, jnp.zeros_like(number))
+    kept_keys: jax.Array = exists & ((there > theta) | (is_equal & (place < end)))
+    return kept_keys
+
+
+def soft_exact_top(
+    scores: jax.Array,
+    pairs: jax.Array,
+    share: jax.Array,
+    score_bits: int,
+    relaxation: Relaxation,
+) -> jax.Array:
+    """Returns which keys of a row are kept as weights, of scores of any width, `[B, H, T, S]`.
+
+    The gate is that of `soft_top`, on scores in units that leave room for their places; straight-through, decisions are
+    those of `exact_top` on the scores as they are.
+
+    Args:
+      scores: Whole numbers in floating point, `[B, H, T, S]`.
+      pairs: 1 for pairs that exist, `[B, 1, T, S]`.
+      share: Kept share in (0, 1], `[H]`.
+      score_bits: As for `exact_top`.
+      relaxation: Temperature, and which forward value.
+    """
+    bits = _PLACED_BITS - (scores.shape[-1] - 1).bit_length()
+    whole = gates.detach(scores)
+    exponent = jnp.frexp(jnp.max(jnp.abs(whole) * pairs, axis=-1, keepdims=True))[1]
+    unit = power_of_two((bits - 1 - exponent).astype(scores.dtype))
+    scaled = scores * unit
+    limit = 2.0 ** (bits - 1) - 1.0
+    placed = gates.straight_through(jnp.clip(jnp.floor(whole * unit), -limit, limit), scaled)
+    relaxed = relaxation.replace(straight_through=False)  # type: ignore[attr-defined]
+    soft = soft_top(placed, pairs, share, bits, relaxed)
+    if not relaxation.straight_through:
+        return soft
+    hard = exact_top(whole, pairs, _stored(share), score_bits)
+    return gates.straight_through(hard, soft)
 
 
 def _soft(

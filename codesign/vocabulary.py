@@ -68,6 +68,7 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
         "index.bits",
         *ATTENTION_OPERATIONS,
     ),
+    "topk": (*ATTENTION_OPERATIONS, "select.compare"),
     "sofa": (
         "predict.shift_add",
         "encode.encode",

@@ -285,6 +285,7 @@ def trace_of(deployed: Deployment, batch: HardChunk) -> Trace:
         source=batch.tensors.get("source"),
         ffn_source=batch.tensors.get("ffn_source"),
         compares=compares,
+        mechanism=structure.mechanism,
     )
 
 

@@ -1,5 +1,6 @@
 """Workloads in closed form, from fractions that all rows share: exact attention, with or without a filter in rounds."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -159,6 +160,39 @@ def workload_from_fractions(shape: ModelShape, setting: Setting) -> Workload:
         head_dim=width,
         densities=_densities(shape, setting),
     )
+
+
+def scored_workload(shape: ModelShape, setting: Setting) -> Workload:
+    """Returns one example's workload `[1, L, 1]` on a machine that scores all pairs and keeps the largest of each row.
+
+    `kept` is what is left of a row; without it nothing is selected.
+    """
+    dense = workload_from_fractions(shape, dataclasses.replace(setting, kept=()))
+    rows = {"all": dense.rows["attention"]}
+    if not setting.kept:
+        every: Workload = dense.replace(rows=dense.rows | rows)  # type: ignore[attr-defined]
+        return every
+    # A round that sees keys in full leaves what the selection leaves.
+    sparse = workload_from_fractions(
+        shape, dataclasses.replace(setting, kept=setting.kept[-1:], key_bits=(setting.qk_bits,))
+    )
+    pairs = dense.operations["softmax.exp"].count
+    passes = 2.0 * setting.qk_bits + (shape.head_dim - 1).bit_length() + 1.0
+    own = {
+        "qk.mac": dense.operations["qk.mac"],
+        "select.compare": Operation(
+            count=pairs * passes, bits_a=scalar(passes, shape), bits_b=scalar(1.0, shape)
+        ),
+    }
+    kept = {
+        name: value
+        for name, value in sparse.operations.items()
+        if name.partition(".")[0] in ("softmax", "pv", "output")
+    }
+    result: Workload = sparse.replace(  # type: ignore[attr-defined]
+        operations=own | kept, rows=rows | {"attention": sparse.rows["attention"]}
+    )
+    return result
 
 
 def _densities(shape: ModelShape, setting: Setting) -> dict[str, jax.Array]:

@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass
 
-from codesign.hw.closed_form import ModelShape, Setting, workload_from_fractions
+from codesign.hw.closed_form import (
+    ModelShape,
+    Setting,
+    scored_workload,
+    workload_from_fractions,
+)
 from codesign.hw.closed_form_on_demand import on_demand_workload, similar_rows_workload
 from codesign.hw.quantities import Quantity
 from codesign.hw.spec import AcceleratorSpec
@@ -76,11 +81,11 @@ def generates_keys(spec: AcceleratorSpec) -> bool:
 
 def closed_form_workload(spec: AcceleratorSpec, shape: ModelShape, setting: Setting) -> Workload:
     """Returns one example's workload on a machine of this kind, heads summed or one by one."""
+    sorts = any("select.compare" in unit.serves for unit in spec.units.values())
     if not generates_keys(spec):
-        return workload_from_fractions(shape, setting)
+        return (scored_workload if sorts else workload_from_fractions)(shape, setting)
     if any("similarity.add" in unit.serves for unit in spec.units.values()):
         return similar_rows_workload(shape, setting)
-    sorts = any("select.compare" in unit.serves for unit in spec.units.values())
     return on_demand_workload(shape, setting, sorts=sorts)
 
 

@@ -6,13 +6,12 @@ the next by at most the index queue. Heads follow one another; main memory strea
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
-from codesign import units
 from codesign.errors import PresetError
 from codesign.hw import energy
+from codesign.hw.row_counts import RowCounts, row_counts
 from codesign.hw.simulation import (
     GemmShape,
     Simulation,
@@ -24,20 +23,7 @@ from codesign.hw.simulation import (
 )
 from codesign.hw.spec import AcceleratorSpec
 from codesign.hw.spec_tables import EnergyTable, Host, Unit
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Masks:
-    """Facts read off the masks; axes L, B, H, T.
-
-    `keys[r]` is the number of keys of each query row that enter round r, the last entry what
-    attention runs on, `[R + 1, L, B, H, T]`; `vectors` the key vectors fetched for them,
-    `[R + 1, L, B, H]`; `valid` `[B, T]`.
-    """
-
-    keys: np.ndarray
-    vectors: np.ndarray
-    valid: np.ndarray
+from codesign.vocabulary import matches
 
 
 def simulate_rows(
@@ -52,8 +38,7 @@ def simulate_rows(
     Args:
       trace: Keep decisions `[L, B, H, R, T, S]` and deployed widths: `query_bits` `[L]`, `key_bits`
         `[L, R]`, `qk_bits`, `v_bits` `[L]`, `<site>.weight_bits`, `<site>.activation_bits` `[L]`
-        (`[1]` for embed and head). Without `query_bits` nothing is filtered: the attention is dense
-        on the last mask.
+        (`[1]` for embed and head). What they say was filtered: see `row_counts`.
       spec: The machine; all its row-wise units must be paced by row statistics.
       gemm_shapes: Linear layers by site.
       is_causal: Whether a token attends to itself and to those before it only; it says which pairs
@@ -66,23 +51,19 @@ def simulate_rows(
     host, table = _check_machine(spec)
     check_sites(gemm_shapes)
     bits = {name: np.asarray(value, np.int64) for name, value in trace.bits.items()}
-    key_bits = bits["key_bits"] if "query_bits" in bits else None
-    planes = [] if key_bits is None else list(np.diff(key_bits, axis=1, prepend=0).T)
-    masks = _read_masks(trace, spec, bits, len(planes), is_causal)
-    operations, widths = _count_operations(masks, bits, planes, trace.head_dim)
-    stream_bytes = _count_bytes(masks, bits, planes, trace.head_dim, spec)
-    moved = sum(stream_bytes.values(), start=np.zeros(masks.keys.shape[1:4]))
-    row_cycles = {
-        name: _row_cycles(name, spec, masks, widths, trace.head_dim) for name in spec.units
-    }
+    valid = np.asarray(trace.valid, bool)
+    work = row_counts(trace, spec, bits, is_causal)
+    stream_bytes = work.stream_bytes(trace.head_dim)
+    moved = sum(stream_bytes.values(), start=np.zeros(work.keys["attention"].shape[:3]))
+    row_cycles = {name: _row_cycles(name, spec, work, valid, trace.head_dim) for name in spec.units}
     dram_cycles = moved / spec.dram_bytes_per_cycle
-    attention = _run_pipeline(row_cycles, dram_cycles, masks.valid, spec)
+    attention = _run_pipeline(row_cycles, dram_cycles, valid, spec)
 
     busy = {name: _per_example(cycles) for name, cycles in row_cycles.items()}
-    counts = {key: _per_example(count) for key, count in operations.items()}
-    unit_energy = operation_energy(counts, widths, spec)
+    counts = {key: _per_example(count) for key, count in work.operations.items()}
+    unit_energy = operation_energy(counts, work.widths, spec)
     unit_energy["dram"] = _per_example(moved) * energy.dram_pj_per_byte(spec)
-    tokens = masks.valid.sum(axis=1)
+    tokens = valid.sum(axis=1)
     return Simulation(
         operations=counts,
         stream_bytes={name: _per_example(value) for name, value in stream_bytes.items()},
@@ -135,131 +116,22 @@ def _per_example(value: np.ndarray) -> np.ndarray:
     return total
 
 
-def _read_masks(
-    trace: Trace,
-    spec: AcceleratorSpec,
-    bits: dict[str, np.ndarray],
-    num_rounds: int,
-    is_causal: bool,
-) -> _Masks:
-    assert spec.pipeline.query_block is not None
-    valid = np.asarray(trace.valid, bool)
-    head_bytes = valid.sum(axis=1) * trace.head_dim / units.BITS_PER_BYTE
-    block = int(spec.pipeline.query_block.value)
-    keys, vectors = [], []
-    for layer in range(trace.packed.shape[0]):
-        keep = trace.keep(layer)
-        exists = valid[:, None, :, None] & valid[:, None, None, :]
-        if is_causal:
-            exists = exists & np.tril(np.ones(exists.shape[2:], bool))
-        rounds = [keep[:, :, index] for index in range(num_rounds)] or [keep[:, :, -1]]
-        first = [np.broadcast_to(exists, rounds[0].shape)] if num_rounds else []
-        entering = [*first, *(mask & exists for mask in rounds)]
-        fits = (head_bytes * bits["qk_bits"][layer] <= spec.memories["key"].capacity.base) & (
-            head_bytes * bits["v_bits"][layer] <= spec.memories["value"].capacity.base
-        )
-        keys.append([mask.sum(axis=-1) for mask in entering])
-        vectors.append(
-            [
-                np.where(fits[:, None], _fetched(mask, mask.shape[2]), _fetched(mask, block))
-                for mask in entering
-            ]
-        )
-    return _Masks(
-        keys=np.moveaxis(np.asarray(keys, np.int64), 1, 0),
-        vectors=np.moveaxis(np.asarray(vectors, np.int64), 1, 0),
-        valid=valid,
-    )
-
-
-def _fetched(mask: np.ndarray, block: int) -> np.ndarray:
-    """Returns the key vectors that blocks of `block` queries fetch, `[B, H]`, of a mask `[B,H,T,S]`."""
-    starts = np.arange(0, mask.shape[2], block)
-    wanted = np.logical_or.reduceat(mask, starts, axis=2)
-    fetched: np.ndarray = wanted.sum(axis=(2, 3))
-    return fetched
-
-
-def _count_operations(
-    masks: _Masks, bits: dict[str, np.ndarray], planes: list[np.ndarray], head_dim: int
-) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Returns counts `[L, B, H]` and the widths `[L]` of both operands, by operation."""
-    alive = masks.keys.sum(axis=-1)
-    final = alive[-1]
-    queries = np.broadcast_to(masks.valid.sum(axis=1)[None, :, None], final.shape)
-    qk, value = bits["qk_bits"], bits["v_bits"]
-    operations = {
-        "qk.mac": final * head_dim,
-        "softmax.exp": final,
-        "softmax.reciprocal": queries,
-        "pv.mac": final * head_dim,
-        "output.multiply": queries * head_dim,
-    }
-    widths = {key: (qk, qk) for key in operations}
-    widths |= {"pv.mac": (qk, value), "output.multiply": (qk, value)}
-    for index, plane in enumerate(planes):
-        for kind, factor in (("mac", head_dim), ("statistic", 1), ("compare", 1)):
-            operations[f"filter{index}.{kind}"] = alive[index] * factor
-            widths[f"filter{index}.{kind}"] = (bits["query_bits"], plane)
-    if planes:
-        one = np.ones_like(qk)
-        # Of the example's own keys, whatever it is padded to.
-        longest = [max(int(number - 1).bit_length(), 1) for number in masks.valid.sum(axis=1)]
-        index_bits = np.asarray(longest)[None, :, None]
-        operations["threshold.evaluate"] = queries * len(planes)
-        operations["index.bits"] = alive[1:].sum(axis=0) * index_bits
-        widths |= {"threshold.evaluate": (one, one), "index.bits": (one, one)}
-    return operations, widths
-
-
-def _count_bytes(
-    masks: _Masks,
-    bits: dict[str, np.ndarray],
-    planes: list[np.ndarray],
-    head_dim: int,
-    spec: AcceleratorSpec,
-) -> dict[str, np.ndarray]:
-    """Returns bytes moved by stream, `[L, B, H]`."""
-    shape = masks.vectors.shape[1:]
-    queries = np.broadcast_to(masks.valid.sum(axis=1)[None, :, None], shape)
-    rest = bits["qk_bits"]
-    if planes and not spec.switches.separate_storage.value:
-        rest = rest - bits["key_bits"][:, -1]
-    moved = {
-        "query": (queries, bits["qk_bits"]),
-        "output": (queries, bits["out.activation_bits"]),
-        "key_rest": (masks.vectors[-1], rest),
-        "value": (masks.vectors[-1], bits["v_bits"]),
-    }
-    for index, plane in enumerate(planes):
-        moved[f"key{index}"] = (masks.vectors[index], plane)
-    return {
-        name: vectors * head_dim * width[:, None, None] / units.BITS_PER_BYTE
-        for name, (vectors, width) in moved.items()
-    }
-
-
 def _row_cycles(
-    name: str,
-    spec: AcceleratorSpec,
-    masks: _Masks,
-    widths: dict[str, tuple[np.ndarray, np.ndarray]],
-    head_dim: int,
+    name: str, spec: AcceleratorSpec, work: RowCounts, valid: np.ndarray, head_dim: int
 ) -> np.ndarray:
     """Returns the cycles of each query row in a unit, `[L, B, H, T]`."""
     unit = spec.units[name]
-    num_rounds = masks.keys.shape[0] - 1
-    rounds = range(num_rounds) if unit.rows == "filter*" else [num_rounds]
+    paced = [key for key in work.operations if matches(key, unit.paces)]
     per_key = 1 if unit.width is None else -(-head_dim // int(unit.width.value))
-    cycles = np.zeros(masks.keys.shape[1:], np.float64)
-    for index in rounds:
-        steps = -(-masks.keys[index] // int(unit.lanes.value)) * per_key
-        for key in unit.paces:
-            cycles += steps * _passes(unit, spec, widths[key.replace("*", str(index))])
+    cycles = np.zeros(work.keys["attention"].shape, np.float64)
+    for key in paced:
+        rows = work.keys[key.partition(".")[0] if unit.rows == "filter*" else str(unit.rows)]
+        steps = -(-rows // int(unit.lanes.value)) * per_key
+        cycles += steps * _passes(unit, spec, work.widths[key])
     if unit.utilisation is not None:
         cycles /= unit.utilisation.value
-    if unit.overhead is not None and len(rounds):
-        cycles += unit.overhead.value * masks.valid[None, :, None, :]
+    if unit.overhead is not None and paced:
+        cycles += unit.overhead.value * valid[None, :, None, :]
     return cycles
 
 

@@ -53,6 +53,10 @@ class Trace(Protocol):
     def compares(self) -> np.ndarray | None:
         """Whether a head compares rows, bool `[L, H]`; None where none does."""
 
+    @property
+    def mechanism(self) -> str:
+        """Name of what decided, for simulators that cannot tell it from the widths."""
+
     def keep(self, layer: int) -> np.ndarray:
         """Returns one layer's masks after each round, bool `[B, H, R, T, S]`."""
 

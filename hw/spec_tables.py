@@ -34,8 +34,8 @@ from codesign.hw.quantities import (
     Voltage,
 )
 
-ROW_SETS = ("filter*", "attention")
-"""Row statistics of a workload that may pace a unit; `*` is the round of the operation served."""
+ROW_SETS = ("filter*", "all", "attention")
+"""Row statistics of a workload that may pace a unit; `*` is the served operation's round, `all` existing keys."""
 
 
 class Choice(Strict):
@@ -89,7 +89,7 @@ class Unit(Strict):
     paced_by: Text | tuple[Text, ...]
     """The served operations that take the unit's time, one after the other; the rest ride along."""
     rule: Literal["rows", "flat", "blocks", "groups"]
-    rows: Literal["filter*", "attention"] | None = None
+    rows: Literal["filter*", "all", "attention"] | None = None
     """Row statistics of rule `rows`."""
     lanes: Lanes
     """Lanes of the unit, or of each processing element where the machine has them."""

@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Every way of building a model that the integer path has."""
 
-MECHANISMS = {"dense": 0, "energon": 2, "acceltran": 0, "sofa": 2, "lapa": 3, "esact": 0}
+MECHANISMS = {"dense": 0, "energon": 2, "acceltran": 0, "sofa": 2, "lapa": 3, "esact": 0, "topk": 1}
 """Rounds by mechanism."""
 
 
@@ -369,6 +369,9 @@ def build(
             similarities = np.linspace(80, 127, shape.num_heads).astype(np.int64)
             arrays["threshold"] = np.stack([shares, similarities], axis=-1)
             arrays["vote_cut"] = np.asarray(1 + len(layers) % 2)
+        if shape.mechanism == "topk":
+            shares = np.linspace(300, 900, shape.num_heads).astype(np.int64)
+            arrays["threshold"] = shares[:, None]
         if shape.mechanism == "acceltran":
             sites = "query key value raw_scores probabilities context attention_branch gelu"
             quantiles = [

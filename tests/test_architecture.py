@@ -76,6 +76,7 @@ NUMPY_ONLY = [
     "codesign.hw.emulator",
     "codesign.hw.export",
     "codesign.hw.loop_order",
+    "codesign.hw.row_counts",
     "codesign.hw.row_simulator",
     "codesign.hw.simulation",
     "codesign.hw.simulator",

@@ -34,6 +34,9 @@ from codesign.models.model import apply_hard
         ("patches", "esact", 16),
         ("bert", "esact", 8),
         ("decoder", "esact", 12),
+        ("prefix", "topk", 16),
+        ("pooler", "topk", 9),
+        ("decoder", "topk", 12),
     ],
 )
 def test_jax_path_agrees_in_every_bit(variant: str, mechanism: str, bits: int) -> None:

@@ -33,6 +33,7 @@ MECHANISMS = pytest.mark.parametrize(
         ("sofa", "sofa"),
         ("lapa", "lapa"),
         ("esact", "esact"),
+        ("topk", "topk"),
     ],
 )
 NUM_TOKENS = 128

@@ -281,13 +281,14 @@ def test_names_and_shapes(mechanism: str) -> None:
             "source": (2, 3, 2, 7),
             "ffn_source": (2, 3, 7),
         },
+        "topk": {"keep": (2, 1, 3, 2, 7, 7)},
     }
     assert {name: shapes[name] for name in own} == wanted[mechanism]
 
 
 def test_unknown_mechanism_is_named() -> None:
-    with pytest.raises(UnknownNameError, match="`topk` has no integer path.*acceltran, dense, ene"):
-        reference_by_name("topk")
+    with pytest.raises(UnknownNameError, match="`top` has no integer path.*acceltran, dense, ene"):
+        reference_by_name("top")
 
 
 def test_round_shift_is_exact() -> None:

@@ -370,7 +370,8 @@ def test_broken_budget_is_repaired_by_thresholds(tiny_problem: Problem, start: P
 def test_rounded_widths_meet_the_budget_on_texts_of_all_lengths(mechanism: str) -> None:
     """Short texts cost another part of dense than long ones: widths that suit one batch break the budget on others."""
     preset = {"energon": "energon", "acceltran": "acceltran-edge"}[mechanism]
-    problem = untrained("text", mechanism, preset, num_calibration=10)
+    # Five short texts and five long ones: one program for each.
+    problem = untrained("text", mechanism, preset, num_calibration=10, batch_size=5)
     training = BudgetedTraining(problem, problem.experiment.optimize, ("energy",), "end_to_end")
     budget = Budget(energy=0.5)
     point = training.fitted(start_point(problem), budget)

@@ -8,9 +8,10 @@ from codesign.mechanisms.esact import esact
 from codesign.mechanisms.lapa import lapa
 from codesign.mechanisms.protocol import Hooks, Mechanism
 from codesign.mechanisms.sofa import sofa
+from codesign.mechanisms.topk import topk
 
 MECHANISMS = {
-    mechanism.name: mechanism for mechanism in (dense, energon, acceltran, sofa, lapa, esact)
+    mechanism.name: mechanism for mechanism in (dense, energon, acceltran, sofa, lapa, esact, topk)
 }
 
 __all__ = ["MECHANISMS", "Hooks", "Mechanism", "dense_beside", "mechanism_by_name"]

@@ -8,10 +8,11 @@ from codesign.references.esact import esact
 from codesign.references.lapa import lapa
 from codesign.references.protocol import Reference, Shapes
 from codesign.references.sofa import sofa
+from codesign.references.topk import topk
 from codesign.structure import ModelStructure
 
 REFERENCES = {
-    reference.name: reference for reference in (dense, energon, acceltran, sofa, lapa, esact)
+    reference.name: reference for reference in (dense, energon, acceltran, sofa, lapa, esact, topk)
 }
 
 LAYER_TENSORS = (
