@@ -20,14 +20,7 @@ from codesign.experiments.moves import narrowed, raised, with_spare
 from codesign.experiments.problem import Problem, mean_loss, no_cost, task_loss
 from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import RunDirectory, train_loop
-from codesign.experiments.start import (
-    CalibrationRun,
-    calibration_run,
-    measured_ranges,
-    ranges_of,
-    with_policy,
-    with_threshold,
-)
+from codesign.experiments.start import CalibrationRun, calibration_run, measured_ranges, with_policy
 from codesign.gates import Relaxation
 from codesign.hw.surrogate import cost
 from codesign.models.model import apply
@@ -50,7 +43,7 @@ SPARE_BITS = 0.44
 and the price takes back what is worth least; from the middle, few steps reach either side."""
 THRESHOLD_MOVES = (-0.5, 0.25, 0.5, 0.75)
 """How far thresholds may be moved first (ours): those of pairs raised, so that widths need be narrowed less, or all
-lowered, where what they drop costs more than narrower widths do. Besides, a mechanism's uniform settings are tried."""
+lowered, where what they drop costs more than narrower widths do."""
 MOVE_GAIN = 0.9
 """Part of the divergence without a move that a start with moved thresholds may have at most (ours). Where both are near
 chance, differences say nothing, and of keys that nobody looks at any more a threshold learns little."""
@@ -258,8 +251,8 @@ class BudgetedTraining:
 
         Widths move towards their lower limits in proportion to their distance from them, thresholds alike upwards: the
         widths first under a budget on energy, the thresholds first under one on latency alone, which widths hardly change.
-        How far activations follow the weights, and whether thresholds rise, fall or become one of the mechanism's uniform
-        settings before widths are narrowed, is what diverges least from the dense model on the calibration examples.
+        How far activations follow the weights, and whether thresholds rise or fall before widths are narrowed, is what
+        diverges least from the dense model on the calibration examples.
         """
         moves: dict[Group, Callable[[Point, Budget], Point]] = {
             "bits": self._narrowed,
@@ -286,29 +279,16 @@ class BudgetedTraining:
 
         best = min((tried(point, share) for share in ACTIVATION_SHARES), key=lambda one: one[:2])
         if "thresholds" in self.settings.train and self.problem.mechanism.thresholds is not None:
+            # Under a budget on latency alone thresholds have just been raised to meet it.
+            moves = [by for by in THRESHOLD_MOVES if by > 0.0 or "energy" in self.metrics]
+            starts = (with_policy(point, self._shifted(point, by)) for by in moves)
             others = [
-                one
-                for one in (tried(start, best[2]) for start in self._other_starts(point))
-                if one[4] >= MIN_KEYS
+                one for one in (tried(start, best[2]) for start in starts) if one[4] >= MIN_KEYS
             ]
             other = min(others, key=lambda one: one[:2], default=best)
             if other[0] < best[0] or (other[0] == best[0] and other[1] < MOVE_GAIN * best[1]):
                 best = other
         return with_policy(best[3], with_spare(best[3].policy, SPARE_BITS))
-
-    def _other_starts(self, point: Point) -> list[Point]:
-        """Returns the point with thresholds moved, and with those of the uniform settings that drop something."""
-        scale = self.problem.mechanism.thresholds
-        assert scale is not None
-        # Under a budget on latency alone thresholds have just been raised to meet it.
-        if "energy" not in self.metrics:
-            moves = [by for by in THRESHOLD_MOVES if by > 0.0]
-            return [with_policy(point, self._shifted(point, by)) for by in moves]
-        shape, ranges = point.policy.layers["threshold"].shape, ranges_of(point.calibration)
-        alike = [scale.from_setting(setting, shape, ranges) for setting in scale.settings[1:]]
-        policies = [self._shifted(point, by) for by in THRESHOLD_MOVES]
-        policies += [with_threshold(point.policy, threshold) for threshold in alike]
-        return [with_policy(point, policy) for policy in policies]
 
     def _keys_per_row(self, run: CalibrationRun) -> float:
         """Returns the mean number of keys that rows keep; infinite where no filter drops any."""

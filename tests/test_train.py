@@ -312,33 +312,6 @@ def test_thresholds_move_first_only_for_a_clear_gain_that_leaves_keys(
     assert not others
 
 
-def test_uniform_settings_are_starts_too(
-    tiny_problem: Problem, start: Point, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert SCALE is not None
-    before = start.policy.layers["threshold"]
-    alike = SCALE.from_setting(SCALE.settings[2], before.shape, {})
-
-    def is_alike(point: Point) -> bool:
-        return np.allclose(point.policy.layers["threshold"], alike, atol=1e-6)
-
-    def run(problem: Problem, point: Point) -> CalibrationRun:
-        found = calibration_run(problem, point)
-        kept = np.full_like(found.kept, 6.0 / problem.config.structure.max_tokens)
-        return dataclasses.replace(found, kl_nats=0.5 if is_alike(point) else 1.0, kept=kept)
-
-    monkeypatch.setattr(train, "calibration_run", run)
-    assert not is_alike(start)
-    for metric, budget in (("energy", Budget(energy=0.5)), ("latency", Budget(latency=0.74))):
-        optimize = dataclasses.replace(
-            tiny_problem.experiment.optimize, train=("thresholds", "bits")
-        )
-        training = BudgetedTraining(tiny_problem, optimize, (metric,), budget.scope)  # type: ignore[arg-type]
-        fitted = training.fitted(start, budget)
-        # Under a budget on latency alone thresholds go where it is met.
-        assert is_alike(fitted) == (metric == "energy")
-
-
 @pytest.mark.parametrize(
     ("budget", "groups"),
     [
