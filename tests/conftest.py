@@ -1,7 +1,8 @@
 """Settings and fixtures that every test shares."""
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Half the compilation of the code generator that JAX has by default, which the tests of the wheel use (`XLA_FLAGS=`).
@@ -15,6 +16,19 @@ import tiny_model
 from codesign.experiments.problem import Problem, load_problem
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+MAPPINGS = Path("/proc/self/maps")
+MAX_MAPPINGS = 25_000
+"""Memory mappings of a process, one line each, above which compiled programs are let go; Linux aborts it at 65530."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Drops the compiled programs of earlier modules before they fill the process."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MAX_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
