@@ -16,6 +16,9 @@ GROUPS = ("thresholds", "bits", "clips")
 BITS_RANGE = {"linear": (2.0, 8.0), "attention": (8.0, 16.0), "filter": (2.0, 8.0)}
 """Legal widths in bit, inclusive: linear layers and filter planes 2 to 8, exact attention 8 to 16 (Energon section 3)."""
 
+PLANE_RANGE = (4.0, 12.0)
+"""Legal numbers of key planes that arrive bit by bit, the knob `plane_bits` (BitStopper, arXiv 2512.06457: 12)."""
+
 ATTENTION_BITS = ("qk_bits", "v_bits")
 
 
@@ -59,6 +62,8 @@ def is_filter_width(name: str) -> bool:
 
 def bits_range(name: str) -> tuple[float, float]:
     """Returns the legal range, in bit, of a knob in group `bits`."""
+    if name == "plane_bits":
+        return PLANE_RANGE
     if is_filter_width(name):
         return BITS_RANGE["filter"]
     return BITS_RANGE["attention" if name in ATTENTION_BITS else "linear"]

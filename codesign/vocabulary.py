@@ -69,6 +69,12 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
         *ATTENTION_OPERATIONS,
     ),
     "topk": (*ATTENTION_OPERATIONS, "select.compare"),
+    "bitserial": (
+        "filter*.mac",
+        "filter*.compare",
+        "threshold.evaluate",
+        *(key for key in ATTENTION_OPERATIONS if key != "qk.mac"),
+    ),
     "sofa": (
         "predict.shift_add",
         "encode.encode",

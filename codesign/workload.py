@@ -365,7 +365,7 @@ class Trace:
     last one being what attention runs on. `valid` bool `[B, S]`. `bits` maps a knob or site to its deployed width `[L]`
     or `[L, R]`. Mechanisms that copy rows add the row whose attention each row takes, `source` `[L, B, H, T]`, the token
     whose feed-forward branch each token takes, `ffn_source` `[L, B, T]`, and whether a head compares rows at all,
-    `compares` bool `[L, H]`. `mechanism` names what decided, for simulators that cannot tell it from the widths.
+    `compares` bool `[L, H]`. `mechanism` names what decided, which says what the rounds are.
     """
 
     packed: np.ndarray

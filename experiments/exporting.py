@@ -266,7 +266,7 @@ def trace_of(deployed: Deployment, batch: HardChunk) -> Trace:
     else:
         exists = np.broadcast_to(valid[:, None, None, :], probabilities.shape)
         keep = (np.tril(exists) if structure.is_causal else exists)[:, :, :, None]
-    names = ("query_bits", "key_bits", "tile_bits", "qk_bits", "v_bits")
+    names = ("query_bits", "key_bits", "plane_bits", "tile_bits", "qk_bits", "v_bits")
     bits: dict[str, NDArray[Any]] = {name: layers[name] for name in names if name in layers}
     for kind in ("weight_bits", "activation_bits"):
         bits |= {f"{site}.{kind}": layers[f"{site}_{kind}"] for site in BLOCK_SITES}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from codesign.errors import UnknownNameError
+from codesign.references.bitserial import CODE_BITS
 from codesign.vocabulary import SITES
 from codesign.workload import (
     Gemm,
@@ -191,6 +192,34 @@ def scored_workload(shape: ModelShape, setting: Setting) -> Workload:
     }
     result: Workload = sparse.replace(  # type: ignore[attr-defined]
         operations=own | kept, rows=rows | {"attention": sparse.rows["attention"]}
+    )
+    return result
+
+
+def serial_workload(shape: ModelShape, setting: Setting) -> Workload:
+    """Returns one example's workload `[1, L, 1]` on a machine that takes keys bit by bit and drops them on the way.
+
+    `kept` is what each plane leaves of a row, `key_bits` being 1, 2, ...; without it all planes see all keys. Bits beyond
+    those that the machine takes are left out.
+    """
+    width = int(min(setting.qk_bits, CODE_BITS))
+    kept = (setting.kept or (1.0,) * width)[:width]
+    planes = dataclasses.replace(
+        setting,
+        kept=kept,
+        query_bits=float(width),
+        key_bits=tuple(float(index + 1) for index in range(len(kept))),
+    )
+    whole = workload_from_fractions(shape, planes)
+    dropped = ("qk.mac", "index.bits")
+    operations = {
+        name: value
+        for name, value in whole.operations.items()
+        if name not in dropped and not name.endswith(".statistic")
+    }
+    result: Workload = whole.replace(  # type: ignore[attr-defined]
+        operations=operations,
+        streams={name: value for name, value in whole.streams.items() if name != "key_rest"},
     )
     return result
 

@@ -344,7 +344,10 @@ def _layer(
     )
     planned = reference.plan(structure, layer, inputs, exists)
     kept, filter_tensors = reference.filter(layer, query, key, exists, planned)
-    raw_scores = prune(exact_matmul(query, np.swapaxes(key, -1, -2)), "scores")
+    raw_scores = filter_tensors.pop("raw_scores", None)
+    if raw_scores is None:
+        raw_scores = exact_matmul(query, np.swapaxes(key, -1, -2))
+    raw_scores = prune(raw_scores, "scores")
     probabilities = softmax_codes(
         raw_scores, kept, layer["exp_mantissa"], layer["exp_shift"], layer["qk_bits"]
     )

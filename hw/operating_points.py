@@ -1,11 +1,14 @@
 """Points of a machine before anything is trained on it, as workloads in closed form."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from codesign.hw.closed_form import (
     ModelShape,
     Setting,
     scored_workload,
+    serial_workload,
     workload_from_fractions,
 )
 from codesign.hw.closed_form_on_demand import on_demand_workload, similar_rows_workload
@@ -74,19 +77,19 @@ def skips_zeros(spec: AcceleratorSpec) -> bool:
     )
 
 
-def generates_keys(spec: AcceleratorSpec) -> bool:
-    """Whether a unit of the machine makes keys and values on demand."""
-    return any("generate.mac" in unit.serves for unit in spec.units.values())
+CLOSED_FORMS: dict[str, Callable[[ModelShape, Setting], Workload]] = {
+    "topk": scored_workload,
+    "bitserial": serial_workload,
+    "sofa": functools.partial(on_demand_workload, sorts=True),
+    "lapa": functools.partial(on_demand_workload, sorts=False),
+    "esact": similar_rows_workload,
+}
+"""Closed forms of machines by mechanism; others run exact attention, with or without rounds that filter."""
 
 
 def closed_form_workload(spec: AcceleratorSpec, shape: ModelShape, setting: Setting) -> Workload:
     """Returns one example's workload on a machine of this kind, heads summed or one by one."""
-    sorts = any("select.compare" in unit.serves for unit in spec.units.values())
-    if not generates_keys(spec):
-        return (scored_workload if sorts else workload_from_fractions)(shape, setting)
-    if any("similarity.add" in unit.serves for unit in spec.units.values()):
-        return similar_rows_workload(shape, setting)
-    return on_demand_workload(shape, setting, sorts=sorts)
+    return CLOSED_FORMS.get(spec.mechanism, workload_from_fractions)(shape, setting)
 
 
 def operating_points(spec: AcceleratorSpec, shape: ModelShape) -> list[OperatingPoint]:

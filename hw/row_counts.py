@@ -11,6 +11,7 @@ import numpy as np
 from codesign import units
 from codesign.hw.simulation import Trace
 from codesign.hw.spec import AcceleratorSpec
+from codesign.references.bitserial import CODE_BITS
 
 Widths = Mapping[str, np.ndarray]
 
@@ -31,6 +32,59 @@ class Masks:
     def queries(self) -> np.ndarray:
         """Rows of each head, `[L, B, H]`."""
         return np.broadcast_to(self.valid.sum(axis=1)[None, :, None], self.vectors.shape[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """A batch on a machine: its decisions, deployed widths, and whether tokens see only those before them."""
+
+    trace: Trace
+    spec: AcceleratorSpec
+    bits: Widths
+    is_causal: bool
+
+    def masks(self, num_rounds: int, key_bits: np.ndarray | None = None) -> Masks:
+        """Returns the facts of `num_rounds` rounds and of the last mask.
+
+        Args:
+          num_rounds: Rounds that filter; 0: the last mask is all there is.
+          key_bits: Bits of a key's element in its buffer, `[L]`; None: those of exact attention.
+        """
+        trace, spec = self.trace, self.spec
+        assert spec.pipeline.query_block is not None
+        valid = np.asarray(trace.valid, bool)
+        head_bytes = valid.sum(axis=1) * trace.head_dim / units.BITS_PER_BYTE
+        block = int(spec.pipeline.query_block.value)
+        key_bits = self.bits["qk_bits"] if key_bits is None else key_bits
+        keys, vectors = [], []
+        for layer in range(trace.packed.shape[0]):
+            keep = trace.keep(layer)
+            exists = valid[:, None, :, None] & valid[:, None, None, :]
+            if self.is_causal:
+                exists = exists & np.tril(np.ones(exists.shape[2:], bool))
+            rounds = [keep[:, :, index] for index in range(num_rounds)] or [keep[:, :, -1]]
+            first = [np.broadcast_to(exists, rounds[0].shape)] if num_rounds else []
+            entering = [*first, *(mask & exists for mask in rounds)]
+            stored = (("key", key_bits), ("value", self.bits["v_bits"]))
+            fits = np.all(
+                [
+                    head_bytes * bits[layer] <= spec.memories[name].capacity.base
+                    for name, bits in stored
+                ],
+                axis=0,
+            )
+            keys.append([mask.sum(axis=-1) for mask in entering])
+            vectors.append(
+                [
+                    np.where(fits[:, None], _fetched(mask, mask.shape[2]), _fetched(mask, block))
+                    for mask in entering
+                ]
+            )
+        return Masks(
+            keys=np.moveaxis(np.asarray(keys, np.int64), 1, 0),
+            vectors=np.moveaxis(np.asarray(vectors, np.int64), 1, 0),
+            valid=valid,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +124,17 @@ def row_counts(trace: Trace, spec: AcceleratorSpec, bits: Widths, is_causal: boo
     """Returns what a batch brings to a machine: exact attention on the last mask, and what found it.
 
     Args:
-      trace: The masks. With `query_bits` among the widths they are rounds of planes (Energon); by mechanism `topk` the
-        largest of exact scores; else nothing was filtered.
+      trace: The masks, whose rounds are those of the mechanism that it names; of any other nothing was filtered.
       spec: The machine.
       bits: Deployed widths.
       is_causal: Whether a token attends to itself and to those before it only.
     """
-    if "query_bits" in bits:
-        planes = list(np.diff(bits["key_bits"], axis=1, prepend=0).T)
-        return _planes(
-            _read_masks(trace, spec, bits, len(planes), is_causal), trace, spec, bits, planes
-        )
+    facts = Facts(trace=trace, spec=spec, bits=bits, is_causal=is_causal)
     if trace.mechanism in _FINDERS:
-        masks = _read_masks(trace, spec, bits, 1, is_causal)
-        return _FINDERS[trace.mechanism](masks, trace, bits)
-    masks = _read_masks(trace, spec, bits, 0, is_causal)
+        return _FINDERS[trace.mechanism](facts)
+    if spec.mechanism == "bitserial":
+        return _whole_planes(facts)
+    masks = facts.masks(0)
     counts = _attention(masks, trace, bits)
     return counts | RowCounts(keys={"all": masks.keys[-1]}, operations={}, widths={}, vectors={})
 
@@ -113,34 +163,81 @@ def _attention(masks: Masks, trace: Trace, bits: Widths) -> RowCounts:
     )
 
 
-def _planes(
-    masks: Masks, trace: Trace, spec: AcceleratorSpec, bits: Widths, planes: list[np.ndarray]
-) -> RowCounts:
-    """Returns rounds that see ever more planes of the keys, then attention on what they leave (Energon)."""
+def _rounds(facts: Facts) -> RowCounts:
+    """Returns rounds that see ever more bits of the keys, then attention on what they leave (Energon)."""
+    trace, spec, bits = facts.trace, facts.spec, facts.bits
+    planes = list(np.diff(bits["key_bits"], axis=1, prepend=0).T)
+    masks = facts.masks(len(planes))
     alive, queries = masks.keys.sum(axis=-1), masks.queries
     rest = bits["qk_bits"]
     if not spec.switches.separate_storage.value:
         rest = rest - bits["key_bits"][:, -1]
-    keys, operations, widths = {}, {}, {}
-    vectors = {"key_rest": (masks.vectors[-1], rest)}
-    for index, plane in enumerate(planes):
-        keys[f"filter{index}"] = masks.keys[index]
-        vectors[f"key{index}"] = (masks.vectors[index], plane)
-        for kind, factor in (("mac", trace.head_dim), ("statistic", 1), ("compare", 1)):
-            operations[f"filter{index}.{kind}"] = alive[index] * factor
-            widths[f"filter{index}.{kind}"] = (bits["query_bits"], plane)
+    own = _plane_counts(masks, trace, planes, bits["query_bits"], ("mac", "statistic", "compare"))
     one = np.ones_like(bits["qk_bits"])
     # Of the example's own keys, whatever it is padded to.
     longest = [max(int(number - 1).bit_length(), 1) for number in masks.valid.sum(axis=1)]
-    operations["threshold.evaluate"] = queries * len(planes)
-    operations["index.bits"] = alive[1:].sum(axis=0) * np.asarray(longest)[None, :, None]
-    widths |= {"threshold.evaluate": (one, one), "index.bits": (one, one)}
-    own = RowCounts(keys=keys, operations=operations, widths=widths, vectors=vectors)
+    own.operations["threshold.evaluate"] = queries * len(planes)
+    own.operations["index.bits"] = alive[1:].sum(axis=0) * np.asarray(longest)[None, :, None]
+    own.widths.update({"threshold.evaluate": (one, one), "index.bits": (one, one)})
+    own.vectors["key_rest"] = (masks.vectors[-1], rest)
     return _attention(masks, trace, bits) | own
 
 
-def _top(masks: Masks, trace: Trace, bits: Widths) -> RowCounts:
+def _plane_counts(
+    masks: Masks,
+    trace: Trace,
+    planes: list[np.ndarray],
+    query_bits: np.ndarray,
+    kinds: tuple[str, ...],
+) -> RowCounts:
+    """Returns what planes of `planes` bits `[L]` each take of the keys that enter them."""
+    alive = masks.keys.sum(axis=-1)
+    keys, operations, widths, vectors = {}, {}, {}, {}
+    for index, plane in enumerate(planes):
+        is_there = plane > 0
+        keys[f"filter{index}"] = masks.keys[index] * is_there[:, None, None, None]
+        vectors[f"key{index}"] = (masks.vectors[index], plane)
+        for kind in kinds:
+            factor = trace.head_dim if kind == "mac" else 1
+            operations[f"filter{index}.{kind}"] = alive[index] * is_there[:, None, None] * factor
+            widths[f"filter{index}.{kind}"] = (query_bits, np.maximum(plane, 1))
+    return RowCounts(keys=keys, operations=operations, widths=widths, vectors=vectors)
+
+
+def _serial(facts: Facts) -> RowCounts:
+    """Returns planes of one bit that drop keys, then softmax and values of what is left (BitStopper)."""
+    number = np.minimum(facts.bits["plane_bits"], facts.bits["qk_bits"])
+    return _one_bit_planes(facts, facts.masks(CODE_BITS, number), number)
+
+
+def _whole_planes(facts: Facts) -> RowCounts:
+    """Returns the same where no plane drops a key."""
+    number = np.minimum(facts.bits["qk_bits"], CODE_BITS)
+    once = facts.masks(0, number)
+    every = Masks(
+        keys=np.repeat(once.keys[-1:], CODE_BITS + 1, axis=0),
+        vectors=np.repeat(once.vectors[-1:], CODE_BITS + 1, axis=0),
+        valid=once.valid,
+    )
+    return _one_bit_planes(facts, every, number)
+
+
+def _one_bit_planes(facts: Facts, masks: Masks, number: np.ndarray) -> RowCounts:
+    """Returns `number` `[L]` planes of one bit, and attention without scores of its own."""
+    trace, bits = facts.trace, facts.bits
+    planes = [(index < number).astype(np.int64) for index in range(CODE_BITS)]
+    query_bits = np.minimum(bits["qk_bits"], CODE_BITS)
+    own = _plane_counts(masks, trace, planes, query_bits, ("mac", "compare"))
+    own.operations["threshold.evaluate"] = masks.queries * number[:, None, None]
+    own.widths["threshold.evaluate"] = (np.full_like(number, CODE_BITS), np.ones_like(number))
+    attention = _attention(masks, trace, bits)
+    del attention.operations["qk.mac"], attention.vectors["key_rest"]
+    return attention | own
+
+
+def _top(facts: Facts) -> RowCounts:
     """Returns scores of all pairs, a bisection over them, and values of what it keeps (exact top-k)."""
+    masks, trace, bits = facts.masks(1), facts.trace, facts.bits
     pairs = masks.keys[0].sum(axis=-1)
     qk = bits["qk_bits"]
     passes = 2 * qk + int(trace.head_dim - 1).bit_length() + 1
@@ -159,42 +256,12 @@ def _top(masks: Masks, trace: Trace, bits: Widths) -> RowCounts:
     return _attention(masks, trace, bits) | own
 
 
-_FINDERS: dict[str, Callable[[Masks, Trace, Widths], RowCounts]] = {"topk": _top}
-"""Counts of mechanisms with one round whose widths do not name them."""
-
-
-def _read_masks(
-    trace: Trace, spec: AcceleratorSpec, bits: Widths, num_rounds: int, is_causal: bool
-) -> Masks:
-    """Returns the facts of `num_rounds` rounds and of the last mask."""
-    assert spec.pipeline.query_block is not None
-    valid = np.asarray(trace.valid, bool)
-    head_bytes = valid.sum(axis=1) * trace.head_dim / units.BITS_PER_BYTE
-    block = int(spec.pipeline.query_block.value)
-    keys, vectors = [], []
-    for layer in range(trace.packed.shape[0]):
-        keep = trace.keep(layer)
-        exists = valid[:, None, :, None] & valid[:, None, None, :]
-        if is_causal:
-            exists = exists & np.tril(np.ones(exists.shape[2:], bool))
-        rounds = [keep[:, :, index] for index in range(num_rounds)] or [keep[:, :, -1]]
-        first = [np.broadcast_to(exists, rounds[0].shape)] if num_rounds else []
-        entering = [*first, *(mask & exists for mask in rounds)]
-        fits = (head_bytes * bits["qk_bits"][layer] <= spec.memories["key"].capacity.base) & (
-            head_bytes * bits["v_bits"][layer] <= spec.memories["value"].capacity.base
-        )
-        keys.append([mask.sum(axis=-1) for mask in entering])
-        vectors.append(
-            [
-                np.where(fits[:, None], _fetched(mask, mask.shape[2]), _fetched(mask, block))
-                for mask in entering
-            ]
-        )
-    return Masks(
-        keys=np.moveaxis(np.asarray(keys, np.int64), 1, 0),
-        vectors=np.moveaxis(np.asarray(vectors, np.int64), 1, 0),
-        valid=valid,
-    )
+_FINDERS: dict[str, Callable[[Facts], RowCounts]] = {
+    "energon": _rounds,
+    "topk": _top,
+    "bitserial": _serial,
+}
+"""What each mechanism brings to its machine."""
 
 
 def _fetched(mask: np.ndarray, block: int) -> np.ndarray:

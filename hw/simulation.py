@@ -55,7 +55,7 @@ class Trace(Protocol):
 
     @property
     def mechanism(self) -> str:
-        """Name of what decided, for simulators that cannot tell it from the widths."""
+        """Name of what decided, which says what the rounds are."""
 
     def keep(self, layer: int) -> np.ndarray:
         """Returns one layer's masks after each round, bool `[B, H, R, T, S]`."""

@@ -151,9 +151,9 @@ def harden(
     scales: dict[str, list[float] | float] = {
         name: [one[1][name] for one in per_layer] for name in per_layer[0][1]
     } | {"residual": residual_scale}
-    codes = mechanism.codes(
-        knobs, ranges | {name: np.asarray(value) for name, value in scales.items()}
-    )
+    tensors = {name: np.asarray(value) for name, value in scales.items()}
+    tensors["logit"] = tensors["query"] * tensors["key"] / math.sqrt(config.structure.head_dim)
+    codes = mechanism.codes(knobs, ranges | tensors)
     structure = dataclasses.replace(
         config.structure,
         mechanism=mechanism.name,

@@ -36,7 +36,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Every way of building a model that the integer path has."""
 
-MECHANISMS = {"dense": 0, "energon": 2, "acceltran": 0, "sofa": 2, "lapa": 3, "esact": 0, "topk": 1}
+MECHANISMS = {
+    "dense": 0,
+    "energon": 2,
+    "acceltran": 0,
+    "sofa": 2,
+    "lapa": 3,
+    "esact": 0,
+    "topk": 1,
+    "bitserial": 1,
+}
 """Rounds by mechanism."""
 
 
@@ -372,6 +381,13 @@ def build(
         if shape.mechanism == "topk":
             shares = np.linspace(300, 900, shape.num_heads).astype(np.int64)
             arrays["threshold"] = shares[:, None]
+        if shape.mechanism == "bitserial":
+            arrays["plane_bits"] = np.asarray(9 + len(layers) % 2)
+            unit = scale["raw_scores"] * 2.0 ** max(attention_bits - 9 - len(layers) % 2, 0)
+            unit *= 2.0 ** max(attention_bits - 12, 0)
+            largest = np.abs(values["raw_scores"]).max() / unit
+            distances = np.linspace(0.1, 0.6, shape.num_heads) * largest
+            arrays["threshold"] = distances.astype(np.int64)[:, None]
         if shape.mechanism == "acceltran":
             sites = "query key value raw_scores probabilities context attention_branch gelu"
             quantiles = [

@@ -37,6 +37,9 @@ from codesign.models.model import apply_hard
         ("prefix", "topk", 16),
         ("pooler", "topk", 9),
         ("decoder", "topk", 12),
+        ("patches", "bitserial", 16),
+        ("bert", "bitserial", 8),
+        ("decoder", "bitserial", 12),
     ],
 )
 def test_jax_path_agrees_in_every_bit(variant: str, mechanism: str, bits: int) -> None:

@@ -34,6 +34,7 @@ MECHANISMS = pytest.mark.parametrize(
         ("lapa", "lapa"),
         ("esact", "esact"),
         ("topk", "topk"),
+        ("bitserial", "bitserial"),
     ],
 )
 NUM_TOKENS = 128

@@ -282,12 +282,15 @@ def test_names_and_shapes(mechanism: str) -> None:
             "ffn_source": (2, 3, 7),
         },
         "topk": {"keep": (2, 1, 3, 2, 7, 7)},
+        "bitserial": {"keep": (2, 12, 3, 2, 7, 7), "raw_scores": (2, 3, 2, 7, 7)},
     }
     assert {name: shapes[name] for name in own} == wanted[mechanism]
 
 
 def test_unknown_mechanism_is_named() -> None:
-    with pytest.raises(UnknownNameError, match="`top` has no integer path.*acceltran, dense, ene"):
+    with pytest.raises(
+        UnknownNameError, match="`top` has no integer path.*acceltran, bitserial, dense"
+    ):
         reference_by_name("top")
 
 

@@ -66,6 +66,7 @@ def make_trace(masks: np.ndarray, valid: np.ndarray, bits: dict[str, np.ndarray]
         num_keys=masks.shape[-1],
         head_dim=head_dim,
         bits=bits,
+        mechanism="energon" if masks.shape[3] > 1 else "dense",
     )
 
 
@@ -327,8 +328,7 @@ def test_dense_attention_is_simulated_and_priced_too():
     trace = random_trace(1)
     exists = trace.valid[:, None, :, None] & trace.valid[:, None, None, :]
     masks = np.broadcast_to(exists[None, :, :, None], (2, 2, 2, 1, 64, 64))
-    bits = {name: value for name, value in trace.bits.items() if name not in ("query_bits",)}
-    trace = make_trace(masks, trace.valid, bits, 64)
+    trace = make_trace(masks, trace.valid, trace.bits, 64)
     simulation, surrogate, _ = both(trace, SPEC, is_dense=True)
     assert not any(key.startswith("filter") for key in simulation.operations)
     np.testing.assert_allclose(
@@ -350,7 +350,6 @@ def test_causal_examples_filter_only_pairs_that_exist(is_dense: bool):
     if is_dense:
         exists = causal & valid[:, None, :] & valid[:, :, None]
         masks = np.broadcast_to(exists[None, :, None, None], (1, 3, 2, 1, 48, 48))
-        bits = {name: value for name, value in bits.items() if name != "query_bits"}
     trace = make_trace(masks, valid, bits, 64)
     simulation, surrogate, workload = both(trace, SPEC, is_dense=is_dense, is_causal=True)
     pairs = np.array([[48 * 49 // 2], [29 * 30 // 2], [1]])

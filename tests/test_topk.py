@@ -1,7 +1,5 @@
-"""Exact top-k: bisection against a sort, whole models against emulator and training, counts, and the machine."""
+"""Exact top-k: bisection against a sort, counts, and the machine; whole models are in test_baselines."""
 
-from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -9,58 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
-from tiny_model import existing, tensors
+from test_baselines import random_policy, run_hard
+from tiny_model import existing
 
-from codesign.experiments.exporting import gemm_shapes, trace_of
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape, Setting
 from codesign.hw.operating_points import closed_form_workload
-from codesign.hw.simulator import simulate
 from codesign.hw.spec import load_preset
-from codesign.hw.surrogate import SCOPES, cost
-from codesign.mechanisms import MECHANISMS, dense_beside
+from codesign.hw.surrogate import cost
 from codesign.mechanisms.topk import codes, from_setting, from_strength, score_bits, to_strength
-from codesign.models.transformer import ModelOutput
-from codesign.policy import Policy
 from codesign.references.topk import reference_top
 from codesign.segments import SHARE_ONE, exact_top, soft_exact_top
 
-VARIANTS = pytest.mark.parametrize("variant", ["patches", "bert", "decoder"])
-SOFT_VARIANTS = pytest.mark.parametrize("variant", ["patches", "decoder"])
-"""Without padding and with it, all pairs and causal ones: what soft paths tell apart, at two thirds of the compilation."""
-SCALE = MECHANISMS["topk"].thresholds
 SPEC = load_preset("topk")
-
-
-def policy_of(
-    model: tiny_model.Model, *, seed: int | None = 0, share: float = 1.0, bits: float = 12.0
-) -> Policy:
-    """Random shares, or one."""
-    shape = model.structure
-    policy = tiny_model.shared_policy(shape, attention_bits=bits)
-    size = (shape.num_layers, shape.num_heads, 1)
-    if seed is None:
-        variable = from_setting((share,), size, {})
-    else:
-        variable = from_strength(np.random.default_rng(seed).uniform(0.3, 0.8, size), {})
-    own = {"threshold": jnp.asarray(variable, jnp.float32)}
-    return Policy(layers=policy.layers | own, ends=policy.ends)
-
-
-def run_hard(model: tiny_model.Model, policy: Policy) -> tuple[Any, ModelOutput]:
-    return tiny_model.run_hard(model, policy, model.inputs, mechanism="topk")
-
-
-def run_soft(model: tiny_model.Model, policy: Policy, **changes: Any) -> ModelOutput:
-    return tiny_model.run_soft(
-        model.params,
-        policy,
-        model.calibration,
-        model.inputs,
-        tiny_model.relaxation(**changes),
-        setup=model.config,
-        mechanism="topk",
-    )
 
 
 # Selection
@@ -131,47 +90,10 @@ def test_strengths_settings_and_codes() -> None:
 # Whole models
 
 
-@VARIANTS
-def test_integer_path_equals_the_emulator(variant: str) -> None:
-    model = tiny_model.random_model(variant)
-    _, pairs = existing(model)
-    deployment, output = run_hard(model, policy_of(model, seed=0, bits=16.0))
-    keep = tiny_model.emulated(model, deployment, output)["keep"] & pairs[None, None, :, None]
-    share = np.sum(keep) / (np.sum(pairs) * keep.shape[0] * keep.shape[3])
-    assert 0.2 < share < 0.8
-
-
-@SOFT_VARIANTS
-def test_straight_through_decides_as_the_integer_path(variant: str) -> None:
-    model = tiny_model.random_model(variant)
-    _, pairs = existing(model)
-    policy = policy_of(model, seed=3)
-    hard, soft = run_hard(model, policy)[1], run_soft(model, policy)
-    mask = np.broadcast_to(pairs[None, None, :, None], hard.trace["keep"].shape)
-    agree = np.asarray(soft.trace["keep"]) == hard.trace["keep"]
-    # Float32 rounds a code the other way now and then, and every layer adds to it.
-    assert np.mean(agree[mask]) > 0.99
-    for key, operation in hard.workload.operations.items():
-        other = soft.workload.operations[key]
-        np.testing.assert_allclose(other.count, operation.count, rtol=1e-6, err_msg=key)
-        np.testing.assert_allclose(other.bits_a, operation.bits_a, err_msg=key)
-
-
-def test_all_keys_are_dense_attention_bit_for_bit() -> None:
-    model = tiny_model.random_model("decoder")
-    policy = policy_of(model, seed=None)
-    _, whole = run_hard(model, policy)
-    _, dense = tiny_model.run_hard(model, policy, model.inputs, mechanism="dense")
-    for name, value in tensors(dense).items():
-        np.testing.assert_array_equal(tensors(whole)[name], value, err_msg=name)
-    assert SCALE is not None
-    np.testing.assert_array_equal(SCALE.kept(whole.workload), 1.0)
-
-
-@VARIANTS
+@pytest.mark.parametrize("variant", ["patches", "bert", "decoder"])
 def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
     model = tiny_model.random_model(variant)
-    deployment, output = run_hard(model, policy_of(model, seed=5))
+    deployment, output = run_hard(model, random_policy(model, "topk", seed=5), "topk")
     shape = deployment.structure
     valid, pairs = existing(model)
     keep = (output.trace["keep"] & pairs[None, None, :, None])[:, 0]
@@ -203,14 +125,6 @@ def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
     np.testing.assert_array_equal(workload.streams["key_rest"].bits, 0.0)
 
 
-def test_every_knob_has_a_gradient() -> None:
-    model = tiny_model.random_model("decoder")
-    slopes = tiny_model.knob_slopes(model, policy_of(model, seed=6, bits=11.4), "topk")
-    for knob in ("threshold", "qk_bits", "v_bits", "qkv.weight_bits", "qkv.activation_bits"):
-        assert np.all(np.isfinite(slopes[knob])), knob
-        assert np.all(slopes[knob] != 0.0), knob
-
-
 # The machine
 
 
@@ -235,37 +149,3 @@ def test_rows_of_the_worked_check_take_the_selectors_time() -> None:
     assert busy["dram"] < 78.0
     fill = 64 + 78 + 64 + 32
     assert float(price.attention_cycles[0, 0]) == pytest.approx(512 * 78 + fill, rel=1e-6)
-
-
-@pytest.mark.parametrize("name", ["topk", "dense"])
-@VARIANTS
-def test_simulator_counts_what_the_model_counts(variant: str, name: str) -> None:
-    """Random shares on the machine, and the machine with nothing selected."""
-    model = tiny_model.random_model(variant)
-    mechanism = MECHANISMS["topk"] if name == "topk" else dense_beside(MECHANISMS["topk"])
-    deployment, output = tiny_model.run_hard(
-        model, policy_of(model, seed=7), model.inputs, mechanism=mechanism
-    )
-    inputs = model.inputs if isinstance(model.inputs, Mapping) else {}
-    batch: Any = SimpleNamespace(tensors=output.trace, inputs=inputs)
-    shape = deployment.structure
-    simulation = simulate(
-        trace_of(deployment, batch), SPEC, gemm_shapes(shape), is_causal=shape.is_causal
-    )
-    single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), output.workload)
-    price = cost(single, accelerator_from_spec(SPEC))
-    counts = {key: one.count.sum(axis=2) for key, one in output.workload.operations.items()}
-    assert simulation.operations.keys() == counts.keys()
-    for key, count in simulation.operations.items():
-        np.testing.assert_array_equal(count, counts[key], key)
-    for key, cycles in simulation.busy_cycles.items():
-        if np.any(cycles):
-            np.testing.assert_allclose(cycles, price.unit_busy_cycles[key], rtol=1e-5, err_msg=key)
-    for scope in SCOPES:
-        np.testing.assert_allclose(simulation.energy_pj(scope), price.energy_pj(scope), rtol=1e-5)
-    # The model lets one row more through the slowest stage; rows of a decoder are not alike.
-    rows = np.sum(output.workload.rows["attention"].queries, axis=2)
-    row_cycles = np.max([cycles / rows for cycles in price.unit_busy_cycles.values()], axis=0)
-    apart = price.attention_cycles - simulation.attention_cycles
-    slack = 0.03 * simulation.attention_cycles if shape.is_causal else 1.0
-    assert np.all(apart >= -slack) and np.all(apart <= row_cycles + slack)

@@ -211,6 +211,13 @@ def random_policy(shape: ModelStructure, *, num_rounds: int, seed: int) -> Polic
     )
 
 
+def with_knobs(model: Model, own: Mapping[str, Any], *, attention_bits: float = 12.0) -> Policy:
+    """The shared knobs and a mechanism's own, those in single precision."""
+    policy = shared_policy(model.structure, attention_bits=attention_bits)
+    knobs = {name: jnp.asarray(value, jnp.float32) for name, value in own.items()}
+    return Policy(layers=policy.layers | knobs, ends=policy.ends)
+
+
 def relaxation(temperature: float = 0.3, *, straight_through: bool = True) -> Relaxation:
     return Relaxation(
         temperature=jnp.asarray(temperature),

@@ -2,6 +2,7 @@
 
 from codesign.errors import UnknownNameError
 from codesign.mechanisms.acceltran import acceltran
+from codesign.mechanisms.bitserial import bitserial
 from codesign.mechanisms.dense import dense, dense_beside
 from codesign.mechanisms.energon import energon
 from codesign.mechanisms.esact import esact
@@ -11,7 +12,8 @@ from codesign.mechanisms.sofa import sofa
 from codesign.mechanisms.topk import topk
 
 MECHANISMS = {
-    mechanism.name: mechanism for mechanism in (dense, energon, acceltran, sofa, lapa, esact, topk)
+    mechanism.name: mechanism
+    for mechanism in (dense, energon, acceltran, sofa, lapa, esact, topk, bitserial)
 }
 
 __all__ = ["MECHANISMS", "Hooks", "Mechanism", "dense_beside", "mechanism_by_name"]

@@ -448,7 +448,8 @@ class Mechanism:
       thresholds: The scale of its knob `threshold`; None if it has none.
       has_rounds: Whether the last axis of `threshold` counts rounds of a filter.
       codes: Trained knobs to the integers the chip stores, given the real value of one code by
-        tensor and the mechanism's calibrated ranges, `[L, ...]` (`residual` a scalar).
+        tensor and the mechanism's calibrated ranges, `[L, ...]` (`residual` a scalar); `logit` is that of a score, query
+        times key.
       prune_weight: One layer's trained knobs, kernel and site to the kernel that is quantised and stored.
       soft: Differentiable hooks.
       hard: Integer hooks.

@@ -2,6 +2,7 @@
 
 from codesign.errors import UnknownNameError
 from codesign.references.acceltran import acceltran
+from codesign.references.bitserial import bitserial
 from codesign.references.dense import dense
 from codesign.references.energon import energon
 from codesign.references.esact import esact
@@ -12,7 +13,8 @@ from codesign.references.topk import topk
 from codesign.structure import ModelStructure
 
 REFERENCES = {
-    reference.name: reference for reference in (dense, energon, acceltran, sofa, lapa, esact, topk)
+    reference.name: reference
+    for reference in (dense, energon, acceltran, sofa, lapa, esact, topk, bitserial)
 }
 
 LAYER_TENSORS = (

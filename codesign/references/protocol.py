@@ -89,7 +89,8 @@ class Reference:
       plan: From the structure, one layer's arrays, what enters `qkv`, `[B, T, D]`, and the pairs that exist, to tensors of
         its own.
       filter: From one layer's arrays, query `[B, H, T, d]`, key `[B, H, S, d]`, the pairs that exist, `[B, 1, T, S]`,
-        and the planned tensors, to the kept pairs `[B, H, T, S]` and more tensors without the layer axis.
+        and the planned tensors, to the kept pairs `[B, H, T, S]` and more tensors without the layer axis; `raw_scores`
+        among them are what the softmax takes instead of query times key.
       on_activation: What becomes of a tensor that enters `site`, given one layer's arrays.
       on_output: What becomes of what leaves `attention` (heads side by side, `[B, T, H*d]`) or a branch
         (`attention_branch`, `ffn_branch`), given one layer's arrays and the planned tensors.
