@@ -75,6 +75,7 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
         "threshold.evaluate",
         *(key for key in ATTENTION_OPERATIONS if key != "qk.mac"),
     ),
+    "sanger": (*ATTENTION_OPERATIONS, "filter0.mac", "filter0.exp", "threshold.compare"),
     "sofa": (
         "predict.shift_add",
         "encode.encode",

@@ -44,6 +44,7 @@ __all__ = [
     "grid_levels",
     "layers_second",
     "operation",
+    "piece_statistics",
     "row_statistics",
     "stream",
 ]
@@ -208,6 +209,20 @@ def row_statistics(keys: jax.Array, valid_rows: jax.Array, num_keys: int) -> Row
     segments = gates.straight_through(hard, jnp.sum(keys, axis=2)[..., None] / sizes[None, None, :])
     queries = jnp.broadcast_to(jnp.sum(valid_rows, axis=-1), keys.shape[:2])
     return RowStatistics(segments=segments, queries=queries, maximum=jnp.max(keys, axis=-1))
+
+
+def piece_statistics(weights: jax.Array, size: int) -> RowStatistics:
+    """Returns one layer's statistics of rows cut into pieces of `size` keys, each a row of its own.
+
+    Args:
+      weights: Keep decisions, `[B, H, T, S]`; 0 for keys and queries that do not exist.
+      size: Keys of a piece, a power of two; a last one may be shorter.
+    """
+    missing = -weights.shape[-1] % size
+    padded = jnp.pad(weights, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    pieces = jnp.sum(jnp.reshape(padded, (*weights.shape[:3], -1, size)), axis=-1)
+    keys = jnp.reshape(pieces, (*weights.shape[:2], -1))
+    return row_statistics(keys, jnp.ones((1, 1, keys.shape[-1]), keys.dtype), size)
 
 
 def fetched_vectors(

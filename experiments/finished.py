@@ -270,6 +270,8 @@ def _blank_checkpoint(training: BudgetedTraining, budget: Budget) -> dict[str, A
     def initial() -> dict[str, Any]:
         params = init_params(problem.config.structure, key=jax.random.key(0))
         ranges = float_path(params, one, problem.config, calibrating=True)[1]
+        like = ranges["layers"]["query"]
+        ranges["layers"] |= dict.fromkeys(problem.mechanism.own_ranges, jnp.zeros_like(like))
         policy = start_policy(
             problem,
             linear_bits=problem.experiment.start_linear_bits,

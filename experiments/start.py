@@ -11,7 +11,7 @@ from codesign.calibration import Calibration
 from codesign.experiments.configs import Metric, Scope
 from codesign.experiments.evaluate import Point, deployment, divergence, hard_chunks
 from codesign.experiments.problem import Problem
-from codesign.experiments.teacher import calibrate
+from codesign.experiments.teacher import calibrate, own_ranges
 from codesign.hw.surrogate import SCOPES
 from codesign.policy import Policy, dense_knobs
 
@@ -45,7 +45,19 @@ def ranges_of(calibration: Calibration) -> dict[str, NDArray[np.float64]]:
 
 def measured_ranges(problem: Problem, params: dict[str, Any]) -> Calibration:
     """Returns the static ranges of given weights on the calibration examples."""
-    return calibrate(params, problem.calibration_examples, problem.config, problem.buckets)
+    calibration = calibrate(params, problem.calibration_examples, problem.config, problem.buckets)
+    if not problem.mechanism.own_ranges:
+        return calibration
+    policy = start_policy(problem, linear_bits=8.0, attention_bits=16.0)
+    return own_ranges(
+        params,
+        policy,
+        calibration,
+        problem.mechanism,
+        problem.calibration_examples,
+        problem.config,
+        problem.buckets,
+    )
 
 
 def start_point(problem: Problem) -> Point:

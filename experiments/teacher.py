@@ -5,19 +5,24 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
 from codesign.calibration import Calibration, floored, merge
 from codesign.experiments.batches import Inputs, chunks
 from codesign.experiments.data import Examples, Part
-from codesign.mechanisms import MECHANISMS
+from codesign.gates import Relaxation
+from codesign.mechanisms import MECHANISMS, Mechanism
 from codesign.models.config import ModelConfig
 from codesign.models.model import apply
+from codesign.policy import Policy
 from codesign.structure import ModelStructure, PatchInput
 
 FLOAT_PAIRS = 2**24
 """Most query-key pairs of all heads and examples of a call of the float path: an array of them takes 64 MiB."""
+MEASURING = Relaxation(temperature=jnp.ones(()), smoothness=jnp.ones(()))
+"""Path on which a mechanism's own ranges are measured; deployed decisions, so that no width matters."""
 FLOAT_CHUNK = 256
 """Most examples of such a call."""
 
@@ -65,6 +70,39 @@ def calibrate(
         observed = float_path(params, inputs, config, calibrating=True)[1]
         measured.append(Calibration(layers=observed["layers"], ends=observed["ends"]))
     return floored(functools.reduce(merge, measured))
+
+
+def own_ranges(
+    params: dict[str, Any],
+    policy: Policy,
+    calibration: Calibration,
+    mechanism: Mechanism,
+    examples: Examples,
+    config: ModelConfig,
+    buckets: tuple[int, ...],
+) -> Calibration:
+    """Returns the calibration with the ranges that a mechanism wants besides, measured on its training path."""
+
+    @jax.jit
+    def observed(params: dict[str, Any], inputs: Inputs) -> dict[str, jax.Array]:
+        output = apply(
+            params,
+            policy,
+            calibration,
+            inputs,
+            config=config,
+            mechanism=mechanism,
+            relaxation=MEASURING,
+            calibrating=True,
+        )
+        return {name: output.observed["layers"][name] for name in mechanism.own_ranges}
+
+    measured = [
+        Calibration(layers=observed(params, inputs), ends={})
+        for inputs, _ in chunks(examples, float_chunk(config), buckets)
+    ]
+    own = floored(functools.reduce(merge, measured))
+    return Calibration(layers=calibration.layers | own.layers, ends=calibration.ends)
 
 
 class Teacher:

@@ -38,6 +38,7 @@ class UnitStructure:
     scales_with_bits: bool
     overhead_cycles: float
     reads_b: str | None
+    shared_reads: float
     groups: int
     group_rows: float
     shares_heads: bool
@@ -324,6 +325,7 @@ def _unit(spec: AcceleratorSpec, name: str) -> UnitStructure:
         scales_with_bits=unit.scaling == "au_scales" and spec.switches.au_scales.value,
         overhead_cycles=0.0 if unit.overhead is None else unit.overhead.value,
         reads_b=unit.reads_b,
+        shared_reads=1.0 if unit.shared_reads is None else unit.shared_reads.value,
         groups=1 if unit.groups is None else int(unit.groups.value),
         group_rows=1.0 if spec.pipeline.rows_at_once is None else spec.pipeline.rows_at_once.value,
         shares_heads=unit.shares_heads is not None and unit.shares_heads.value,

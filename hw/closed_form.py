@@ -10,6 +10,7 @@ import numpy as np
 
 from codesign.errors import UnknownNameError
 from codesign.references.bitserial import CODE_BITS
+from codesign.references.sanger import LOW_BITS, PIECE, PROBABILITY_SHIFT
 from codesign.vocabulary import SITES
 from codesign.workload import (
     Gemm,
@@ -222,6 +223,55 @@ def serial_workload(shape: ModelShape, setting: Setting) -> Workload:
         streams={name: value for name, value in whole.streams.items() if name != "key_rest"},
     )
     return result
+
+
+def packed_workload(shape: ModelShape, setting: Setting) -> Workload:
+    """Returns one example's workload `[1, L, 1]` on a machine that packs the pairs of a 4-bit mask.
+
+    `kept` is what is left of a row, alike in all its pieces of 64 keys; without it nothing is predicted.
+    """
+    kept = setting.kept[-1] if setting.kept else 1.0
+    low = float(LOW_BITS)
+    rounds = dataclasses.replace(
+        setting, kept=setting.kept[-1:], query_bits=low, key_bits=(low,) * len(setting.kept[-1:])
+    )
+    whole = workload_from_fractions(shape, rounds)
+    rows = whole.rows | {"packed": _pieces(kept, shape)}
+    if not setting.kept:
+        every: Workload = whole.replace(rows=rows)  # type: ignore[attr-defined]
+        return every
+    pairs = whole.operations["filter0.compare"].count
+
+    def operation(bits_a: float, bits_b: float) -> Operation:
+        return Operation(count=pairs, bits_a=scalar(bits_a, shape), bits_b=scalar(bits_b, shape))
+
+    dropped = ("filter0.compare", "filter0.statistic", "threshold.evaluate", "index.bits")
+    operations = {key: value for key, value in whole.operations.items() if key not in dropped}
+    operations |= {
+        "filter0.exp": operation(low, low),
+        "threshold.compare": operation(float(PROBABILITY_SHIFT), 1.0),
+    }
+    rest = whole.streams["key_rest"].replace(bits=scalar(setting.qk_bits, shape))  # type: ignore[attr-defined]
+    result: Workload = whole.replace(  # type: ignore[attr-defined]
+        operations=operations, rows=rows, streams=whole.streams | {"key_rest": rest}
+    )
+    return result
+
+
+def _pieces(kept: float, shape: ModelShape) -> RowStatistics:
+    """Returns the statistics of pieces of 64 keys, of which every row keeps the same fraction."""
+    starts = np.arange(0, shape.num_tokens, PIECE)
+    keys = kept * np.clip(row_lengths(shape)[:, None] - starts[None, :], 0, PIECE)
+    sizes = 2.0 ** np.arange(grid_levels(PIECE))
+    steps = [
+        np.sum(np.where(keys > 0, np.maximum(keys / size, 1.0), 0.0) if size > 1 else keys)
+        for size in sizes
+    ]
+    return RowStatistics(
+        segments=_block(np.asarray(steps) * shape.num_heads, shape),
+        queries=scalar(float(keys.size * shape.num_heads), shape),
+        maximum=scalar(float(np.max(keys)), shape),
+    )
 
 
 def _densities(shape: ModelShape, setting: Setting) -> dict[str, jax.Array]:

@@ -20,6 +20,7 @@ from codesign.references.integers import (
     Integers,
     exact_matmul,
     exact_product,
+    exponentials,
     limit,
     linear_output,
     requantise,
@@ -80,12 +81,6 @@ def normalise(
 
 
 @functools.cache
-def exp_table() -> Integers:
-    """Returns 2**16 * 2**(-x) at the middle of 4096 steps of x in [0, 1), `[4096]`."""
-    return np.rint(2.0**16 * 2.0 ** (-(np.arange(4096) + 0.5) / 4096)).astype(np.int64)
-
-
-@functools.cache
 def reciprocal_table() -> Integers:
     """Returns 2**28 / x at the middle of 4096 unit steps of x in [4096, 8192), `[4096]`."""
     middles = np.arange(4096, 8192, dtype=np.float64) + 0.5
@@ -109,9 +104,7 @@ def softmax_codes(
     """
     maximum = np.where(kept, scores, np.iinfo(np.int64).min).max(axis=-1, keepdims=True)
     distance = np.where(kept, maximum - scores, 0)
-    octaves = exact_product(distance, mantissa) >> np.asarray(shift, np.int64)
-    exponential = exp_table()[octaves & 4095] >> np.minimum(octaves >> 12, 31)
-    exponential = np.where(kept, exponential, 0)
+    exponential = np.where(kept, exponentials(distance, mantissa, shift), 0)
     total = np.maximum(exponential.sum(axis=-1, keepdims=True), _MIN_TOTAL)
     floor_log2 = np.frexp(total.astype(np.float64))[1].astype(np.int64) - 1
     reciprocal = reciprocal_table()[(total >> (floor_log2 - 12)) - 4096]

@@ -200,7 +200,7 @@ def operation_energy_pj(workload: Workload, accelerator: Accelerator) -> dict[st
         count = jnp.sum(operation.count, axis=2) * density_of(key, unit, workload)
         add_to(energy, unit.name, count * price_pj(unit, kind, bits_a, bits_b))
         if unit.reads_b is not None and matches(key, unit.paces):
-            read_bytes = count * (bits_b / units.BITS_PER_BYTE)
+            read_bytes = count * (bits_b / (units.BITS_PER_BYTE * unit.shared_reads))
             add_to(energy, unit.reads_b, read_bytes * per_byte[unit.reads_b])
     return energy
 

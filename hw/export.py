@@ -28,6 +28,7 @@ from codesign.references import (
     reference_by_name,
     tensor_shapes,
 )
+from codesign.references.integers import exp_table
 from codesign.structure import ModelStructure, PatchInput
 
 CONFIG_FILE = "config.json"
@@ -95,7 +96,7 @@ class ReplayReport:
 
 
 _FIXED_TABLES: dict[str, Callable[[], Array]] = {
-    "exp_table": emulator.exp_table,
+    "exp_table": exp_table,
     "reciprocal_table": emulator.reciprocal_table,
 }
 

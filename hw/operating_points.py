@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from codesign.hw.closed_form import (
     ModelShape,
     Setting,
+    packed_workload,
     scored_workload,
     serial_workload,
     workload_from_fractions,
@@ -80,6 +81,7 @@ def skips_zeros(spec: AcceleratorSpec) -> bool:
 CLOSED_FORMS: dict[str, Callable[[ModelShape, Setting], Workload]] = {
     "topk": scored_workload,
     "bitserial": serial_workload,
+    "sanger": packed_workload,
     "sofa": functools.partial(on_demand_workload, sorts=True),
     "lapa": functools.partial(on_demand_workload, sorts=False),
     "esact": similar_rows_workload,

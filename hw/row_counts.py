@@ -12,6 +12,7 @@ from codesign import units
 from codesign.hw.simulation import Trace
 from codesign.hw.spec import AcceleratorSpec
 from codesign.references.bitserial import CODE_BITS
+from codesign.references.sanger import LOW_BITS, PIECE, PROBABILITY_SHIFT
 
 Widths = Mapping[str, np.ndarray]
 
@@ -21,11 +22,13 @@ class Masks:
     """Facts read off the masks.
 
     `keys[r]` is the number of keys of each query row that enter round r, the last entry what attention runs on,
-    `[R + 1, L, B, H, T]`; `vectors` the key vectors fetched for them, `[R + 1, L, B, H]`; `valid` `[B, T]`.
+    `[R + 1, L, B, H, T]`; `vectors` the key vectors fetched for them, `[R + 1, L, B, H]`; `pieces` are the keys that
+    attention runs on by piece of a row, `[L, B, H, T, n]`; `valid` `[B, T]`.
     """
 
     keys: np.ndarray
     vectors: np.ndarray
+    pieces: np.ndarray
     valid: np.ndarray
 
     @property
@@ -56,7 +59,7 @@ class Facts:
         head_bytes = valid.sum(axis=1) * trace.head_dim / units.BITS_PER_BYTE
         block = int(spec.pipeline.query_block.value)
         key_bits = self.bits["qk_bits"] if key_bits is None else key_bits
-        keys, vectors = [], []
+        keys, vectors, pieces = [], [], []
         for layer in range(trace.packed.shape[0]):
             keep = trace.keep(layer)
             exists = valid[:, None, :, None] & valid[:, None, None, :]
@@ -74,6 +77,8 @@ class Facts:
                 axis=0,
             )
             keys.append([mask.sum(axis=-1) for mask in entering])
+            cuts = np.arange(0, exists.shape[-1], PIECE)
+            pieces.append(np.add.reduceat(entering[-1], cuts, axis=-1, dtype=np.int64))
             vectors.append(
                 [
                     np.where(fits[:, None], _fetched(mask, mask.shape[2]), _fetched(mask, block))
@@ -83,6 +88,7 @@ class Facts:
         return Masks(
             keys=np.moveaxis(np.asarray(keys, np.int64), 1, 0),
             vectors=np.moveaxis(np.asarray(vectors, np.int64), 1, 0),
+            pieces=np.asarray(pieces),
             valid=valid,
         )
 
@@ -92,7 +98,8 @@ class RowCounts:
     """What a batch brings to a machine.
 
     Attributes:
-      keys: Keys of each row by set of rows (`filter0`, ..., `all`, `attention`), `[L, B, H, T]`.
+      keys: Keys of each row by set of rows (`filter0`, ..., `all`, `attention`), `[L, B, H, T]`, of `packed` by its
+        pieces, `[L, B, H, T, n]`.
       operations: Counts by `stage.kind`, `[L, B, H]`.
       widths: Bits of both operands by operation, `[L]`.
       vectors: Vectors moved by stream, `[L, B, H]`, and the bits of their elements, `[L]`.
@@ -159,7 +166,10 @@ def _attention(masks: Masks, trace: Trace, bits: Widths) -> RowCounts:
         "value": (masks.vectors[-1], value),
     }
     return RowCounts(
-        keys={"attention": masks.keys[-1]}, operations=operations, widths=widths, vectors=vectors
+        keys={"attention": masks.keys[-1], "packed": masks.pieces},
+        operations=operations,
+        widths=widths,
+        vectors=vectors,
     )
 
 
@@ -217,6 +227,7 @@ def _whole_planes(facts: Facts) -> RowCounts:
     every = Masks(
         keys=np.repeat(once.keys[-1:], CODE_BITS + 1, axis=0),
         vectors=np.repeat(once.vectors[-1:], CODE_BITS + 1, axis=0),
+        pieces=once.pieces,
         valid=once.valid,
     )
     return _one_bit_planes(facts, every, number)
@@ -256,10 +267,32 @@ def _top(facts: Facts) -> RowCounts:
     return _attention(masks, trace, bits) | own
 
 
+def _mask(facts: Facts) -> RowCounts:
+    """Returns 4-bit scores of all pairs, their probabilities, and attention on the mask (Sanger)."""
+    masks, low = facts.masks(1), np.full_like(facts.bits["qk_bits"], LOW_BITS)
+    pairs = masks.keys[0].sum(axis=-1)
+    own = RowCounts(
+        keys={"filter0": masks.keys[0]},
+        operations={
+            "filter0.mac": pairs * facts.trace.head_dim,
+            "filter0.exp": pairs,
+            "threshold.compare": pairs,
+        },
+        widths={
+            "filter0.mac": (low, low),
+            "filter0.exp": (low, low),
+            "threshold.compare": (np.full_like(low, PROBABILITY_SHIFT), np.ones_like(low)),
+        },
+        vectors={"key0": (masks.vectors[0], low)},
+    )
+    return _attention(masks, facts.trace, facts.bits) | own
+
+
 _FINDERS: dict[str, Callable[[Facts], RowCounts]] = {
     "energon": _rounds,
     "topk": _top,
     "bitserial": _serial,
+    "sanger": _mask,
 }
 """What each mechanism brings to its machine."""
 

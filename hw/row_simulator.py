@@ -127,6 +127,8 @@ def _row_cycles(
     for key in paced:
         rows = work.keys[key.partition(".")[0] if unit.rows == "filter*" else str(unit.rows)]
         steps = -(-rows // int(unit.lanes.value)) * per_key
+        if unit.rows == "packed":
+            steps = steps.sum(axis=-1)
         cycles += steps * _passes(unit, spec, work.widths[key])
     if unit.utilisation is not None:
         cycles /= unit.utilisation.value

@@ -200,7 +200,8 @@ def operation_energy(
         spent = count * (constant + product * bits_a * bits_b)[None, :]
         total[name] = total.get(name, 0.0) + spent
         if unit.reads_b is not None and matches(key, unit.paces):
-            read_bytes = count * bits_b[None, :] / units.BITS_PER_BYTE
+            shared = 1.0 if unit.shared_reads is None else unit.shared_reads.value
+            read_bytes = count * bits_b[None, :] / (units.BITS_PER_BYTE * shared)
             spent = read_bytes * energy.buffer_pj_per_byte(spec, unit.reads_b)
             total[unit.reads_b] = total.get(unit.reads_b, 0.0) + spent
     return total

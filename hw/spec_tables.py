@@ -34,8 +34,9 @@ from codesign.hw.quantities import (
     Voltage,
 )
 
-ROW_SETS = ("filter*", "all", "attention")
-"""Row statistics of a workload that may pace a unit; `*` is the served operation's round, `all` existing keys."""
+ROW_SETS = ("filter*", "all", "attention", "packed")
+"""Row statistics of a workload that may pace a unit: `*` is the served operation's round, `all` existing keys, `packed`
+rows of kept keys in pieces of 64."""
 
 
 class Choice(Strict):
@@ -89,7 +90,7 @@ class Unit(Strict):
     paced_by: Text | tuple[Text, ...]
     """The served operations that take the unit's time, one after the other; the rest ride along."""
     rule: Literal["rows", "flat", "blocks", "groups"]
-    rows: Literal["filter*", "all", "attention"] | None = None
+    rows: Literal["filter*", "all", "attention", "packed"] | None = None
     """Row statistics of rule `rows`."""
     lanes: Lanes
     """Lanes of the unit, or of each processing element where the machine has them."""
@@ -117,6 +118,8 @@ class Unit(Strict):
     accumulator: Bits | None = None
     reads_b: Text | None = None
     """Buffer from which operand b of the pacing operation is read, once per operation."""
+    shared_reads: Rows | None = None
+    """Query rows that take operand b from one read; absent: 1."""
     energy: dict[str, Energy] = {}
     """Energy of a kind of operation, where the formula of the energy table is replaced."""
     area: AreaPerLane | None = None

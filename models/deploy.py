@@ -16,7 +16,6 @@ from codesign.mechanisms.protocol import Mechanism
 from codesign.models.config import ModelConfig
 from codesign.models.integer import (
     BIAS_FRACTION_BITS,
-    EXP_FRACTION_BITS,
     GAIN_SHIFT,
     NORM_FRACTION_BITS,
     RECIPROCAL_BITS,
@@ -25,6 +24,7 @@ from codesign.models.integer import (
 from codesign.policy import ATTENTION_BITS, Policy, deployed_bits, group
 from codesign.quantize import code_limit, multiplier, quantize_codes
 from codesign.structure import ACTIVATION_LIMIT, ModelStructure, PatchInput
+from codesign.tables import EXP_FRACTION_BITS, exp_table
 from codesign.vocabulary import BLOCK_SITES
 
 
@@ -58,14 +58,6 @@ class Deployment:
             return real / self.structure.max_tokens
         number: NDArray[np.int64] = np.maximum(np.sum(valid, axis=1), 1)
         return real / number[:, None]
-
-
-def exp_table() -> NDArray[np.int64]:
-    """Returns 2^16 * 2^-((f + 1/2) / 4096) for f = 0..4095, rounded."""
-    entries = 2**EXP_FRACTION_BITS
-    fractions = (np.arange(entries) + 0.5) / entries
-    table: NDArray[np.int64] = np.rint(2.0**16 * 2.0**-fractions).astype(np.int64)
-    return table
 
 
 def reciprocal_table() -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from codesign.mechanisms.protocol import OPERANDS, Hooks, Operands, part_columns
 from codesign.quantize import exact_einsum
 from codesign.structure import ACTIVATION_LIMIT, ModelStructure
+from codesign.tables import look_up, quotient, table_exponentials
 from codesign.vocabulary import BLOCK_SITES
 
 RESIDUAL_LIMIT = 32767
@@ -22,8 +23,6 @@ GAIN_SHIFT = 30
 """Fraction bits of gain (with those of the value) and bias in a normalisation."""
 BIAS_FRACTION_BITS = 8
 """Fraction bits of an accumulator below the scale of its products, for the bias."""
-EXP_FRACTION_BITS = 12
-"""Fraction bits of the exponent's table index: 4096 entries."""
 RECIPROCAL_BITS = 12
 """Bits that index the reciprocal table: 4096 entries."""
 LINEAR_CODE_BITS = 8
@@ -61,17 +60,6 @@ def requantize(value: jax.Array, mantissa: jax.Array, shift: jax.Array) -> jax.A
     return jnp.round(wide(value) * wide(mantissa) * scale)
 
 
-def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns a / b correctly rounded; `b` is broadcast against `a`.
-
-    XLA turns a division by a broadcast value into a product with its reciprocal, and one by a square root into a product
-    with the reciprocal square root: neither is correctly rounded. It cannot know what lies behind a barrier.
-    """
-    divisor = jnp.broadcast_to(b, a.shape)
-    hidden: jax.Array = jax.lax.optimization_barrier(divisor)  # type: ignore[no-untyped-call]
-    return a / hidden
-
-
 def normalize(
     r: jax.Array, gain: jax.Array, bias: jax.Array, largest: jax.Array | int, epsilon: jax.Array
 ) -> jax.Array:
@@ -84,11 +72,6 @@ def normalize(
     fixed = jnp.round(unit * 2.0**NORM_FRACTION_BITS)
     scaled = fixed * wide(gain)[None, None, :] + wide(bias)[None, None, :]
     return saturate(jnp.round(scaled * 2.0**-GAIN_SHIFT), largest)
-
-
-def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
-    """Returns the entries of a table of codes, int32; every index must lie within it."""
-    return table.astype(jnp.int32).at[index].get(mode="promise_in_bounds")
 
 
 class IntegerArithmetic:
@@ -179,14 +162,12 @@ class IntegerArithmetic:
         kept = weights > 0.5
         top = jnp.max(jnp.where(kept, scores, -jnp.inf), axis=-1, keepdims=True)
         distance = jnp.where(kept, top - scores, 0.0)
-        mantissa, shift = (self.arrays[f"exp_{part}"] for part in ("mantissa", "shift"))
-        scale = wide(mantissa) * jnp.ldexp(1.0, -shift.astype(jnp.int32))
-        # From 31 octaves on nothing is left: the index is limited to what int32 holds.
-        index = jnp.minimum(jnp.floor(distance * scale), 32.0 * 2**EXP_FRACTION_BITS - 1.0)
-        index = index.astype(jnp.int32)
-        fraction = jnp.bitwise_and(index, 2**EXP_FRACTION_BITS - 1)
-        octaves = jnp.right_shift(index, EXP_FRACTION_BITS)
-        powers = jnp.right_shift(look_up(self.tables["exp_table"], fraction), octaves)
+        powers = table_exponentials(
+            distance,
+            self.arrays["exp_mantissa"],
+            self.arrays["exp_shift"],
+            self.tables["exp_table"],
+        )
         masses = wide(jnp.where(kept, powers, 0))
         total = jnp.sum(masses, axis=-1, keepdims=True).astype(jnp.int64)
         total = jnp.maximum(total, 2**RECIPROCAL_BITS)

@@ -45,6 +45,7 @@ MECHANISMS = {
     "esact": 0,
     "topk": 1,
     "bitserial": 1,
+    "sanger": 1,
 }
 """Rounds by mechanism."""
 
@@ -388,6 +389,13 @@ def build(
             largest = np.abs(values["raw_scores"]).max() / unit
             distances = np.linspace(0.1, 0.6, shape.num_heads) * largest
             arrays["threshold"] = distances.astype(np.int64)[:, None]
+        if shape.mechanism == "sanger":
+            probabilities = np.linspace(0.02, 0.2, shape.num_heads) * 2**16
+            arrays["threshold"] = probabilities.astype(np.int64)[:, None]
+            arrays["query_range"], arrays["key_range"] = np.asarray(26000), np.asarray(22000)
+            unit = scale["raw_scores"] / np.sqrt(shape.head_dim) * 4.0 ** (attention_bits - 8)
+            unit *= 26000 * 22000 / (7 * 2**15) ** 2
+            arrays["mask_mantissa"], arrays["mask_shift"] = multiplier(unit * np.log2(np.e) * 4096)
         if shape.mechanism == "acceltran":
             sites = "query key value raw_scores probabilities context attention_branch gelu"
             quantiles = [

@@ -28,7 +28,7 @@ LAYERS = {
 
 # Inside `codesign`: a module imports from its own line or from those above, never from below.
 ORDER = [
-    {"units", "errors", "vocabulary", "backward"},
+    {"units", "errors", "vocabulary", "backward", "tables"},
     {"quantize", "gates"},
     {
         "workload",

@@ -20,12 +20,12 @@ from codesign.mechanisms import MECHANISMS, dense_beside
 from codesign.policy import Policy
 from codesign.references import reference_by_name
 
-BASELINES = ("topk", "bitserial")
+BASELINES = ("topk", "bitserial", "sanger")
 BASELINE = pytest.mark.parametrize("name", BASELINES)
 VARIANTS = pytest.mark.parametrize("variant", ["patches", "bert", "decoder"])
 SOFT_VARIANTS = pytest.mark.parametrize("variant", ["patches", "decoder"])
 """Without padding and with it, all pairs and causal ones: what soft paths tell apart, at two thirds of the compilation."""
-SPREAD = {"topk": (0.3, 0.8), "bitserial": (0.75, 0.97)}
+SPREAD = {"topk": (0.3, 0.8), "bitserial": (0.75, 0.97), "sanger": (0.7, 0.95)}
 """Strengths between which random policies drop some pairs of a random model and keep some."""
 
 FRACTIONAL = {"bitserial": {"plane_bits": 9.4}}
@@ -34,6 +34,12 @@ FRACTIONAL = {"bitserial": {"plane_bits": 9.4}}
 
 def ranges_of(model: tiny_model.Model) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in model.calibration.layers.items()}
+
+
+def model_of(variant: str, name: str) -> tiny_model.Model:
+    """A random model with the ranges that the mechanism wants."""
+    model = tiny_model.random_model(variant)
+    return tiny_model.with_own_ranges(model, name) if MECHANISMS[name].own_ranges else model
 
 
 def random_policy(
@@ -56,7 +62,7 @@ def run_hard(model: tiny_model.Model, policy: Policy, name: str) -> tuple[Any, A
 @VARIANTS
 @BASELINE
 def test_integer_path_equals_the_emulator(name: str, variant: str) -> None:
-    model = tiny_model.random_model(variant)
+    model = model_of(variant, name)
     _, pairs = existing(model)
     deployment, output = run_hard(model, random_policy(model, name, seed=0, bits=16.0), name)
     found = tiny_model.emulated(model, deployment, output)
@@ -69,7 +75,7 @@ def test_integer_path_equals_the_emulator(name: str, variant: str) -> None:
 @SOFT_VARIANTS
 @BASELINE
 def test_straight_through_decides_as_the_integer_path(name: str, variant: str) -> None:
-    model = tiny_model.random_model(variant)
+    model = model_of(variant, name)
     _, pairs = existing(model)
     policy = random_policy(model, name, seed=3)
     hard = run_hard(model, policy, name)[1]
@@ -98,7 +104,7 @@ def test_straight_through_decides_as_the_integer_path(name: str, variant: str) -
 
 @BASELINE
 def test_nothing_dropped_is_dense_attention_bit_for_bit(name: str) -> None:
-    model = tiny_model.random_model("decoder")
+    model = model_of("decoder", name)
     shape, mechanism = model.structure, MECHANISMS[name]
     scale = mechanism.thresholds
     assert scale is not None
@@ -116,7 +122,7 @@ def test_nothing_dropped_is_dense_attention_bit_for_bit(name: str) -> None:
 
 @BASELINE
 def test_every_knob_has_a_gradient(name: str) -> None:
-    model = tiny_model.random_model("decoder")
+    model = model_of("decoder", name)
     policy = random_policy(model, name, seed=6, bits=11.4, **FRACTIONAL.get(name, {}))
     slopes = tiny_model.knob_slopes(model, policy, name)
     own = MECHANISMS[name].knobs(1, 1)
@@ -130,7 +136,7 @@ def test_every_knob_has_a_gradient(name: str) -> None:
 @BASELINE
 def test_simulator_counts_what_the_model_counts(name: str, variant: str, is_dense: bool) -> None:
     """Random thresholds on the machine, and the machine with nothing dropped."""
-    model = tiny_model.random_model(variant)
+    model = model_of(variant, name)
     spec = load_preset(name)
     mechanism = dense_beside(MECHANISMS[name]) if is_dense else MECHANISMS[name]
     deployment, output = tiny_model.run_hard(

@@ -11,6 +11,7 @@ from codesign.hw import emulator
 from codesign.hw.export import first_difference
 from codesign.mechanisms import mechanism_by_name
 from codesign.models.model import apply_hard
+from codesign.references.integers import exp_table
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,9 @@ from codesign.models.model import apply_hard
         ("patches", "bitserial", 16),
         ("bert", "bitserial", 8),
         ("decoder", "bitserial", 12),
+        ("patches", "sanger", 16),
+        ("bert", "sanger", 8),
+        ("decoder", "sanger", 12),
     ],
 )
 def test_jax_path_agrees_in_every_bit(variant: str, mechanism: str, bits: int) -> None:
@@ -48,7 +52,7 @@ def test_jax_path_agrees_in_every_bit(variant: str, mechanism: str, bits: int) -
     deployment, inputs = random_deployment.build(
         shape, seed=bits, attention_bits=bits, threshold=threshold
     )
-    tables = {"exp_table": emulator.exp_table(), "reciprocal_table": emulator.reciprocal_table()}
+    tables = {"exp_table": exp_table(), "reciprocal_table": emulator.reciprocal_table()}
     hard_fn = functools.partial(
         apply_hard, structure=shape, mechanism=mechanism_by_name(mechanism), tracing=True
     )

@@ -14,7 +14,7 @@ from codesign.experiments.configs import digits
 from codesign.experiments.data import Examples
 from codesign.experiments.evaluate import hard_chunks
 from codesign.experiments.problem import load_problem
-from codesign.experiments.teacher import calibrate
+from codesign.experiments.teacher import calibrate, own_ranges
 from codesign.hw import emulator
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.export import first_difference
@@ -35,6 +35,7 @@ MECHANISMS = pytest.mark.parametrize(
         ("esact", "esact"),
         ("topk", "topk"),
         ("bitserial", "bitserial"),
+        ("sanger", "sanger"),
     ],
 )
 NUM_TOKENS = 128
@@ -57,7 +58,7 @@ def test_minilm_agrees_in_every_bit(name: str, preset: str) -> None:
         inputs={"tokens": tokens.astype(np.int32), "valid": valid},
         labels=np.zeros(len(lengths), np.int32),
     )
-    calibration = calibrate(checkpoint.params, examples, checkpoint.config, (NUM_TOKENS,))
+    calibration = calibrated(checkpoint.params, checkpoint.config, examples, (NUM_TOKENS,), name)
     check(checkpoint.params, calibration, checkpoint.config, examples, (NUM_TOKENS,), name, preset)
 
 
@@ -70,12 +71,32 @@ def dense_digits(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @MECHANISMS
 def test_digits_agree_in_every_bit(dense_digits: Any, name: str, preset: str) -> None:
     problem = dense_digits
-    calibration = calibrate(
-        problem.params, problem.calibration_examples, problem.config, problem.buckets
+    calibration = calibrated(
+        problem.params, problem.config, problem.calibration_examples, problem.buckets, name
     )
     # A mechanism with one mask decides 26 thousand times an example.
     examples = problem.task.part("train").first(420)
     check(problem.params, calibration, problem.config, examples, problem.buckets, name, preset)
+
+
+def calibrated(
+    params: dict[str, Any],
+    config: ModelConfig,
+    examples: Examples,
+    buckets: tuple[int, ...],
+    name: str,
+) -> Calibration:
+    """The model's ranges and those of the mechanism."""
+    calibration = calibrate(params, examples, config, buckets)
+    mechanism, structure = mechanism_by_name(name), config.structure
+    knobs = dense_knobs(
+        structure.num_layers, linear_bits=8.0, attention_bits=16.0, end_sites=structure.end_sites
+    )
+    own = mechanism.knobs(structure.num_layers, structure.num_heads)
+    policy = Policy(layers=knobs.layers | own, ends=knobs.ends)
+    if not mechanism.own_ranges:
+        return calibration
+    return own_ranges(params, policy, calibration, mechanism, examples, config, buckets)
 
 
 def check(

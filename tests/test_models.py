@@ -19,12 +19,12 @@ from codesign.calibration import Calibration
 from codesign.hw import emulator
 from codesign.mechanisms import MECHANISMS
 from codesign.models import deploy
-from codesign.models.integer import quotient
 from codesign.models.model import apply, apply_hard
 from codesign.models.parameters import init_params
 from codesign.models.transformer import ModelOutput
 from codesign.policy import Policy
 from codesign.references import layer_shapes
+from codesign.tables import exp_table, quotient
 
 # All tests but one share it, so that each path compiles once.
 BATCH = 16
@@ -253,7 +253,7 @@ def test_the_program_does_not_grow_with_depth() -> None:
 
         filtering = dataclasses.replace(shape, mechanism="energon", num_rounds=2)
         tables = {
-            "exp_table": deploy.exp_table().shape,
+            "exp_table": exp_table().shape,
             "reciprocal_table": deploy.reciprocal_table().shape,
         }
         with jax.enable_x64(True):

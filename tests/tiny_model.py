@@ -218,6 +218,32 @@ def with_knobs(model: Model, own: Mapping[str, Any], *, attention_bits: float = 
     return Policy(layers=policy.layers | knobs, ends=policy.ends)
 
 
+@functools.cache
+def with_own_ranges(model: Model, name: str) -> Model:
+    """The model with the ranges that a mechanism wants, measured at the start of its policy."""
+    mechanism, shape = MECHANISMS[name], model.structure
+    policy = with_knobs(model, mechanism.knobs(shape.num_layers, shape.num_heads))
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def observed(inputs: Any) -> dict[str, jax.Array]:
+        output = models.apply(
+            model.params,
+            policy,
+            model.calibration,
+            inputs,
+            config=model.config,
+            mechanism=mechanism,
+            relaxation=relaxation(),
+            calibrating=True,
+        )
+        return {key: output.observed["layers"][key] for key in mechanism.own_ranges}
+
+    with jax.enable_x64(False):
+        layers = model.calibration.layers | observed(as_inputs(model.inputs))
+    calibration = Calibration(layers=layers, ends=model.calibration.ends)
+    return dataclasses.replace(model, calibration=calibration)
+
+
 def relaxation(temperature: float = 0.3, *, straight_through: bool = True) -> Relaxation:
     return Relaxation(
         temperature=jnp.asarray(temperature),

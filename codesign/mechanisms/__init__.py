@@ -8,12 +8,13 @@ from codesign.mechanisms.energon import energon
 from codesign.mechanisms.esact import esact
 from codesign.mechanisms.lapa import lapa
 from codesign.mechanisms.protocol import Hooks, Mechanism
+from codesign.mechanisms.sanger import sanger
 from codesign.mechanisms.sofa import sofa
 from codesign.mechanisms.topk import topk
 
 MECHANISMS = {
     mechanism.name: mechanism
-    for mechanism in (dense, energon, acceltran, sofa, lapa, esact, topk, bitserial)
+    for mechanism in (dense, energon, acceltran, sofa, lapa, esact, topk, bitserial, sanger)
 }
 
 __all__ = ["MECHANISMS", "Hooks", "Mechanism", "dense_beside", "mechanism_by_name"]

@@ -450,6 +450,7 @@ class Mechanism:
       codes: Trained knobs to the integers the chip stores, given the real value of one code by
         tensor and the mechanism's calibrated ranges, `[L, ...]` (`residual` a scalar); `logit` is that of a score, query
         times key.
+      own_ranges: Names of the ranges that it wants calibrated besides those of every model (`Context.calibrated`).
       prune_weight: One layer's trained knobs, kernel and site to the kernel that is quantised and stored.
       soft: Differentiable hooks.
       hard: Integer hooks.
@@ -464,6 +465,7 @@ class Mechanism:
     codes: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], dict[str, np.ndarray]] = (
         no_codes
     )
+    own_ranges: tuple[str, ...] = ()
     prune_weight: Callable[[Mapping[str, np.ndarray], np.ndarray, str], np.ndarray] = stored_whole
     soft: Hooks = field(default_factory=Hooks)
     hard: Hooks = field(default_factory=Hooks)

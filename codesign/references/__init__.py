@@ -8,13 +8,14 @@ from codesign.references.energon import energon
 from codesign.references.esact import esact
 from codesign.references.lapa import lapa
 from codesign.references.protocol import Reference, Shapes
+from codesign.references.sanger import sanger
 from codesign.references.sofa import sofa
 from codesign.references.topk import topk
 from codesign.structure import ModelStructure
 
 REFERENCES = {
     reference.name: reference
-    for reference in (dense, energon, acceltran, sofa, lapa, esact, topk, bitserial)
+    for reference in (dense, energon, acceltran, sofa, lapa, esact, topk, bitserial, sanger)
 }
 
 LAYER_TENSORS = (

@@ -3,6 +3,7 @@
 Below 2**53 float64 holds every integer, so sums that stay there are exact whatever the order of summation.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -84,6 +85,25 @@ def exact_matmul(a: Integers, b: Integers) -> Integers:
             "lower the bits of the deployment"
         )
     return (a.astype(np.float64) @ b.astype(np.float64)).astype(np.int64)
+
+
+@functools.cache
+def exp_table() -> Integers:
+    """Returns 2**16 * 2**(-x) at the middle of 4096 steps of x in [0, 1), `[4096]`."""
+    return np.rint(2.0**16 * 2.0 ** (-(np.arange(4096) + 0.5) / 4096)).astype(np.int64)
+
+
+def exponentials(distance: Integers, mantissa: IntegerLike, shift: IntegerLike) -> Integers:
+    """Returns 2**16 times powers of two by table and shift, of distances below a row's largest score.
+
+    Args:
+      distance: Whole numbers >= 0, any shape.
+      mantissa: Multiplier from a distance to 4096ths of an octave.
+      shift: Right shift that follows the multiplier.
+    """
+    octaves = exact_product(distance, mantissa) >> np.asarray(shift, np.int64)
+    result: Integers = exp_table()[octaves & 4095] >> np.minimum(octaves >> 12, 31)
+    return result
 
 
 def leading_one(values: Integers) -> Integers:
