@@ -76,6 +76,7 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
         *(key for key in ATTENTION_OPERATIONS if key != "qk.mac"),
     ),
     "sanger": (*ATTENTION_OPERATIONS, "filter0.mac", "filter0.exp", "threshold.compare"),
+    "a3": (*ATTENTION_OPERATIONS, "predict.multiply", "predict.compare", "threshold.compare"),
     "sofa": (
         "predict.shift_add",
         "encode.encode",

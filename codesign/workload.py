@@ -379,8 +379,8 @@ class Trace:
     `packed` holds `numpy.packbits` of the masks along keys, uint8 `[L, B, H, R, T, ceil(S / 8)]`: after each round, the
     last one being what attention runs on. `valid` bool `[B, S]`. `bits` maps a knob or site to its deployed width `[L]`
     or `[L, R]`. Mechanisms that copy rows add the row whose attention each row takes, `source` `[L, B, H, T]`, the token
-    whose feed-forward branch each token takes, `ffn_source` `[L, B, T]`, and whether a head compares rows at all,
-    `compares` bool `[L, H]`. `mechanism` names what decided, which says what the rounds are.
+    whose feed-forward branch each token takes, `ffn_source` `[L, B, T]`. Where a head may be switched off, `compares` bool
+    `[L, H]` says whether it predicts at all. `mechanism` names what decided, which says what the rounds are.
     """
 
     packed: np.ndarray

@@ -36,6 +36,7 @@ from codesign.hw.simulator import GemmShape, Simulation, simulate
 from codesign.hw.surrogate import SCOPES, cost
 from codesign.models.deploy import Deployment
 from codesign.references import reference_by_name
+from codesign.references.a3 import OFF as SEARCH_OFF
 from codesign.references.esact import SIMILARITY_OFF
 from codesign.structure import ModelStructure, PatchInput
 from codesign.vocabulary import BLOCK_SITES
@@ -266,7 +267,15 @@ def trace_of(deployed: Deployment, batch: HardChunk) -> Trace:
     else:
         exists = np.broadcast_to(valid[:, None, None, :], probabilities.shape)
         keep = (np.tril(exists) if structure.is_causal else exists)[:, :, :, None]
-    names = ("query_bits", "key_bits", "plane_bits", "tile_bits", "qk_bits", "v_bits")
+    names = (
+        "query_bits",
+        "key_bits",
+        "plane_bits",
+        "search_bits",
+        "tile_bits",
+        "qk_bits",
+        "v_bits",
+    )
     bits: dict[str, NDArray[Any]] = {name: layers[name] for name in names if name in layers}
     for kind in ("weight_bits", "activation_bits"):
         bits |= {f"{site}.{kind}": layers[f"{site}_{kind}"] for site in BLOCK_SITES}
@@ -274,8 +283,10 @@ def trace_of(deployed: Deployment, batch: HardChunk) -> Trace:
             f"{site}.{kind}": np.atleast_1d(ends[f"{site}_{kind}"]) for site in structure.end_sites
         }
     compares = None
-    if "source" in batch.tensors:
+    if structure.mechanism == "esact":
         compares = layers["threshold"][..., 1] != SIMILARITY_OFF
+    elif structure.mechanism == "a3":
+        compares = layers["threshold"][..., 0] != SEARCH_OFF
     return Trace(
         packed=np.packbits(keep, axis=-1),
         valid=valid,

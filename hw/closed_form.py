@@ -50,8 +50,8 @@ class Setting:
 
     `kept` is a fraction of the keys that a query may attend to. `union` is the fraction of keys that
     some query of any block wants after each round; None estimates it from independent queries.
-    `tile_bits` are those of a key's place in its segment; `generation_bits` those of tokens and weights from
-    which keys and values are made on demand, None as in linear layers.
+    `tile_bits` are those of a key's place in its segment; `search_bits` the logarithm of a search's steps;
+    `generation_bits` those of tokens and weights from which keys and values are made on demand, None as in linear layers.
     Densities are fractions of elements that are not zero, of all activations and all weights alike.
     """
 
@@ -65,6 +65,7 @@ class Setting:
     activation_bits: float = 8.0
     output_bits: float | None = None
     tile_bits: float = 6.0
+    search_bits: float = 6.0
     generation_bits: float | None = None
     activation_density: float = 1.0
     weight_density: float = 1.0
@@ -222,6 +223,49 @@ def serial_workload(shape: ModelShape, setting: Setting) -> Workload:
         operations=operations,
         streams={name: value for name, value in whole.streams.items() if name != "key_rest"},
     )
+    return result
+
+
+def searched_workload(shape: ModelShape, setting: Setting) -> Workload:
+    """Returns one example's workload `[1, L, 1]` on a machine that searches candidates and reads all keys and values.
+
+    `kept` are the fractions of candidates and of keys that stay; without it there is no search.
+    """
+    whole = workload_from_fractions(shape, dataclasses.replace(setting, kept=()))
+    rows = {name: whole.rows["attention"] for name in ("all", "scored")}
+    if not setting.kept:
+        every: Workload = whole.replace(rows=whole.rows | rows)  # type: ignore[attr-defined]
+        return every
+    queries = float(shape.num_tokens * shape.num_heads)
+    steps = 2.0**setting.search_bits
+    pairs = whole.operations["softmax.exp"].count
+    scored, kept = setting.kept[0], setting.kept[-1]
+
+    def operation(count: jax.Array | float, bits_a: float, bits_b: float) -> Operation:
+        return Operation(
+            count=jnp.broadcast_to(jnp.asarray(count, float), pairs.shape),
+            bits_a=scalar(bits_a, shape),
+            bits_b=scalar(bits_b, shape),
+        )
+
+    levels = float((shape.head_dim - 1).bit_length())
+    qk, wide = setting.qk_bits, 2.0 * setting.qk_bits
+    operations = whole.operations | {
+        "predict.multiply": operation(2.0 * steps * queries, qk, qk),
+        "predict.compare": operation(2.0 * steps * queries * levels, wide, 1.0),
+        "threshold.compare": operation(scored * pairs, wide, 1.0),
+        "qk.mac": operation(scored * pairs * shape.head_dim, qk, qk),
+        "softmax.exp": operation(kept * pairs, qk, qk),
+        "pv.mac": operation(kept * pairs * shape.head_dim, qk, setting.v_bits),
+    }
+    sizes = 2.0 ** np.arange(9)
+    searched = RowStatistics(
+        segments=_block(queries * np.maximum(steps / sizes, 1.0), shape),
+        queries=scalar(queries, shape),
+        maximum=scalar(steps, shape),
+    )
+    rows |= {"scored": _rows(scored, shape), "attention": _rows(kept, shape), "searched": searched}
+    result: Workload = whole.replace(operations=operations, rows=rows)  # type: ignore[attr-defined]
     return result
 
 

@@ -9,6 +9,7 @@ from codesign.hw.closed_form import (
     Setting,
     packed_workload,
     scored_workload,
+    searched_workload,
     serial_workload,
     workload_from_fractions,
 )
@@ -44,6 +45,7 @@ def published_setting(spec: AcceleratorSpec) -> Setting:
         activation_bits=given(point.linear_bits, default.activation_bits),
         output_bits=None if point.generation_bits is None else point.generation_bits.value,
         tile_bits=given(point.tile_bits, default.tile_bits),
+        search_bits=given(point.search_bits, default.search_bits),
         generation_bits=None if point.generation_bits is None else point.generation_bits.value,
         activation_density=given(point.activation_density, 1.0),
         weight_density=given(point.weight_density, 1.0),
@@ -82,6 +84,7 @@ CLOSED_FORMS: dict[str, Callable[[ModelShape, Setting], Workload]] = {
     "topk": scored_workload,
     "bitserial": serial_workload,
     "sanger": packed_workload,
+    "a3": searched_workload,
     "sofa": functools.partial(on_demand_workload, sorts=True),
     "lapa": functools.partial(on_demand_workload, sorts=False),
     "esact": similar_rows_workload,

@@ -143,7 +143,8 @@ def row_counts(trace: Trace, spec: AcceleratorSpec, bits: Widths, is_causal: boo
         return _whole_planes(facts)
     masks = facts.masks(0)
     counts = _attention(masks, trace, bits)
-    return counts | RowCounts(keys={"all": masks.keys[-1]}, operations={}, widths={}, vectors={})
+    rows = dict.fromkeys(("all", "scored"), masks.keys[-1])
+    return counts | RowCounts(keys=rows, operations={}, widths={}, vectors={})
 
 
 def _attention(masks: Masks, trace: Trace, bits: Widths) -> RowCounts:
@@ -288,11 +289,46 @@ def _mask(facts: Facts) -> RowCounts:
     return _attention(masks, facts.trace, facts.bits) | own
 
 
+def _candidates(facts: Facts) -> RowCounts:
+    """Returns a search for candidates, exact scores of these, and values of what a threshold leaves (A3)."""
+    masks, trace, bits = facts.masks(2), facts.trace, facts.bits
+    assert trace.compares is not None
+    is_on = trace.compares[:, None, :]
+    steps = (1 << bits["search_bits"])[:, None, None] * is_on
+    scored = masks.keys[1].sum(axis=-1)
+    levels = int(trace.head_dim - 1).bit_length()
+    qk, one = bits["qk_bits"], np.ones_like(bits["qk_bits"])
+    own = RowCounts(
+        keys={
+            "all": masks.keys[0],
+            "searched": steps[..., None] * masks.valid[None, :, None, :],
+            "scored": masks.keys[1],
+        },
+        operations={
+            "predict.multiply": 2 * steps * masks.queries,
+            "predict.compare": 2 * steps * masks.queries * levels,
+            "threshold.compare": scored * is_on,
+            "qk.mac": scored * trace.head_dim,
+        },
+        widths={
+            "predict.multiply": (qk, qk),
+            "predict.compare": (2 * qk, one),
+            "threshold.compare": (2 * qk, one),
+        },
+        vectors={
+            "key_rest": (masks.vectors[0], qk),
+            "value": (masks.vectors[0], bits["v_bits"]),
+        },
+    )
+    return _attention(masks, trace, bits) | own
+
+
 _FINDERS: dict[str, Callable[[Facts], RowCounts]] = {
     "energon": _rounds,
     "topk": _top,
     "bitserial": _serial,
     "sanger": _mask,
+    "a3": _candidates,
 }
 """What each mechanism brings to its machine."""
 

@@ -51,7 +51,7 @@ class Trace(Protocol):
 
     @property
     def compares(self) -> np.ndarray | None:
-        """Whether a head compares rows, bool `[L, H]`; None where none does."""
+        """Whether a head predicts at all (compares rows, searches), bool `[L, H]`; None where all do."""
 
     @property
     def mechanism(self) -> str:

@@ -34,9 +34,9 @@ from codesign.hw.quantities import (
     Voltage,
 )
 
-ROW_SETS = ("filter*", "all", "attention", "packed")
-"""Row statistics of a workload that may pace a unit: `*` is the served operation's round, `all` existing keys, `packed`
-rows of kept keys in pieces of 64."""
+ROW_SETS = ("filter*", "all", "searched", "scored", "attention", "packed")
+"""Row statistics of a workload that may pace a unit: `*` is the served operation's round, `all` existing keys, `searched`
+the steps of a search, `scored` keys whose exact score is found, `attention` kept keys, `packed` these in pieces of 64."""
 
 
 class Choice(Strict):
@@ -90,7 +90,7 @@ class Unit(Strict):
     paced_by: Text | tuple[Text, ...]
     """The served operations that take the unit's time, one after the other; the rest ride along."""
     rule: Literal["rows", "flat", "blocks", "groups"]
-    rows: Literal["filter*", "all", "attention", "packed"] | None = None
+    rows: Literal["filter*", "all", "searched", "scored", "attention", "packed"] | None = None
     """Row statistics of rule `rows`."""
     lanes: Lanes
     """Lanes of the unit, or of each processing element where the machine has them."""
@@ -286,6 +286,8 @@ class OperatingPoint(Strict):
     key_bits: tuple[Bits, ...] = ()
     tile_bits: Bits | None = None
     """Bits of a key's place in its segment."""
+    search_bits: Bits | None = None
+    """Logarithm of the steps of a search for candidates."""
     qk_bits: Bits
     v_bits: Bits
     union: Fraction | None = None

@@ -46,6 +46,7 @@ MECHANISMS = {
     "topk": 1,
     "bitserial": 1,
     "sanger": 1,
+    "a3": 1,
 }
 """Rounds by mechanism."""
 
@@ -396,6 +397,11 @@ def build(
             unit = scale["raw_scores"] / np.sqrt(shape.head_dim) * 4.0 ** (attention_bits - 8)
             unit *= 26000 * 22000 / (7 * 2**15) ** 2
             arrays["mask_mantissa"], arrays["mask_shift"] = multiplier(unit * np.log2(np.e) * 4096)
+        if shape.mechanism == "a3":
+            largest = np.abs(values["raw_scores"]).max() / scale["raw_scores"]
+            distances = np.linspace(0.1, 0.5, shape.num_heads) * largest
+            arrays["threshold"] = distances.astype(np.int64)[:, None]
+            arrays["search_bits"] = np.asarray(3 + 2 * (len(layers) % 2))
         if shape.mechanism == "acceltran":
             sites = "query key value raw_scores probabilities context attention_branch gelu"
             quantiles = [

@@ -20,15 +20,15 @@ from codesign.mechanisms import MECHANISMS, dense_beside
 from codesign.policy import Policy
 from codesign.references import reference_by_name
 
-BASELINES = ("topk", "bitserial", "sanger")
+BASELINES = ("topk", "bitserial", "sanger", "a3")
 BASELINE = pytest.mark.parametrize("name", BASELINES)
 VARIANTS = pytest.mark.parametrize("variant", ["patches", "bert", "decoder"])
 SOFT_VARIANTS = pytest.mark.parametrize("variant", ["patches", "decoder"])
 """Without padding and with it, all pairs and causal ones: what soft paths tell apart, at two thirds of the compilation."""
-SPREAD = {"topk": (0.3, 0.8), "bitserial": (0.75, 0.97), "sanger": (0.7, 0.95)}
+SPREAD = {"topk": (0.3, 0.8), "bitserial": (0.75, 0.97), "sanger": (0.7, 0.95), "a3": (0.7, 0.97)}
 """Strengths between which random policies drop some pairs of a random model and keep some."""
 
-FRACTIONAL = {"bitserial": {"plane_bits": 9.4}}
+FRACTIONAL = {"bitserial": {"plane_bits": 9.4}, "a3": {"search_bits": 3.4}}
 """Widths of a mechanism's own at which each has a derivative: no more planes than bits, say."""
 
 

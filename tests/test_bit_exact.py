@@ -44,6 +44,9 @@ from codesign.references.integers import exp_table
         ("patches", "sanger", 16),
         ("bert", "sanger", 8),
         ("decoder", "sanger", 12),
+        ("patches", "a3", 16),
+        ("bert", "a3", 8),
+        ("decoder", "a3", 12),
     ],
 )
 def test_jax_path_agrees_in_every_bit(variant: str, mechanism: str, bits: int) -> None:

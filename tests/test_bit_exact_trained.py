@@ -36,6 +36,7 @@ MECHANISMS = pytest.mark.parametrize(
         ("topk", "topk"),
         ("bitserial", "bitserial"),
         ("sanger", "sanger"),
+        ("a3", "a3"),
     ],
 )
 NUM_TOKENS = 128

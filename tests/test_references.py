@@ -282,6 +282,7 @@ def test_names_and_shapes(mechanism: str) -> None:
             "ffn_source": (2, 3, 7),
         },
         "topk": {"keep": (2, 1, 3, 2, 7, 7)},
+        "a3": {"scores": (2, 3, 2, 7, 7), "keep": (2, 2, 3, 2, 7, 7)},
         "sanger": {"scores": (2, 3, 2, 7, 7), "keep": (2, 1, 3, 2, 7, 7)},
         "bitserial": {"keep": (2, 12, 3, 2, 7, 7), "raw_scores": (2, 3, 2, 7, 7)},
     }
@@ -290,7 +291,7 @@ def test_names_and_shapes(mechanism: str) -> None:
 
 def test_unknown_mechanism_is_named() -> None:
     with pytest.raises(
-        UnknownNameError, match="`top` has no integer path.*acceltran, bitserial, dense"
+        UnknownNameError, match="`top` has no integer path.*a3, acceltran, bitserial"
     ):
         reference_by_name("top")
 

@@ -1,6 +1,7 @@
 """Mechanisms by name: one file each, one line here."""
 
 from codesign.errors import UnknownNameError
+from codesign.mechanisms.a3 import a3
 from codesign.mechanisms.acceltran import acceltran
 from codesign.mechanisms.bitserial import bitserial
 from codesign.mechanisms.dense import dense, dense_beside
@@ -14,7 +15,7 @@ from codesign.mechanisms.topk import topk
 
 MECHANISMS = {
     mechanism.name: mechanism
-    for mechanism in (dense, energon, acceltran, sofa, lapa, esact, topk, bitserial, sanger)
+    for mechanism in (dense, energon, acceltran, sofa, lapa, esact, topk, bitserial, sanger, a3)
 }
 
 __all__ = ["MECHANISMS", "Hooks", "Mechanism", "dense_beside", "mechanism_by_name"]

@@ -1,6 +1,7 @@
 """The integer path of every mechanism in NumPy, by name: one file each, one line here. Imports no JAX."""
 
 from codesign.errors import UnknownNameError
+from codesign.references.a3 import a3
 from codesign.references.acceltran import acceltran
 from codesign.references.bitserial import bitserial
 from codesign.references.dense import dense
@@ -15,7 +16,7 @@ from codesign.structure import ModelStructure
 
 REFERENCES = {
     reference.name: reference
-    for reference in (dense, energon, acceltran, sofa, lapa, esact, topk, bitserial, sanger)
+    for reference in (dense, energon, acceltran, sofa, lapa, esact, topk, bitserial, sanger, a3)
 }
 
 LAYER_TENSORS = (
