@@ -377,4 +377,5 @@ def _context(
             if name in layer.ranges
         },
         calibrating=layer.calibrating,
+        is_uniform=mask is None and not is_causal,
     )

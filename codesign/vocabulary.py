@@ -77,6 +77,12 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
     ),
     "sanger": (*ATTENTION_OPERATIONS, "filter0.mac", "filter0.exp", "threshold.compare"),
     "a3": (*ATTENTION_OPERATIONS, "predict.multiply", "predict.compare", "threshold.compare"),
+    "spatten": (
+        *ATTENTION_OPERATIONS,
+        "filter0.mac",
+        "threshold.compare",
+        "select.compare",
+    ),
     "sofa": (
         "predict.shift_add",
         "encode.encode",

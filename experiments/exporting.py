@@ -264,6 +264,9 @@ def trace_of(deployed: Deployment, batch: HardChunk) -> Trace:
     valid = np.asarray(batch.inputs.get("valid", valid), np.bool_)
     if "keep" in batch.tensors:
         keep = np.moveaxis(batch.tensors["keep"], 1, 3)  # [L, R, B, H, T, S] to [L, B, H, R, T, S]
+        if structure.mechanism == "spatten":
+            used = batch.tensors["used"] & keep[:, :, :, 0]
+            keep = np.concatenate([keep, used[:, :, :, None]], axis=3)
     else:
         exists = np.broadcast_to(valid[:, None, None, :], probabilities.shape)
         keep = (np.tril(exists) if structure.is_causal else exists)[:, :, :, None]

@@ -11,6 +11,7 @@ import numpy as np
 from codesign.errors import UnknownNameError
 from codesign.references.bitserial import CODE_BITS
 from codesign.references.sanger import LOW_BITS, PIECE, PROBABILITY_SHIFT
+from codesign.references.spatten import LOW_BITS as LOW_BITS_ON_DEMAND
 from codesign.vocabulary import SITES
 from codesign.workload import (
     Gemm,
@@ -266,6 +267,66 @@ def searched_workload(shape: ModelShape, setting: Setting) -> Workload:
     )
     rows |= {"scored": _rows(scored, shape), "attention": _rows(kept, shape), "searched": searched}
     result: Workload = whole.replace(operations=operations, rows=rows)  # type: ignore[attr-defined]
+    return result
+
+
+def cascade_workload(shape: ModelShape, setting: Setting) -> Workload:
+    """Returns one example's workload `[1, L, 1]` on a machine that prunes tokens and reads low bits on demand.
+
+    `kept` are the fraction of tokens, alike in all layers, of rows that read all bits, and of values that are used; all
+    heads stay. Without it nothing is pruned.
+    """
+    if not setting.kept:
+        whole = workload_from_fractions(shape, setting)
+        rows = dict.fromkeys(("all", "qk", "used"), whole.rows["attention"])
+        every: Workload = whole.replace(rows=whole.rows | rows)  # type: ignore[attr-defined]
+        return every
+    tokens, low, used = setting.kept
+    left = dataclasses.replace(shape, num_tokens=max(1, round(tokens * shape.num_tokens)))
+    dense = dataclasses.replace(setting, kept=())
+    whole = workload_from_fractions(left, dense)
+    high_bits = setting.qk_bits - LOW_BITS_ON_DEMAND
+    pairs, queries = (whole.operations[key].count for key in ("softmax.exp", "softmax.reciprocal"))
+
+    def operation(count: jax.Array, bits_a: float, bits_b: float) -> Operation:
+        return Operation(count=count, bits_a=scalar(bits_a, shape), bits_b=scalar(bits_b, shape))
+
+    def keys(fraction: float, bits: float) -> Stream:
+        vectors = wanted_vectors(fraction, dense, left)
+        resident = float(left.num_tokens * shape.head_dim) * setting.qk_bits
+        return moved_vectors(vectors, bits, "key", resident, left)
+
+    qk, value = setting.qk_bits, setting.v_bits
+    products = pairs * shape.head_dim
+    compared = float(left.num_tokens + shape.num_heads)
+    operations = {
+        "filter0.mac": operation(products, high_bits, high_bits),
+        "threshold.compare": operation(queries, 16.0, 1.0),
+        "qk.mac": operation(low * products, qk, qk),
+        "softmax.exp": operation((1.0 + low) * pairs, qk, qk),
+        "softmax.reciprocal": operation((1.0 + low) * queries, qk, qk),
+        "select.compare": operation(pairs + compared, qk, 1.0),
+        "pv.mac": operation(used * products, qk, value),
+        "output.multiply": whole.operations["output.multiply"],
+    }
+    rows = whole.rows | {
+        "all": _rows(1.0, shape),
+        "filter0": _rows(1.0, left),
+        "qk": _rows(low, left),
+        "used": _rows(used, left),
+    }
+    vectors = wanted_vectors(used, dataclasses.replace(dense, union=setting.union), left)
+    resident = float(left.num_tokens * shape.head_dim) * value
+    streams = {
+        "query": whole.streams["query"],
+        "output": whole.streams["output"],
+        "key0": keys(1.0, high_bits),
+        "key1": keys(low, float(LOW_BITS_ON_DEMAND)),
+        "value": moved_vectors(vectors, value, "value", resident, left),
+    }
+    result: Workload = whole.replace(  # type: ignore[attr-defined]
+        operations=operations, rows=rows, streams=streams
+    )
     return result
 
 

@@ -27,6 +27,7 @@ from codesign.references.integers import (
     round_shift,
     saturate,
 )
+from codesign.references.protocol import LayerTensors
 from codesign.structure import ACTIVATION_LIMIT, ModelStructure, PatchInput, TokenInput
 
 Array = npt.NDArray[Any]
@@ -310,10 +311,11 @@ def _layer(
     epsilon: Integers,
     residual: Integers,
     exists: Booleans,
-) -> dict[str, Array]:
-    """Returns the tensors of one layer, of any mechanism, for a residual stream `[B, T, D]`.
+    carry: LayerTensors,
+) -> tuple[dict[str, Array], Booleans, LayerTensors]:
+    """Returns the tensors of one layer, of any mechanism, for a residual stream `[B, T, D]`, and what the next one gets.
 
-    `exists` are the pairs of query and key that exist, `[B, 1, T, S]`.
+    `exists` are the pairs of query and key that exist, `[B, 1, T, S]`; returned are those left, and the carry.
     """
     reference = reference_by_name(structure.mechanism)
     prune = functools.partial(reference.on_activation, layer)
@@ -335,7 +337,9 @@ def _layer(
             strict=True,
         )
     )
-    planned = reference.plan(structure, layer, inputs, exists)
+    planned = reference.plan(structure, layer, inputs, exists, carry)
+    if "tokens" in planned:
+        exists = exists & planned["tokens"][:, None, None, :]
     kept, filter_tensors = reference.filter(layer, query, key, exists, planned)
     raw_scores = filter_tensors.pop("raw_scores", None)
     if raw_scores is None:
@@ -344,7 +348,9 @@ def _layer(
     probabilities = softmax_codes(
         raw_scores, kept, layer["exp_mantissa"], layer["exp_shift"], layer["qk_bits"]
     )
-    probabilities = prune(probabilities, "probabilities")
+    probabilities, used = reference.on_probabilities(
+        layer, prune(probabilities, "probabilities"), kept, planned
+    )
     outputs = np.swapaxes(exact_matmul(probabilities, value), 1, 2)
     outputs = outputs.reshape(batch_size, num_tokens, structure.attention_width)
     context = requantise(outputs, layer["context_mantissa"], layer["context_shift"])
@@ -358,9 +364,10 @@ def _layer(
     gelu = prune(saturate(_linear(inputs, layer, "up"), ACTIVATION_LIMIT), "gelu")
     hidden = prune(layer["activation_table"][gelu + ACTIVATION_LIMIT], "down")
     ffn_branch = leave(_linear(hidden, layer, "down"), "ffn_branch", planned)
-    return (
+    tensors = (
         planned
         | filter_tensors
+        | used
         | {
             "query": query,
             "key": key,
@@ -376,6 +383,7 @@ def _layer(
             "residual": _leave(structure, layer, epsilon, attended, ffn_branch, norm),
         }
     )
+    return tensors, exists, reference.carry(layer, carry, tensors, exists)
 
 
 def _head(
@@ -444,10 +452,14 @@ def emulate(
 
     results: dict[str, Array] = {"embedded": residual}
     stacks: dict[str, list[Array]] = {name: [] for name in wanted if name in LAYER_TENSORS}
+    carry = reference_by_name(structure.mechanism).start(structure, *residual.shape[:2])
     for number in range(structure.num_layers):
         layer = {name: np.asarray(values[number], np.int64) for name, values in layers.items()}
-        computed = _layer(structure, layer, end_arrays["norm_epsilon"], residual, exists)
+        computed, exists, carry = _layer(
+            structure, layer, end_arrays["norm_epsilon"], residual, exists, carry
+        )
         residual = computed["residual"]
+        valid = valid & computed.get("tokens", valid)
         for name, stack in stacks.items():
             stack.append(computed[name])
     results |= {name: np.stack(stack) for name, stack in stacks.items()}

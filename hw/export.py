@@ -22,6 +22,7 @@ from codesign.errors import CodesignError, ExportError, RunDirectoryError
 from codesign.hw import emulator
 from codesign.hw.hardware_config import SCHEMA_VERSION, Array, HardwareConfig, check_policy
 from codesign.references import (
+    BOOLEANS,
     LAYER_TENSORS,
     TENSORS,
     layer_shapes,
@@ -47,7 +48,7 @@ _Value = TypeVar("_Value")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """A checked export in memory; integers have the types they are stored in, `keep` and `valid` are bool."""
+    """A checked export in memory; integers have the types they are stored in, `valid` and `BOOLEANS` are bool."""
 
     config: HardwareConfig
     layers: dict[str, Array]
@@ -181,7 +182,7 @@ def _checked_golden(
             raise ExportError(
                 f"golden array `{name}` {'is missing' if name in shapes else 'is unknown'}"
             )
-        is_bool = name == "keep"
+        is_bool = name in BOOLEANS
         if arrays[name].shape != shapes[name] or arrays[name].dtype.kind not in (
             "b" if is_bool else "iu"
         ):

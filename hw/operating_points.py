@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from codesign.hw.closed_form import (
     ModelShape,
     Setting,
+    cascade_workload,
     packed_workload,
     scored_workload,
     searched_workload,
@@ -85,6 +86,7 @@ CLOSED_FORMS: dict[str, Callable[[ModelShape, Setting], Workload]] = {
     "bitserial": serial_workload,
     "sanger": packed_workload,
     "a3": searched_workload,
+    "spatten": cascade_workload,
     "sofa": functools.partial(on_demand_workload, sorts=True),
     "lapa": functools.partial(on_demand_workload, sorts=False),
     "esact": similar_rows_workload,

@@ -4,7 +4,7 @@ Axes: L layers, B examples, H heads, T queries.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from codesign.hw.simulation import Trace
 from codesign.hw.spec import AcceleratorSpec
 from codesign.references.bitserial import CODE_BITS
 from codesign.references.sanger import LOW_BITS, PIECE, PROBABILITY_SHIFT
+from codesign.references.spatten import LOW_BITS as LOW_BITS_ON_DEMAND
 
 Widths = Mapping[str, np.ndarray]
 
@@ -103,12 +104,14 @@ class RowCounts:
       operations: Counts by `stage.kind`, `[L, B, H]`.
       widths: Bits of both operands by operation, `[L]`.
       vectors: Vectors moved by stream, `[L, B, H]`, and the bits of their elements, `[L]`.
+      linear_rows: Rows of linear layers by site, `[L, B]`, where they are not all tokens.
     """
 
     keys: dict[str, np.ndarray]
     operations: dict[str, np.ndarray]
     widths: dict[str, tuple[np.ndarray, np.ndarray]]
     vectors: dict[str, tuple[np.ndarray, np.ndarray]]
+    linear_rows: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __or__(self, other: "RowCounts") -> "RowCounts":
         """Adds counts, those of `other` where both have one."""
@@ -117,6 +120,7 @@ class RowCounts:
             operations=self.operations | other.operations,
             widths=self.widths | other.widths,
             vectors=self.vectors | other.vectors,
+            linear_rows=self.linear_rows | other.linear_rows,
         )
 
     def stream_bytes(self, head_dim: int) -> dict[str, np.ndarray]:
@@ -143,7 +147,7 @@ def row_counts(trace: Trace, spec: AcceleratorSpec, bits: Widths, is_causal: boo
         return _whole_planes(facts)
     masks = facts.masks(0)
     counts = _attention(masks, trace, bits)
-    rows = dict.fromkeys(("all", "scored"), masks.keys[-1])
+    rows = dict.fromkeys(("all", "scored", "qk", "used"), masks.keys[-1])
     return counts | RowCounts(keys=rows, operations={}, widths={}, vectors={})
 
 
@@ -323,12 +327,85 @@ def _candidates(facts: Facts) -> RowCounts:
     return _attention(masks, trace, bits) | own
 
 
+def _cascade(facts: Facts) -> RowCounts:
+    """Returns tokens and heads that are left, scores by high bits, rows that read all, and used values (SpAtten)."""
+    masks, trace, bits = facts.masks(3), facts.trace, facts.bits
+    kept, low, used = masks.keys[1], masks.keys[2], masks.keys[3]
+    # A row that is computed keeps a key; a token lives if one of its rows does.
+    rows = kept > 0
+    queries = rows.sum(axis=-1)
+    again = (low > 0).sum(axis=-1)
+    alive = rows.any(axis=2).sum(axis=-1)
+    number = rows.shape[2]
+    compared = (alive + number)[:, :, None] / number
+    if facts.is_causal:
+        # Each query chooses among the keys that the layer before left it, which it chose for all heads.
+        union = np.stack([np.any(trace.keep(n)[:, :, 0], axis=1) for n in range(len(rows))])
+        exists = (
+            masks.valid[:, :, None]
+            & masks.valid[:, None, :]
+            & np.tril(np.ones(union.shape[2:], bool))
+        )
+        before = np.concatenate([exists[None], union[:-1]]).sum(axis=(2, 3))
+        is_single = masks.valid.sum(axis=1) == 1
+        each = before + alive * number
+        compared = np.where(is_single[None], alive + number, each)[:, :, None] / number
+    head_dim, qk, value = trace.head_dim, bits["qk_bits"], bits["v_bits"]
+    one = np.ones_like(qk)
+    totals = {
+        name: keys.sum(axis=-1) for name, keys in (("kept", kept), ("low", low), ("used", used))
+    }
+    operations = {
+        "filter0.mac": totals["kept"] * head_dim,
+        "threshold.compare": queries,
+        "qk.mac": totals["low"] * head_dim,
+        "softmax.exp": totals["kept"] + totals["low"],
+        "softmax.reciprocal": queries + again,
+        "select.compare": totals["kept"] + compared,
+        "pv.mac": totals["used"] * head_dim,
+        "output.multiply": queries * head_dim,
+    }
+    widths = {key: (qk, qk) for key in operations}
+    widths |= {"pv.mac": (qk, value), "output.multiply": (qk, value)}
+    widths |= {"filter0.mac": (qk - LOW_BITS_ON_DEMAND, qk - LOW_BITS_ON_DEMAND)}
+    widths |= {"threshold.compare": (16 * one, one), "select.compare": (qk, one)}
+    attended = queries.sum(axis=2) / number
+    wanted = np.stack(
+        [np.any(trace.keep(n)[:, :, 0], axis=2).sum(axis=(1, 2)) for n in range(len(rows))]
+    )
+    return RowCounts(
+        keys={
+            "all": masks.keys[0],
+            "filter0": kept,
+            "qk": low,
+            "attention": kept,
+            "used": used,
+        },
+        operations=operations,
+        widths=widths,
+        vectors={
+            "query": (queries, qk),
+            "output": (queries, bits["out.activation_bits"]),
+            "key0": (masks.vectors[1], qk - LOW_BITS_ON_DEMAND),
+            "key1": (masks.vectors[2], LOW_BITS_ON_DEMAND * one),
+            "value": (masks.vectors[3], value),
+        },
+        linear_rows={
+            "qkv": (attended + 2 * wanted / number) / 3,
+            "out": attended,
+            "up": alive,
+            "down": alive,
+        },
+    )
+
+
 _FINDERS: dict[str, Callable[[Facts], RowCounts]] = {
     "energon": _rounds,
     "topk": _top,
     "bitserial": _serial,
     "sanger": _mask,
     "a3": _candidates,
+    "spatten": _cascade,
 }
 """What each mechanism brings to its machine."""
 

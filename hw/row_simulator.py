@@ -55,7 +55,7 @@ def simulate_rows(
     work = row_counts(trace, spec, bits, is_causal)
     stream_bytes = work.stream_bytes(trace.head_dim)
     moved = sum(stream_bytes.values(), start=np.zeros(work.keys["attention"].shape[:3]))
-    row_cycles = {name: _row_cycles(name, spec, work, valid, trace.head_dim) for name in spec.units}
+    row_cycles = {name: _row_cycles(name, spec, work, trace.head_dim) for name in spec.units}
     dram_cycles = moved / spec.dram_bytes_per_cycle
     attention = _run_pipeline(row_cycles, dram_cycles, valid, spec)
 
@@ -74,7 +74,16 @@ def simulate_rows(
         own_cycles=np.zeros(attention.T.shape),
         own_energy_pj={},
         standing_pj_per_cycle=standing_pj_per_cycle(spec),
-        host=run_host(gemm_shapes, bits, tokens, attention.shape[0], spec, host, table),
+        host=run_host(
+            gemm_shapes,
+            bits,
+            tokens,
+            attention.shape[0],
+            spec,
+            host,
+            table,
+            rows={site: count.T for site, count in work.linear_rows.items()},
+        ),
     )
 
 
@@ -116,16 +125,16 @@ def _per_example(value: np.ndarray) -> np.ndarray:
     return total
 
 
-def _row_cycles(
-    name: str, spec: AcceleratorSpec, work: RowCounts, valid: np.ndarray, head_dim: int
-) -> np.ndarray:
+def _row_cycles(name: str, spec: AcceleratorSpec, work: RowCounts, head_dim: int) -> np.ndarray:
     """Returns the cycles of each query row in a unit, `[L, B, H, T]`."""
     unit = spec.units[name]
     paced = [key for key in work.operations if matches(key, unit.paces)]
     per_key = 1 if unit.width is None else -(-head_dim // int(unit.width.value))
     cycles = np.zeros(work.keys["attention"].shape, np.float64)
+    has_any = np.zeros(cycles.shape, np.bool_)
     for key in paced:
         rows = work.keys[key.partition(".")[0] if unit.rows == "filter*" else str(unit.rows)]
+        has_any |= (rows.sum(axis=-1) if unit.rows == "packed" else rows) > 0
         steps = -(-rows // int(unit.lanes.value)) * per_key
         if unit.rows == "packed":
             steps = steps.sum(axis=-1)
@@ -133,7 +142,8 @@ def _row_cycles(
     if unit.utilisation is not None:
         cycles /= unit.utilisation.value
     if unit.overhead is not None and paced:
-        cycles += unit.overhead.value * valid[None, :, None, :]
+        # Rows that a plan leaves out bring no key and take no time.
+        cycles += unit.overhead.value * has_any
     return cycles
 
 

@@ -292,6 +292,8 @@ def run_host(
     spec: AcceleratorSpec,
     host: Host,
     table: EnergyTable,
+    *,
+    rows: Mapping[str, np.ndarray] | None = None,
 ) -> HostRun:
     """Returns what the linear layers take on the host, one after the other.
 
@@ -303,10 +305,11 @@ def run_host(
       spec: The machine.
       host: Its dense array.
       table: Prices.
+      rows: Rows by site of a block, `[B, L]`, where they are not all tokens.
     """
     block_costs, end_costs = (
         [
-            _host(gemm_shapes[site], site, bits, tokens, spec, host, table)
+            _host(gemm_shapes[site], site, bits, (rows or {}).get(site, tokens), spec, host, table)
             for site in sites
             if site in gemm_shapes
         ]
@@ -342,11 +345,12 @@ def _host(
     host: Host,
     table: EnergyTable,
 ) -> dict[str, np.ndarray]:
-    """Returns cycles and energy of one linear layer on the host, `[B, L]` (`[B, 1]` at the ends)."""
+    """Returns cycles and energy of one linear layer of `tokens` rows, `[B]` or `[B, L]`, on the host, `[B, L]`."""
     rows, cols = int(host.rows.value), int(host.cols.value)
     b_x = bits[f"{site}.activation_bits"][None, :]
     b_w = bits[f"{site}.weight_bits"][None, :]
-    m = (tokens if shape.rows is None else np.full_like(tokens, shape.rows))[:, None]
+    m = tokens if shape.rows is None else np.full_like(tokens, shape.rows)
+    m = m[:, None] if m.ndim == 1 else m
     tiles = -(-shape.inner // rows) * -(-shape.outer // cols)
     passes = np.ceil(b_x / host.bits.value) * np.ceil(b_w / host.bits.value)
     fill = 2 * rows + cols - 2

@@ -34,9 +34,10 @@ from codesign.hw.quantities import (
     Voltage,
 )
 
-ROW_SETS = ("filter*", "all", "searched", "scored", "attention", "packed")
+ROW_SETS = ("filter*", "all", "searched", "scored", "attention", "used", "packed")
 """Row statistics of a workload that may pace a unit: `*` is the served operation's round, `all` existing keys, `searched`
-the steps of a search, `scored` keys whose exact score is found, `attention` kept keys, `packed` these in pieces of 64."""
+the steps of a search, `scored` keys whose exact score is found, `attention` kept keys, `used` keys whose value is read,
+`packed` kept keys in pieces of 64."""
 
 
 class Choice(Strict):
@@ -90,7 +91,9 @@ class Unit(Strict):
     paced_by: Text | tuple[Text, ...]
     """The served operations that take the unit's time, one after the other; the rest ride along."""
     rule: Literal["rows", "flat", "blocks", "groups"]
-    rows: Literal["filter*", "all", "searched", "scored", "attention", "packed"] | None = None
+    rows: Literal["filter*", "all", "searched", "scored", "attention", "used", "packed"] | None = (
+        None
+    )
     """Row statistics of rule `rows`."""
     lanes: Lanes
     """Lanes of the unit, or of each processing element where the machine has them."""

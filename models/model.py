@@ -167,6 +167,7 @@ def apply(
             scales=arithmetic.scales() | residual_scale,
             tracing=tracing,
             calibrating=calibrating,
+            is_uniform=not structure.is_causal,
             width=structure.width,
         )
         residual, valid, carry, output = block(
@@ -284,6 +285,7 @@ def apply_hard(
             valid=valid,
             pairs=pairs * valid[:, None, None, :],
             tracing=tracing,
+            is_uniform=not structure.is_causal,
             width=structure.width,
         )
         return block(arithmetic, mechanism.hard, context, structure, residual, carry)

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 from flax import struct
 
 from codesign.backward import keeping_marked
-from codesign.mechanisms.protocol import Carry, Context, Counts, Hooks, Operands, Plan, own_weights
+from codesign.mechanisms.protocol import (
+    Carry,
+    Context,
+    Counts,
+    Hooks,
+    Operands,
+    Plan,
+    keep_probabilities,
+    own_weights,
+)
 from codesign.models.arithmetic import Arithmetic
 from codesign.models.chunks import Attention, in_chunks, may_split
 from codesign.structure import ModelStructure
@@ -113,6 +122,8 @@ def block(
         counts += added + hooks.execution(context, operands, selection, plan, value_weights)
         attended = arithmetic.attend(probabilities, operands)
         pairs = {"raw_scores": scores, "probabilities": probabilities}
+        if hooks.on_probabilities is not keep_probabilities:
+            pairs["used"] = value_weights > 0.5
         return Attention(attended, counts, selection.keys, selection.trace, pairs)
 
     if may_split(context, plan, hooks):
@@ -123,7 +134,7 @@ def block(
     counts += attention.counts
     attended = leaving(attention.attended, "attention")
     if attention.pairs:
-        carry = hooks.carry(context, carry, attention.pairs["probabilities"], attended)
+        carry = hooks.carry(context, carry, plan, attention.pairs["probabilities"], attended)
     branch = leaving(arithmetic.linear(entering(attended, "out"), "out"), "attention_branch")
     residual = tensors["attended"] = arithmetic.add(residual, branch, "out")
     x = entering(arithmetic.read(residual, "up"), "up")

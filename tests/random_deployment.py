@@ -47,6 +47,7 @@ MECHANISMS = {
     "bitserial": 1,
     "sanger": 1,
     "a3": 1,
+    "spatten": 0,
 }
 """Rounds by mechanism."""
 
@@ -402,6 +403,11 @@ def build(
             distances = np.linspace(0.1, 0.5, shape.num_heads) * largest
             arrays["threshold"] = distances.astype(np.int64)[:, None]
             arrays["search_bits"] = np.asarray(3 + 2 * (len(layers) % 2))
+        if shape.mechanism == "spatten":
+            # The first layer keeps all; heads are ranked where there are several.
+            shares = [1024, 1024, 700, 60] if not layers else [800, 500, 600, 90]
+            arrays["threshold"] = np.asarray(shares)
+            arrays["head_factor"] = np.asarray(900 + 100 * (len(layers) % 2))
         if shape.mechanism == "acceltran":
             sites = "query key value raw_scores probabilities context attention_branch gelu"
             quantiles = [

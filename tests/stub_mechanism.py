@@ -183,7 +183,12 @@ class Stub:
         return kernel * kept, jnp.mean(kept, dtype=kernel.dtype)
 
     def carry(
-        self, context: Context, carry: Carry, probabilities: jax.Array, attended: jax.Array
+        self,
+        context: Context,
+        carry: Carry,
+        plan: Plan,
+        probabilities: jax.Array,
+        attended: jax.Array,
     ) -> Carry:
         self.calls.append("carry")
         received = jnp.sum(probabilities * context.valid[:, None, :, None], axis=(1, 2))

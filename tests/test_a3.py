@@ -88,7 +88,7 @@ def test_search_is_that_of_sorted_products(
         found = run_search(
             *arrays,
             jnp.asarray(valid, float),
-            jnp.asarray(visible),
+            jnp.asarray(visible) if is_causal else None,
             steps=steps,
             has_guard=has_guard,
             most=most,

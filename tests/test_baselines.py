@@ -20,12 +20,18 @@ from codesign.mechanisms import MECHANISMS, dense_beside
 from codesign.policy import Policy
 from codesign.references import reference_by_name
 
-BASELINES = ("topk", "bitserial", "sanger", "a3")
+BASELINES = ("topk", "bitserial", "sanger", "a3", "spatten")
 BASELINE = pytest.mark.parametrize("name", BASELINES)
 VARIANTS = pytest.mark.parametrize("variant", ["patches", "bert", "decoder"])
 SOFT_VARIANTS = pytest.mark.parametrize("variant", ["patches", "decoder"])
 """Without padding and with it, all pairs and causal ones: what soft paths tell apart, at two thirds of the compilation."""
-SPREAD = {"topk": (0.3, 0.8), "bitserial": (0.75, 0.97), "sanger": (0.7, 0.95), "a3": (0.7, 0.97)}
+SPREAD: dict[str, tuple[Any, Any]] = {
+    "topk": (0.3, 0.8),
+    "bitserial": (0.75, 0.97),
+    "sanger": (0.7, 0.95),
+    "a3": (0.7, 0.97),
+    "spatten": ([0.1, 0.3, 0.2, 0.02], [0.3, 0.5, 0.6, 0.2]),
+}
 """Strengths between which random policies drop some pairs of a random model and keep some."""
 
 FRACTIONAL = {"bitserial": {"plane_bits": 9.4}, "a3": {"search_bits": 3.4}}
@@ -67,7 +73,8 @@ def test_integer_path_equals_the_emulator(name: str, variant: str) -> None:
     deployment, output = run_hard(model, random_policy(model, name, seed=0, bits=16.0), name)
     found = tiny_model.emulated(model, deployment, output)
     assert set(reference_by_name(name).decision_tensors) <= set(found)
-    keep = found["keep"][:, -1] & pairs[None, :, None]
+    last = found["used"] if "used" in found else found["keep"][:, -1]
+    keep = last & pairs[None, :, None]
     share = np.sum(keep) / (np.sum(pairs) * keep.shape[0] * keep.shape[2])
     assert 0.1 < share < 0.9
 
@@ -163,5 +170,5 @@ def test_simulator_counts_what_the_model_counts(name: str, variant: str, is_dens
     rows = np.sum(output.workload.rows["attention"].queries, axis=2)
     row_cycles = np.max([cycles / rows for cycles in price.unit_busy_cycles.values()], axis=0)
     apart = price.attention_cycles - simulation.attention_cycles
-    slack = 0.05 * simulation.attention_cycles
+    slack = 0.08 * simulation.attention_cycles
     assert np.all(apart >= -slack) and np.all(apart <= row_cycles + slack)

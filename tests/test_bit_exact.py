@@ -47,6 +47,9 @@ from codesign.references.integers import exp_table
         ("patches", "a3", 16),
         ("bert", "a3", 8),
         ("decoder", "a3", 12),
+        ("patches", "spatten", 16),
+        ("bert", "spatten", 8),
+        ("decoder", "spatten", 12),
     ],
 )
 def test_jax_path_agrees_in_every_bit(variant: str, mechanism: str, bits: int) -> None:

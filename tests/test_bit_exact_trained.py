@@ -37,6 +37,7 @@ MECHANISMS = pytest.mark.parametrize(
         ("bitserial", "bitserial"),
         ("sanger", "sanger"),
         ("a3", "a3"),
+        ("spatten", "spatten"),
     ],
 )
 NUM_TOKENS = 128

@@ -89,6 +89,10 @@ def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
 @EVERY_MODEL
 @EVERY_MECHANISM
 def test_emulator_follows_the_real_model(variant: str, mechanism: str) -> None:
+    if mechanism == "spatten":
+        pytest.skip(
+            "rows of tokens that are gone mean nothing: compared with the training path elsewhere"
+        )
     shape = random_deployment.structure(variant, mechanism)
     check_against_the_real_model(shape)
 
@@ -278,7 +282,8 @@ def test_the_future_changes_nothing_before_it(mechanism: str) -> None:
         if name.endswith("source"):  # one row number per token
             rows = (..., slice(changed))
         np.testing.assert_array_equal(values[rows], second[name][rows], err_msg=name)
-        assert np.any(values != second[name]), name
+        # Tokens of a causal model all live on.
+        assert np.any(values != second[name]) or name == "tokens", name
     is_future = np.triu(np.ones((10, 10), bool), k=1)
     assert not first["probabilities"][..., is_future].any()
     # The first token sees itself alone.

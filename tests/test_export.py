@@ -382,7 +382,7 @@ def set_version(config: dict[str, Any]) -> None:
         (lambda config: config.pop("schema_version"), "`schema_version` must be 2, got None"),
         (lambda config: config.update(extra=1), "`extra`: Extra inputs are not permitted"),
         (lambda config: config["structure"].update(depth=1), "`structure.depth`: Unexpected"),
-        (lambda config: config["structure"].update(mechanism="top"), "one of acceltran, dense, e"),
+        (lambda config: config["structure"].update(mechanism="top"), "one of a3, acceltran, bits"),
         (lambda config: config["structure"].update(norm="both"), "`structure.norm`"),
         (
             lambda config: config["structure"].update(mechanism="dense"),

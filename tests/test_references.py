@@ -282,6 +282,13 @@ def test_names_and_shapes(mechanism: str) -> None:
             "ffn_source": (2, 3, 7),
         },
         "topk": {"keep": (2, 1, 3, 2, 7, 7)},
+        "spatten": {
+            "tokens": (2, 3, 7),
+            "heads": (2, 3, 2, 7),
+            "keep": (2, 2, 3, 2, 7, 7),
+            "raw_scores": (2, 3, 2, 7, 7),
+            "used": (2, 3, 2, 7, 7),
+        },
         "a3": {"scores": (2, 3, 2, 7, 7), "keep": (2, 2, 3, 2, 7, 7)},
         "sanger": {"scores": (2, 3, 2, 7, 7), "keep": (2, 1, 3, 2, 7, 7)},
         "bitserial": {"keep": (2, 12, 3, 2, 7, 7), "raw_scores": (2, 3, 2, 7, 7)},

@@ -11,11 +11,24 @@ from codesign.mechanisms.lapa import lapa
 from codesign.mechanisms.protocol import Hooks, Mechanism
 from codesign.mechanisms.sanger import sanger
 from codesign.mechanisms.sofa import sofa
+from codesign.mechanisms.spatten import spatten
 from codesign.mechanisms.topk import topk
 
 MECHANISMS = {
     mechanism.name: mechanism
-    for mechanism in (dense, energon, acceltran, sofa, lapa, esact, topk, bitserial, sanger, a3)
+    for mechanism in (
+        dense,
+        energon,
+        acceltran,
+        sofa,
+        lapa,
+        esact,
+        topk,
+        bitserial,
+        sanger,
+        a3,
+        spatten,
+    )
 }
 
 __all__ = ["MECHANISMS", "Hooks", "Mechanism", "dense_beside", "mechanism_by_name"]

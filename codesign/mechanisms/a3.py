@@ -11,8 +11,8 @@ References:
   Ham et al., "A3: Accelerating Attention Mechanisms in Neural Networks with Approximation", HPCA 2020, arXiv 2002.10941.
   The search is confirmed by a published critique; the guard, the logarithmic form of t = ln(100 / T_pct) and the settings
   are recalled, unconfirmed. Reconstructed: ties go to the lowest key, then the lowest column; a query without candidates
-  takes all keys. Ours: of a causal model, a step that meets a key behind the query adds nothing, since columns are sorted
-  once for all queries; the largest t switches the search off, which is the published machine without approximation.
+  takes all keys. Ours: of a causal model, a query steps over the keys behind it without a cost; the largest t switches the
+  search off, which is the published machine without approximation.
 """
 
 from collections.abc import Mapping
@@ -130,11 +130,69 @@ def _sorted_columns(key: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Ar
     return values, order
 
 
+WORD = 32
+"""Places of a sorted column in a word of those that a query may attend to."""
+
+
+@struct.dataclass
+class _Sight:
+    """Which places of sorted columns a query may attend to, `[B, H, T, 3 * W * d]` words of 32 places, the first lowest.
+
+    `num_words` is W, `head_dim` d.
+    """
+
+    words: jax.Array
+    num_words: int = struct.field(pytree_node=False)
+    head_dim: int = struct.field(pytree_node=False)
+
+    def following(self, places: jax.Array, kinds: jax.Array, column: jax.Array) -> jax.Array:
+        """Returns the first place from `places` on that is seen, int32 `[2, B, H, T, n]`; beyond all if none is."""
+        word = jnp.arange(self.num_words, dtype=jnp.int32)
+        index = (kinds[..., None] * self.num_words + word[(None,) * kinds.ndim]) * self.head_dim
+        index = jnp.moveaxis(index + column[..., None], 0, 3)  # [B, H, T, 2, n, W]
+        flat = jnp.reshape(index, (*index.shape[:3], -1))
+        words = jnp.reshape(jnp.take_along_axis(self.words, flat, axis=3), index.shape)
+        words = jnp.moveaxis(words, 3, 0)
+        behind = places[..., None] - WORD * word[(None,) * kinds.ndim]
+        all_bits = jnp.uint32(2**WORD - 1)
+        mask = jnp.left_shift(all_bits, jnp.clip(behind, 0, WORD - 1).astype(jnp.uint32))
+        words = words & jnp.where(behind >= WORD, jnp.uint32(0), mask)
+        first = jnp.argmax(words != 0, axis=-1, keepdims=True).astype(jnp.int32)
+        found = jnp.take_along_axis(words, first, axis=-1)[..., 0]
+        lowest = found & (~found + jnp.uint32(1))
+        bit = jax.lax.population_count(lowest - jnp.uint32(1)).astype(jnp.int32)
+        return jnp.where(found == 0, WORD * self.num_words, WORD * first[..., 0] + bit)
+
+
+def _sight(order: jax.Array, visible: jax.Array) -> _Sight:
+    """Returns what queries see of sorted columns.
+
+    Args:
+      order: Keys by place, `[B, H, 3, S, d]`.
+      visible: Whether a query may attend to a key, bool `[B, 1, T, S]`.
+    """
+    batch, heads, _, length, head_dim = order.shape
+    flat = jnp.reshape(order, (batch, heads, 1, -1))
+    queries = visible.shape[2]
+    seen = jnp.take_along_axis(
+        jnp.broadcast_to(visible, (batch, heads, queries, length)),
+        jnp.broadcast_to(flat, (batch, heads, queries, flat.shape[-1])),
+        axis=3,
+    )
+    seen = jnp.reshape(seen, (batch, heads, queries, 3, length, head_dim))
+    seen = jnp.pad(seen, [(0, 0)] * 4 + [(0, -length % WORD), (0, 0)])
+    bits = jnp.reshape(seen, (*seen.shape[:4], -1, WORD, head_dim)).astype(jnp.uint32)
+    weights = jnp.asarray(1 << np.arange(WORD, dtype=np.uint32), jnp.uint32)
+    words = jnp.sum(bits * weights[(None,) * 5][..., None], axis=5, dtype=jnp.uint32)
+    number = words.shape[4]
+    return _Sight(jnp.reshape(words, (*words.shape[:3], -1)), number, head_dim)
+
+
 def search(
     query: jax.Array,
     key: jax.Array,
     valid: jax.Array,
-    visible: jax.Array,
+    visible: jax.Array | None,
     steps: jax.Array,
     *,
     has_guard: bool = True,
@@ -146,7 +204,7 @@ def search(
       query: Codes, `[B, H, T, d]`.
       key: Codes of the same type, `[B, H, S, d]`.
       valid: 1 for keys that exist, `[B, S]`.
-      visible: Whether a query may attend to a key, bool `[B, 1, T, S]`.
+      visible: Whether a query may attend to a key, bool `[B, 1, T, S]`; None: to all that exist, which is faster.
       steps: M_s, int32 scalar, at most `most`.
       has_guard: Whether the smallest product is left out where the sum over all keys would turn negative.
       most: Steps there is room for.
@@ -154,8 +212,8 @@ def search(
     columns, order = _sorted_columns(key, valid)
     batch_heads, (length, head_dim) = key.shape[:2], key.shape[2:]
     tables = [jnp.reshape(table, (*batch_heads, -1)) for table in (columns, order)]
+    sight = None if visible is None else _sight(order, visible)
     num_keys = jnp.sum(valid > 0.5, axis=-1, dtype=jnp.int32)[None, :, None, None, None]
-    seen = jnp.broadcast_to(visible, (*query.shape[:3], length))
     # Axis 0 from here on: the largest products, and the smallest, which are the largest of the negated query.
     ends = jnp.stack([query, -query])
     kinds = jnp.where(ends > 0, 0, jnp.where(ends < 0, 1, 2))
@@ -163,8 +221,12 @@ def search(
     is_float = jnp.issubdtype(query.dtype, jnp.floating)
     far = jnp.asarray(-np.inf if is_float else np.iinfo(np.int32).min, query.dtype)
 
-    def entries(places: jax.Array, kinds: jax.Array, column: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns elements and keys at places of sorted columns, `[2, B, H, T, n]`."""
+    def entries(
+        places: jax.Array, kinds: jax.Array, column: jax.Array, factor: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns places from `places` on that are seen, products and keys there, `[2, B, H, T, n]`."""
+        if sight is not None:
+            places = sight.following(places, kinds, jnp.broadcast_to(column, places.shape))
         index = (kinds * length + jnp.minimum(places, length - 1)) * head_dim + column
         flat = jnp.reshape(jnp.moveaxis(index, 0, 2), (*batch_heads, -1))
         shape = (*batch_heads, 2, *index.shape[3:])
@@ -172,11 +234,9 @@ def search(
             jnp.moveaxis(jnp.reshape(jnp.take_along_axis(table, flat, axis=2), shape), 2, 0)
             for table in tables
         )
-        return element, owner
+        return places, jnp.where(places < num_keys, factor * element, far), owner
 
-    places = jnp.zeros(ends.shape, jnp.int32)
-    elements, keys = entries(places, kinds, column)
-    products = jnp.where(num_keys > 0, ends * elements, far)
+    places, products, keys = entries(jnp.zeros(ends.shape, jnp.int32), kinds, column, ends)
 
     def run(step: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         places, products, keys, total, rows, values = state
@@ -185,25 +245,21 @@ def search(
         row = jnp.min(jnp.where(is_best, keys, length), axis=-1, keepdims=True)
         chosen = jnp.argmax(is_best & (keys == row), axis=-1, keepdims=True).astype(jnp.int32)
         row = jnp.minimum(row[..., 0], length - 1)
-        is_seen = jnp.take_along_axis(seen, jnp.moveaxis(row, 0, -1), axis=3)
-        is_seen = jnp.moveaxis(is_seen, -1, 0) & (best[..., 0] > far)
-        value = jnp.where(is_seen, best[..., 0], 0).astype(total.dtype)
+        value = jnp.where(best[..., 0] > far, best[..., 0], 0).astype(total.dtype)
         value = jnp.stack([value[0], -value[1]])
         after = total + value[0]
         is_low_taken = jnp.ones_like(after, bool)
         if has_guard:
-            is_low_taken = (after + value[1] >= 0) | ~is_seen[1]
+            is_low_taken = after + value[1] >= 0
         taken = jnp.stack([jnp.ones_like(is_low_taken), is_low_taken])
         value = jnp.where(taken, value, 0)
         is_moved = (column == chosen) & taken[..., None]
-        places = places + is_moved.astype(jnp.int32)
         place, kind, factor = (
             jnp.take_along_axis(x, chosen, axis=-1) for x in (places, kinds, ends)
         )
-        element, next_key = entries(place, kind, chosen)
-        following = jnp.where(place < num_keys, factor * element, far)
+        next_place, following, next_key = entries(place + 1, kind, chosen, factor)
         return (
-            places,
+            jnp.where(is_moved, next_place, places),
             jnp.where(is_moved, following, products),
             jnp.where(is_moved, next_key, keys),
             after + value[1],
@@ -273,7 +329,7 @@ def soft_filter(
         gates.detach(query),
         gates.detach(key),
         context.valid,
-        context.pairs > 0.5,
+        _visible(context),
         power_of_two(low + 1.0).astype(jnp.int32),
     )
     exists = jnp.broadcast_to(context.pairs > 0.5, scores.shape)
@@ -306,7 +362,7 @@ def hard_filter(
     del plan, carry
     steps = jnp.left_shift(1, context.knobs["search_bits"].astype(jnp.int32))
     query, key = (code.astype(jnp.int32) for code in (operands.query, operands.key))
-    found = search(query, key, context.valid, context.pairs > 0.5, steps)
+    found = search(query, key, context.valid, _visible(context), steps)
     scores = exact_einsum("bhtd,bhsd->bhts", operands.query, operands.key, ATTENTION_BITS)
     exists = jnp.broadcast_to(context.pairs > 0.5, scores.shape)
     searched = searched_scores(found, steps, scores.shape[3])
@@ -318,6 +374,11 @@ def hard_filter(
     keep = mask & (scores >= top - code.astype(jnp.float64)[None, :, None, None])
     dtype = context.valid.dtype
     return _selection(context, operands, keep.astype(dtype), mask.astype(dtype), is_off, searched)
+
+
+def _visible(context: Context) -> jax.Array | None:
+    """Returns the pairs that exist; None where a key's existence says all."""
+    return None if context.is_uniform else context.pairs > 0.5
 
 
 def _spread(scores: jax.Array, pairs: jax.Array) -> jax.Array:

@@ -74,6 +74,7 @@ class Context:
       scales: Real value of one code by tensor, scalars, for soft hooks that see values; empty on the hard path.
       tracing: Whether hooks return their decisions for the simulator and the emulator.
       calibrating: Whether this run measures the mechanism's own ranges.
+      is_uniform: Whether all queries of an example may attend to the same keys: no causal or other mask but padding.
       width: Width of the residual stream, D; 0 where the model is not one of `codesign.models`.
     """
 
@@ -86,6 +87,7 @@ class Context:
     scales: dict[str, jax.Array] = struct.field(default_factory=dict)
     tracing: bool = struct.field(pytree_node=False, default=False)
     calibrating: bool = struct.field(pytree_node=False, default=False)
+    is_uniform: bool = struct.field(pytree_node=False, default=False)
     width: int = struct.field(pytree_node=False, default=0)
 
     def calibrated(self, name: str, measured: jax.Array) -> tuple[jax.Array, Counts]:
@@ -207,7 +209,7 @@ WeightFn: TypeAlias = Callable[
     [Mapping[str, jax.Array], jax.Array, str, Relaxation], tuple[jax.Array, jax.Array]
 ]
 ExecutionFn: TypeAlias = Callable[[Context, Operands, Selection, Plan, jax.Array], Counts]
-CarryFn: TypeAlias = Callable[[Context, Carry, jax.Array, jax.Array], Carry]
+CarryFn: TypeAlias = Callable[[Context, Carry, Plan, jax.Array, jax.Array], Carry]
 
 
 def no_carry(batch: int, num_heads: int, num_tokens: int) -> Carry:
@@ -311,10 +313,10 @@ def own_weights(sources: jax.Array) -> jax.Array:
 
 
 def keep_carry(
-    context: Context, carry: Carry, probabilities: jax.Array, attended: jax.Array
+    context: Context, carry: Carry, plan: Plan, probabilities: jax.Array, attended: jax.Array
 ) -> Carry:
     """Leaves the carry as it is; `probabilities` `[B, H, T, S]`, `attended` `[B, T, H*d]`."""
-    del context, probabilities, attended
+    del context, plan, probabilities, attended
     return carry
 
 

@@ -11,18 +11,33 @@ from codesign.references.lapa import lapa
 from codesign.references.protocol import Reference, Shapes
 from codesign.references.sanger import sanger
 from codesign.references.sofa import sofa
+from codesign.references.spatten import spatten
 from codesign.references.topk import topk
 from codesign.structure import ModelStructure
 
 REFERENCES = {
     reference.name: reference
-    for reference in (dense, energon, acceltran, sofa, lapa, esact, topk, bitserial, sanger, a3)
+    for reference in (
+        dense,
+        energon,
+        acceltran,
+        sofa,
+        lapa,
+        esact,
+        topk,
+        bitserial,
+        sanger,
+        a3,
+        spatten,
+    )
 }
 
 LAYER_TENSORS = (
     *(
         "predicted_query",
         "predicted_key",
+        "tokens",
+        "heads",
         "query",
         "key",
         "value",
@@ -32,16 +47,21 @@ LAYER_TENSORS = (
         "ffn_source",
         "raw_scores",
         "probabilities",
+        "used",
         "context",
     ),
     *("attention_branch", "attended", "gelu", "hidden", "ffn_branch", "residual"),
 )
 """Tensors of one layer of any mechanism, in order of computation; stored with the layer axis first."""
 
+BOOLEANS = ("keep", "tokens", "heads", "used")
+"""Tensors of decisions alone."""
+
 TENSORS = ("embedded", *LAYER_TENSORS, "logits")
 """Every tensor of any mechanism, in order of computation."""
 
 __all__ = [
+    "BOOLEANS",
     "LAYER_TENSORS",
     "REFERENCES",
     "TENSORS",

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codesign.errors import ExportError
-from codesign.references.integers import Booleans, Integers, exact_matmul
+from codesign.references.integers import Booleans, Integers, any_of, exact_matmul
 from codesign.references.protocol import Layer, LayerTensors, Reference, Shapes
 from codesign.structure import ModelStructure
 
@@ -57,28 +57,29 @@ def searched_scores(
     num_queries, (num_keys, head_dim) = len(query), key.shape
     products = (query[:, None, :] * key[None]).reshape(num_queries, -1)
     owner = np.repeat(np.arange(num_keys), head_dim)
-    number = min(steps, products.shape[1])
-    largest = np.argsort(-products, axis=1, kind="stable")[:, :number]
-    smallest = np.argsort(products, axis=1, kind="stable")[:, :number]
+    seen = np.repeat(visible, head_dim, axis=1)
+    number = seen.sum(axis=1)
+    far = np.iinfo(np.int64).min // 2  # what is not seen stands behind all others
+    largest = np.argsort(np.where(seen, -products, -far), axis=1, kind="stable")
+    smallest = np.argsort(np.where(seen, products, -far), axis=1, kind="stable")
     scores = np.zeros((num_queries, num_keys), np.int64)
     total = np.zeros(num_queries, np.int64)
-    low = np.zeros(num_queries, np.int64)  # smallest products passed so far
+    low = np.zeros(num_queries, np.int64)  # smallest products taken so far
     every = np.arange(num_queries)
+    last = products.shape[1] - 1
     for step in range(steps):
-        if step < number:
-            index = largest[:, step]
-            value = np.where(visible[every, owner[index]], products[every, index], 0)
-            scores[every, owner[index]] += value
-            total += value
-        index = smallest[every, np.minimum(low, number - 1)]
-        value = np.where(visible[every, owner[index]], products[every, index], 0)
-        is_passed = low < number
-        if has_guard:
-            is_passed &= (total + value >= 0) | ~visible[every, owner[index]]
-        value = np.where(is_passed, value, 0)
+        index = largest[every, min(step, last)]
+        value = np.where(step < number, products[every, index], 0)
         scores[every, owner[index]] += value
         total += value
-        low += is_passed
+        index = smallest[every, np.minimum(low, last)]
+        is_taken = low < number
+        if has_guard:
+            is_taken &= total + products[every, index] >= 0
+        value = np.where(is_taken, products[every, index], 0)
+        scores[every, owner[index]] += value
+        total += value
+        low += is_taken
     return scores
 
 
@@ -90,7 +91,7 @@ def filter_pairs(
     steps = 1 << int(layer["search_bits"])
     shape = (*query.shape[:3], key.shape[2])
     scores = np.zeros(shape, np.int64)
-    there: Booleans = exists.any(axis=(1, 2))  # keys that some query sees: those that exist
+    there = any_of(exists[:, 0], 1)  # keys that some query sees: those that exist
     for example, head in np.ndindex(*shape[:2]):
         own = there[example]
         scores[example, head][:, own] = searched_scores(
@@ -99,7 +100,7 @@ def filter_pairs(
     pairs = np.broadcast_to(exists, shape)
     distance = layer["threshold"][:, 0][None, :, None, None]
     positive = pairs & (scores > 0) & (distance != OFF)
-    searches = positive.sum(axis=-1, keepdims=True) > 0
+    searches = any_of(positive, -1, keepdims=True)
     mask: Booleans = positive | (pairs & ~searches)
     exact = exact_matmul(query, np.swapaxes(key, -1, -2))
     top = np.where(mask, exact, np.iinfo(np.int64).min // 2).max(axis=-1, keepdims=True)

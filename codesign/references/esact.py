@@ -147,9 +147,10 @@ def reference_votes(sources: Integers, cut: int) -> Integers:
 
 
 def predict(
-    structure: ModelStructure, layer: Layer, inputs: Integers, exists: Booleans
+    structure: ModelStructure, layer: Layer, inputs: Integers, exists: Booleans, carry: LayerTensors
 ) -> LayerTensors:
     """Returns all that is decided before Q, K and V exist."""
+    del carry
     columns = np.split(hybrid_log(layer["qkv_weight"]), 3, axis=-1)
     coded, bits = hybrid_log(inputs), int(layer["qk_bits"])
     query, key = (

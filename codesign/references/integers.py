@@ -22,6 +22,11 @@ BIAS_SHIFT = 8
 """Fraction bits of a sum of products below their scale, for the bias."""
 
 
+def any_of(mask: Booleans, axis: int, *, keepdims: bool = False) -> Booleans:
+    """Returns whether a mask has an element along an axis."""
+    return np.asarray(np.any(mask, axis=axis, keepdims=keepdims), np.bool_)
+
+
 def limit(bits: IntegerLike) -> Integers:
     """Returns the largest code of `bits` bits; codes are symmetric."""
     return (np.asarray(1, np.int64) << (np.asarray(bits, np.int64) - 1)) - 1

@@ -18,10 +18,10 @@ from codesign.structure import ModelStructure
 
 
 def predict_keys(
-    structure: ModelStructure, layer: Layer, inputs: Integers, exists: Booleans
+    structure: ModelStructure, layer: Layer, inputs: Integers, exists: Booleans, carry: LayerTensors
 ) -> LayerTensors:
     """Returns the predicted keys, `[B, H, S, d]`, from what enters the product `qkv`, `[B, T, D]`."""
-    del exists
+    del exists, carry
     columns = np.split(layer["qkv_weight"], 3, axis=-1)[1]
     sums = exact_matmul(inputs, leading_one(columns))
     return {"predicted_key": estimated_operand(layer, sums, 1, structure.num_heads)}

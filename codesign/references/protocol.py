@@ -47,11 +47,17 @@ def check_rising_rounds(structure: ModelStructure, layers: Mapping[str, npt.NDAr
         raise ExportError("array `layers/key_bits` must rise from round to round")
 
 
+def no_carry(structure: ModelStructure, batch_size: int, num_tokens: int) -> LayerTensors:
+    """Remembers nothing from layer to layer."""
+    del structure, batch_size, num_tokens
+    return {}
+
+
 def plan_nothing(
-    structure: ModelStructure, layer: Layer, inputs: Integers, exists: Booleans
+    structure: ModelStructure, layer: Layer, inputs: Integers, exists: Booleans, carry: LayerTensors
 ) -> LayerTensors:
     """Predicts nothing."""
-    del structure, layer, inputs, exists
+    del structure, layer, inputs, exists, carry
     return {}
 
 
@@ -67,6 +73,22 @@ def keep_values(layer: Layer, x: Integers, site: str) -> Integers:
     """Leaves a tensor as it is."""
     del layer, site
     return x
+
+
+def keep_probabilities(
+    layer: Layer, probabilities: Integers, kept: Booleans, planned: LayerTensors
+) -> tuple[Integers, LayerTensors]:
+    """Leaves probabilities as they are."""
+    del layer, kept, planned
+    return probabilities, {}
+
+
+def keep_carry(
+    layer: Layer, carry: LayerTensors, tensors: LayerTensors, exists: Booleans
+) -> LayerTensors:
+    """Leaves the carry as it is."""
+    del layer, tensors, exists
+    return carry
 
 
 def keep_outputs(layer: Layer, y: Integers, site: str, planned: LayerTensors) -> Integers:
@@ -86,11 +108,15 @@ class Reference:
       decision_tensors: Tensors of which each element is a decision to keep or to drop.
       ranges: Lowest and highest legal value of its own arrays.
       check: Raises `ExportError` if its arrays or the structure break another rule.
-      plan: From the structure, one layer's arrays, what enters `qkv`, `[B, T, D]`, and the pairs that exist, to tensors of
-        its own.
+      start: From the structure, examples and tokens to what is carried from layer to layer.
+      plan: From the structure, one layer's arrays, what enters `qkv`, `[B, T, D]`, the pairs that exist, and the carry, to
+        tensors of its own; `tokens` `[B, T]` among them are those that live on.
       filter: From one layer's arrays, query `[B, H, T, d]`, key `[B, H, S, d]`, the pairs that exist, `[B, 1, T, S]`,
         and the planned tensors, to the kept pairs `[B, H, T, S]` and more tensors without the layer axis; `raw_scores`
         among them are what the softmax takes instead of query times key.
+      on_probabilities: From one layer's arrays, probabilities `[B, H, T, S]`, the kept pairs and the planned tensors to
+        what becomes of the probabilities, and more tensors.
+      carry: From one layer's arrays, the carry, all its tensors and the pairs that exist to the next layer's carry.
       on_activation: What becomes of a tensor that enters `site`, given one layer's arrays.
       on_output: What becomes of what leaves `attention` (heads side by side, `[B, T, H*d]`) or a branch
         (`attention_branch`, `ffn_branch`), given one layer's arrays and the planned tensors.
@@ -102,9 +128,16 @@ class Reference:
     decision_tensors: tuple[str, ...] = ()
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     check: Callable[[ModelStructure, Mapping[str, npt.NDArray[Any]]], None] = check_no_rounds
-    plan: Callable[[ModelStructure, Layer, Integers, Booleans], LayerTensors] = plan_nothing
+    start: Callable[[ModelStructure, int, int], LayerTensors] = no_carry
+    plan: Callable[[ModelStructure, Layer, Integers, Booleans, LayerTensors], LayerTensors] = (
+        plan_nothing
+    )
     filter: Callable[
         [Layer, Integers, Integers, Booleans, LayerTensors], tuple[Booleans, LayerTensors]
     ] = keep_existing
+    on_probabilities: Callable[
+        [Layer, Integers, Booleans, LayerTensors], tuple[Integers, LayerTensors]
+    ] = keep_probabilities
+    carry: Callable[[Layer, LayerTensors, LayerTensors, Booleans], LayerTensors] = keep_carry
     on_activation: Callable[[Layer, Integers, str], Integers] = keep_values
     on_output: Callable[[Layer, Integers, str, LayerTensors], Integers] = keep_outputs
