@@ -110,6 +110,18 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
         "pv.mac",
         "output.divide",
     ),
+    "fact": (
+        "encode.encode",
+        "predict.shift_add",
+        "filter0.shift_add",
+        "select.compare",
+        "threshold.compare",
+        "generate.mac",
+        "qk.mac",
+        "softmax.exp",
+        "pv.mac",
+        "output.divide",
+    ),
     "esact": (
         "encode.encode",
         "predict.shift_add",

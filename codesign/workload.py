@@ -380,7 +380,9 @@ class Trace:
     last one being what attention runs on. `valid` bool `[B, S]`. `bits` maps a knob or site to its deployed width `[L]`
     or `[L, R]`. Mechanisms that copy rows add the row whose attention each row takes, `source` `[L, B, H, T]`, the token
     whose feed-forward branch each token takes, `ffn_source` `[L, B, T]`. Where a head may be switched off, `compares` bool
-    `[L, H]` says whether it predicts at all. `mechanism` names what decided, which says what the rounds are.
+    `[L, H]` says whether it predicts at all. Rows that copy a value are `one_hot` bool `[L, B, H, T]`, tokens whose
+    feed-forward branch has all its bits `ffn_full` bool `[L, B, T]`. `mechanism` names what decided, which says what the
+    rounds are.
     """
 
     packed: np.ndarray
@@ -391,6 +393,8 @@ class Trace:
     source: np.ndarray | None = None
     ffn_source: np.ndarray | None = None
     compares: np.ndarray | None = None
+    one_hot: np.ndarray | None = None
+    ffn_full: np.ndarray | None = None
     mechanism: str = ""
 
     def keep(self, layer: int) -> np.ndarray:

@@ -299,6 +299,8 @@ def trace_of(deployed: Deployment, batch: HardChunk) -> Trace:
         source=batch.tensors.get("source"),
         ffn_source=batch.tensors.get("ffn_source"),
         compares=compares,
+        one_hot=batch.tensors.get("one_hot"),
+        ffn_full=batch.tensors.get("ffn_full"),
         mechanism=structure.mechanism,
     )
 

@@ -17,6 +17,7 @@ from codesign.hw.closed_form import (
     workload_from_fractions,
 )
 from codesign.mechanisms.esact import CODE_BITS as HYBRID_CODE_BITS, SCORE_BITS as TOP_BITS, WINDOW
+from codesign.mechanisms.fact import CODE_BITS as LEADING_ONE_BITS
 from codesign.mechanisms.lapa import CODE_BITS, QUERY_CODE_BITS as SHORT_QUERY_CODE_BITS
 from codesign.mechanisms.on_demand import WEIGHT_CODE_BITS
 from codesign.mechanisms.sofa import QUERY_CODE_BITS, SCORE_BITS
@@ -228,3 +229,31 @@ def similar_rows_workload(shape: ModelShape, setting: Setting) -> Workload:
         gemms[site] = dataclasses.replace(gemms[site], rows=gemms[site].rows * part)
     gemms["qkv"] = dataclasses.replace(gemms["qkv"], outer=heads * depth)
     return _by_head(dense, operations, streams, gemms, heads)
+
+
+def eager_workload(shape: ModelShape, setting: Setting) -> Workload:
+    """Returns one example's workload `[1, L, H]` on a machine that predicts attention by leading ones (FACT).
+
+    Args:
+      shape: The model.
+      setting: `kept` are the share of keys that a row keeps, the rows that are computed, and feed-forward rows of which
+        those of four bits count as half; `union` the tokens that some row of a head wants. Without `kept` nothing is
+        predicted.
+    """
+    whole = similar_rows_workload(shape, setting)
+    dropped = ("similarity.add", "copy.bytes", "ffn.bytes", "generate.bytes", "fetch.bytes")
+    operations = {name: one for name, one in whole.operations.items() if name not in dropped}
+    streams = dict(whole.streams)
+    if setting.kept:
+        code = scalar(LEADING_ONE_BITS, shape)
+        for name in ("predict.shift_add", "filter0.shift_add"):
+            operations[name] = dataclasses.replace(operations[name], bits_a=code, bits_b=code)
+        operations["encode.encode"] = dataclasses.replace(operations["encode.encode"], bits_b=code)
+        streams["weight_codes"] = dataclasses.replace(streams["weight_codes"], bits=code)
+        compared = jnp.full_like(
+            operations["select.compare"].count, shape.num_tokens * (1.0 + 1.0 / shape.num_heads)
+        )
+        operations["threshold.compare"] = dataclasses.replace(
+            operations["select.compare"], count=compared
+        )
+    return dataclasses.replace(whole, operations=operations, streams=streams)

@@ -318,13 +318,19 @@ def _layer(
     `exists` are the pairs of query and key that exist, `[B, 1, T, S]`; returned are those left, and the carry.
     """
     reference = reference_by_name(structure.mechanism)
-    prune = functools.partial(reference.on_activation, layer)
     leave = functools.partial(reference.on_output, layer)
     batch_size, num_tokens = residual.shape[:2]
     qk_limit, v_limit = limit(layer["qk_bits"]), limit(layer["v_bits"])
 
     norm = ("attention_gain", "attention_bias")
     inputs = _enter(structure, layer, epsilon, residual, "qkv", norm)
+    planned = reference.plan(structure, layer, inputs, exists, carry)
+    if "tokens" in planned:
+        exists = exists & planned["tokens"][:, None, None, :]
+
+    def prune(x: Integers, site: str) -> Integers:
+        return reference.on_activation(layer, x, site, planned)
+
     qkv = _linear(inputs, layer, "qkv").reshape(
         batch_size, num_tokens, 3, structure.num_heads, structure.head_dim
     )
@@ -337,9 +343,6 @@ def _layer(
             strict=True,
         )
     )
-    planned = reference.plan(structure, layer, inputs, exists, carry)
-    if "tokens" in planned:
-        exists = exists & planned["tokens"][:, None, None, :]
     kept, filter_tensors = reference.filter(layer, query, key, exists, planned)
     raw_scores = filter_tensors.pop("raw_scores", None)
     if raw_scores is None:
@@ -360,7 +363,7 @@ def _layer(
     attended = _leave(structure, layer, epsilon, residual, attention_branch, norm)
 
     norm = ("ffn_gain", "ffn_bias")
-    inputs = _enter(structure, layer, epsilon, attended, "up", norm)
+    inputs = prune(_enter(structure, layer, epsilon, attended, "up", norm), "up")
     gelu = prune(saturate(_linear(inputs, layer, "up"), ACTIVATION_LIMIT), "gelu")
     hidden = prune(layer["activation_table"][gelu + ACTIVATION_LIMIT], "down")
     ffn_branch = leave(_linear(hidden, layer, "down"), "ffn_branch", planned)

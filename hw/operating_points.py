@@ -14,7 +14,11 @@ from codesign.hw.closed_form import (
     serial_workload,
     workload_from_fractions,
 )
-from codesign.hw.closed_form_on_demand import on_demand_workload, similar_rows_workload
+from codesign.hw.closed_form_on_demand import (
+    eager_workload,
+    on_demand_workload,
+    similar_rows_workload,
+)
 from codesign.hw.quantities import Quantity
 from codesign.hw.spec import AcceleratorSpec
 from codesign.workload import Workload
@@ -90,6 +94,7 @@ CLOSED_FORMS: dict[str, Callable[[ModelShape, Setting], Workload]] = {
     "sofa": functools.partial(on_demand_workload, sorts=True),
     "lapa": functools.partial(on_demand_workload, sorts=False),
     "esact": similar_rows_workload,
+    "fact": eager_workload,
 }
 """Closed forms of machines by mechanism; others run exact attention, with or without rounds that filter."""
 

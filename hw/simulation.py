@@ -54,6 +54,14 @@ class Trace(Protocol):
         """Whether a head predicts at all (compares rows, searches), bool `[L, H]`; None where all do."""
 
     @property
+    def one_hot(self) -> np.ndarray | None:
+        """Rows that copy a value instead of being computed, bool `[L, B, H, T]`; None where none does."""
+
+    @property
+    def ffn_full(self) -> np.ndarray | None:
+        """Tokens whose feed-forward branch has all its bits, bool `[L, B, T]`; None where all have."""
+
+    @property
     def mechanism(self) -> str:
         """Name of what decided, which says what the rounds are."""
 

@@ -38,6 +38,7 @@ from codesign.hw.window_counts import (
     count_windows,
 )
 from codesign.hw.window_schedule import GroupWork, chained, run_groups
+from codesign.references.fact import NARROW_BITS
 from codesign.vocabulary import BLOCK_SITES, matches
 
 
@@ -218,6 +219,8 @@ def _layer(
             source=decided(trace.source),
             ffn_source=decided(trace.ffn_source),
             compares=compares,
+            one_hot=decided(trace.one_hot),
+            ffn_full=decided(trace.ffn_full),
         ),
         np.asarray(trace.valid[example], bool),
         bits,
@@ -225,6 +228,7 @@ def _layer(
         head_dim=trace.head_dim,
         window=int(spec.pipeline.rows_at_once.value),
         is_causal=is_causal,
+        has_port=any(matches("fetch.bytes", unit.serves) for unit in spec.units.values()),
     )
     linear = _linear(counts, bits, trace.head_dim, spec, gemm_shapes)
     alone, whole = (_run(counts, linear, spec, has_linear=one) for one in (False, True))
@@ -242,7 +246,10 @@ def _linear(
     heads = counts.by_window["qk.mac"].shape[0]
     constant, product = energy.operation_pj(spec, name, "mac")
     cycles, spent, weights = {}, 0.0, 0.0
-    rows = {"out": counts.tokens, "up": counts.ffn_tokens, "down": counts.ffn_tokens}
+    rows = {"out": counts.tokens.astype(float)}
+    for site in ("up", "down"):
+        narrow = min(NARROW_BITS / bits[f"{site}.activation_bits"], 1.0)
+        rows[site] = counts.ffn_tokens + narrow * counts.narrow_tokens
     for site in BLOCK_SITES:
         shape = gemm_shapes[site]
         pair = bits[f"{site}.activation_bits"], bits[f"{site}.weight_bits"]

@@ -107,7 +107,7 @@ def in_chunks(
         "valid": examples_of(context.valid),
         "pairs": examples_of(context.pairs),
         "knobs": own_knobs,
-        "plan": jax.tree.map(both_of, plan.replace(ffn_source=None, ffn_bits=None)),  # type: ignore[attr-defined]
+        "plan": jax.tree.map(both_of, plan.replace(ffn_source=None, ffn_full=None)),  # type: ignore[attr-defined]
     }
 
     def one(part: dict[str, Any]) -> tuple[jax.Array, Counts]:

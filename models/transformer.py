@@ -9,6 +9,7 @@ from flax import struct
 
 from codesign.backward import keeping_marked
 from codesign.mechanisms.protocol import (
+    NARROW_BITS,
     Carry,
     Context,
     Counts,
@@ -194,9 +195,11 @@ def block_gemms(
         rows["up"] = rows["down"] = jnp.sum(computed, axis=-1)
     else:
         computed = context.valid
-    if plan.ffn_bits is not None:
-        mean_bits = jnp.sum(computed * plan.ffn_bits, axis=-1) / jnp.maximum(rows["up"], 1.0)
-        bits["up"] = bits["down"] = mean_bits
+    if plan.ffn_full is not None:
+        for site in ("up", "down"):
+            narrow = jnp.minimum(NARROW_BITS / bits[site], 1.0)
+            share = plan.ffn_full + (1.0 - plan.ffn_full) * narrow
+            rows[site] = jnp.sum(computed * share, axis=-1)
     return {
         site: gemm(rows[site], inner, outer, bits[site], context.widths[f"{site}.weight_bits"])
         for site, (inner, outer) in shapes.items()

@@ -48,6 +48,7 @@ MECHANISMS = {
     "sanger": 1,
     "a3": 1,
     "spatten": 0,
+    "fact": 0,
 }
 """Rounds by mechanism."""
 
@@ -408,6 +409,11 @@ def build(
             shares = [1024, 1024, 700, 60] if not layers else [800, 500, 600, 90]
             arrays["threshold"] = np.asarray(shares)
             arrays["head_factor"] = np.asarray(900 + 100 * (len(layers) % 2))
+        if shape.mechanism == "fact":
+            shares = np.linspace(400, 900, shape.num_heads).astype(np.int64)
+            gaps = np.linspace(300, 6000, shape.num_heads).astype(np.int64)
+            arrays["threshold"] = np.stack([shares, gaps], axis=-1)
+            arrays["importance"] = np.asarray(230 + 40 * (len(layers) % 2))
         if shape.mechanism == "acceltran":
             sites = "query key value raw_scores probabilities context attention_branch gelu"
             quantiles = [

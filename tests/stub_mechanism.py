@@ -91,7 +91,7 @@ class Stub:
             keep=jnp.broadcast_to(keep, (*per_head.shape, TOKENS)),
             attention_source=jnp.broadcast_to(source, (*per_head.shape, TOKENS)),
             ffn_source=jnp.broadcast_to(ffn_source, (*ones.shape, TOKENS)),
-            ffn_bits=self.picked("ffn_bits", (8.0 * ones).at[:, 0].set(4.0), 8.0 * ones),
+            ffn_full=self.picked("ffn_full", ones.at[:, 0].set(0.0), ones),
             notes={"codes": codes, "weights": weights, "estimate": estimate},
         )
         return plan, Counts(operations={"predict.shift_add": operation(products, 8.0, 4.0)})

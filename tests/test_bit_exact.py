@@ -50,6 +50,9 @@ from codesign.references.integers import exp_table
         ("patches", "spatten", 16),
         ("bert", "spatten", 8),
         ("decoder", "spatten", 12),
+        ("patches", "fact", 16),
+        ("bert", "fact", 8),
+        ("decoder", "fact", 12),
     ],
 )
 def test_jax_path_agrees_in_every_bit(variant: str, mechanism: str, bits: int) -> None:

@@ -38,6 +38,7 @@ MECHANISMS = pytest.mark.parametrize(
         ("sanger", "sanger"),
         ("a3", "a3"),
         ("spatten", "spatten"),
+        ("fact", "fact"),
     ],
 )
 NUM_TOKENS = 128

@@ -110,7 +110,7 @@ quick_jit = functools.partial(
 )
 APPLY: dict[str, Callable[..., ModelOutput]] = {"soft": apply_soft, "hard": apply_hard}
 SWITCHES = (
-    *("tokens", "heads", "queries", "keep", "ffn", "ffn_bits", "filter", "carry"),
+    *("tokens", "heads", "queries", "keep", "ffn", "ffn_full", "filter", "carry"),
     *("probabilities", "output", "own_scores"),
     *("qkv", "query", "key", "value", "scores", "out", "up", "gelu", "down", "weight"),
 )
@@ -185,7 +185,7 @@ def test_weights_of_one_change_nothing(path: str) -> None:
 
 
 @PATHS
-@pytest.mark.parametrize("use", [use for use in SWITCHES if use != "ffn_bits"])
+@pytest.mark.parametrize("use", [use for use in SWITCHES if use != "ffn_full"])
 def test_every_effect_reaches_the_result(path: str, use: str) -> None:
     changed = np.abs(stubbed(path, use).logits - stubbed(path).logits)
     # The stub stores its weights whole.
@@ -266,12 +266,12 @@ def test_pruned_probabilities_save_values_only(path: str) -> None:
 
 
 @PATHS
-def test_rows_of_mixed_width_count_their_mean(path: str) -> None:
-    for uses, number in ((("ffn_bits",), TOKENS), (("ffn_bits", "ffn"), TOKENS - 1)):
+def test_narrow_rows_share_products(path: str) -> None:
+    """Two rows of four bits take the place of one of eight."""
+    for uses, number in ((("ffn_full",), TOKENS), (("ffn_full", "ffn"), TOKENS - 1)):
         for site in ("up", "down"):
-            bits = stubbed(path, *uses).workload.block_gemms[site].activation_bits
-            np.testing.assert_allclose(bits, np.full((BATCH, LAYERS), 8 - 4 / number), rtol=1e-6)
-    assert dense(path).workload.block_gemms["up"].activation_bits.shape == (1, LAYERS)
+            np.testing.assert_allclose(rows(stubbed(path, *uses), site), number - 0.5, rtol=1e-6)
+    np.testing.assert_allclose(rows(dense(path), "up"), TOKENS, rtol=1e-6)
 
 
 @PATHS
@@ -332,7 +332,7 @@ def test_counting_the_same_thing_twice_is_refused() -> None:
 
 def test_gradient_passes_through_every_hook() -> None:
     _, policy, _, pixels = setup()
-    on = {"tokens", "queries", "ffn", "keep", "carry", "heads", "ffn_bits", "filter"}
+    on = {"tokens", "queries", "ffn", "keep", "carry", "heads", "ffn_full", "filter"}
     stub = Stub({name: np.float32(name in on) for name in SWITCHES})
 
     @quick_jit

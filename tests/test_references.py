@@ -282,6 +282,14 @@ def test_names_and_shapes(mechanism: str) -> None:
             "ffn_source": (2, 3, 7),
         },
         "topk": {"keep": (2, 1, 3, 2, 7, 7)},
+        "fact": {
+            "predicted_query": (2, 3, 2, 7, 8),
+            "predicted_key": (2, 3, 2, 7, 8),
+            "scores": (2, 3, 2, 7, 7),
+            "keep": (2, 1, 3, 2, 7, 7),
+            "one_hot": (2, 3, 2, 7),
+            "ffn_full": (2, 3, 7),
+        },
         "spatten": {
             "tokens": (2, 3, 7),
             "heads": (2, 3, 2, 7),

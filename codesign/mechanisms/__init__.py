@@ -7,6 +7,7 @@ from codesign.mechanisms.bitserial import bitserial
 from codesign.mechanisms.dense import dense, dense_beside
 from codesign.mechanisms.energon import energon
 from codesign.mechanisms.esact import esact
+from codesign.mechanisms.fact import fact
 from codesign.mechanisms.lapa import lapa
 from codesign.mechanisms.protocol import Hooks, Mechanism
 from codesign.mechanisms.sanger import sanger
@@ -28,6 +29,7 @@ MECHANISMS = {
         sanger,
         a3,
         spatten,
+        fact,
     )
 }
 

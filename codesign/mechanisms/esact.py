@@ -17,7 +17,7 @@ References:
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from codesign import gates
 from codesign.backward import dense_product
 from codesign.fake_quantize import RESIDUAL_BITS
 from codesign.log_codes import hybrid_log, hybrid_log_operand
-from codesign.mechanisms.on_demand import wanted_keys
+from codesign.mechanisms.on_demand import predicted_operands, wanted_keys
 from codesign.mechanisms.protocol import (
     Carry,
     Context,
@@ -42,7 +42,6 @@ from codesign.mechanisms.protocol import (
     Selection,
     computed_rows,
     own_weights,
-    part_columns,
 )
 from codesign.mechanisms.threshold_scale import (
     ThresholdScale,
@@ -178,21 +177,6 @@ def score_shift(head_dim: int) -> int:
     return max(0, math.ceil(math.log2(largest)) - (SCORE_BITS - 1))
 
 
-def _predicted(
-    x: jax.Array,
-    numbers: Numbers,
-    product: Callable[[jax.Array, jax.Array], jax.Array],
-    cut: Callable[[jax.Array], jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    """Returns predicted queries and keys as 8-bit codes `[B, H, T, d]`, from one product with both weights."""
-    parts = ("query", "key")
-    weights = numbers.weight_codes("qkv")
-    columns = jnp.concatenate([part_columns(weights, part) for part in parts], axis=-1)
-    sums = jnp.split(product(numbers.codes(x, "qkv"), columns), 2, axis=-1)
-    query, key = (cut(numbers.estimate(one, part)) for one, part in zip(sums, parts, strict=True))
-    return query, key
-
-
 def soft_plan(
     context: Context, x: jax.Array, numbers: Numbers, carry: Carry
 ) -> tuple[Plan, Counts]:
@@ -209,7 +193,7 @@ def soft_plan(
         whole = jnp.clip(jnp.floor(ratio), -PREDICTION_LIMIT, PREDICTION_LIMIT)
         return gates.straight_through(whole, ratio)
 
-    query, key = _predicted(x, numbers, product, cut)
+    query, key = predicted_operands(x, numbers, product, cut)
     parts, share_code, similarity_code, vote_code = _stored(context)
     part = jax.nn.sigmoid(context.knobs["threshold"])
     share, vote = part[:, 0], jnp.sum(part[:, 2])
@@ -271,7 +255,7 @@ def hard_plan(
         top = jnp.right_shift(code.astype(jnp.int32), dropped)
         return jnp.clip(top, -PREDICTION_LIMIT, PREDICTION_LIMIT)
 
-    query, key = _predicted(x, numbers, product, cut)
+    query, key = predicted_operands(x, numbers, product, cut)
     sums = exact_einsum("bhtd,bhsd->bhts", hybrid_log(query), hybrid_log(key), HYBRID_BITS)
     shifted = jnp.right_shift(sums.astype(jnp.int32), score_shift(query.shape[-1]))
     scores = jnp.clip(shifted, -SCORE_LIMIT, SCORE_LIMIT)

@@ -42,6 +42,21 @@ WEIGHT_CODE_BITS = 4.0
 ProductFn: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+def predicted_operands(
+    x: jax.Array,
+    numbers: Numbers,
+    product: ProductFn,
+    cut: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """Returns predicted queries and keys as 8-bit codes `[B, H, T, d]`, from one product with both weights."""
+    parts = ("query", "key")
+    weights = numbers.weight_codes("qkv")
+    columns = jnp.concatenate([part_columns(weights, part) for part in parts], axis=-1)
+    sums = jnp.split(product(numbers.codes(x, "qkv"), columns), 2, axis=-1)
+    query, key = (cut(numbers.estimate(one, part)) for one, part in zip(sums, parts, strict=True))
+    return query, key
+
+
 def _planned(
     context: Context, x: jax.Array, numbers: Numbers, product: ProductFn
 ) -> tuple[Plan, Counts]:

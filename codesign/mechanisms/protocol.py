@@ -145,6 +145,10 @@ def part_columns(product: jax.Array, part: str) -> jax.Array:
     return columns
 
 
+NARROW_BITS = 4
+"""Most bits of activations in rows of a feed-forward network that are planned to be narrow (FACT, ISCA 2023)."""
+
+
 @struct.dataclass
 class Plan:
     """What `plan` decided before Q, K and V exist; None means all, or no re-use.
@@ -159,7 +163,8 @@ class Plan:
       keep: Predicted pairs, `[B, H, T, S]`.
       attention_source: Row re-use: the rows of its window of w whose output a row takes, `[B, H, T, w]`.
       ffn_source: The same for the feed-forward network, `[B, T, w]`; rows that take their own are computed.
-      ffn_bits: Activation bits of each row of that network, `[B, T]`; None: those of its sites.
+      ffn_full: Rows of that network whose activations have all their bits, `[B, T]`; the others have `NARROW_BITS` at
+        most, and two of their products take the place of one.
       notes: What the mechanism's later hooks want to know.
     """
 
@@ -170,7 +175,7 @@ class Plan:
     keep: jax.Array | None = None
     attention_source: jax.Array | None = None
     ffn_source: jax.Array | None = None
-    ffn_bits: jax.Array | None = None
+    ffn_full: jax.Array | None = None
     notes: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 

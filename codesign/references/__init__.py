@@ -7,6 +7,7 @@ from codesign.references.bitserial import bitserial
 from codesign.references.dense import dense
 from codesign.references.energon import energon
 from codesign.references.esact import esact
+from codesign.references.fact import fact
 from codesign.references.lapa import lapa
 from codesign.references.protocol import Reference, Shapes
 from codesign.references.sanger import sanger
@@ -29,6 +30,7 @@ REFERENCES = {
         sanger,
         a3,
         spatten,
+        fact,
     )
 }
 
@@ -43,6 +45,8 @@ LAYER_TENSORS = (
         "value",
         "scores",
         "keep",
+        "one_hot",
+        "ffn_full",
         "source",
         "ffn_source",
         "raw_scores",
@@ -54,7 +58,7 @@ LAYER_TENSORS = (
 )
 """Tensors of one layer of any mechanism, in order of computation; stored with the layer axis first."""
 
-BOOLEANS = ("keep", "tokens", "heads", "used")
+BOOLEANS = ("keep", "tokens", "heads", "one_hot", "ffn_full", "used")
 """Tensors of decisions alone."""
 
 TENSORS = ("embedded", *LAYER_TENSORS, "logits")

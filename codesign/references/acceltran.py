@@ -40,6 +40,12 @@ def prune(layer: Layer, x: Integers, site: str) -> Integers:
     return np.where(np.abs(x) > layer["threshold"][PRUNED_SITES.index(site)], x, 0)
 
 
+def prune_activation(layer: Layer, x: Integers, site: str, planned: LayerTensors) -> Integers:
+    """Returns what enters `site`, pruned as `prune` does."""
+    del planned
+    return prune(layer, x, site)
+
+
 def prune_output(layer: Layer, y: Integers, site: str, planned: LayerTensors) -> Integers:
     """Returns what leaves, pruned as `prune` does."""
     del planned
@@ -55,6 +61,6 @@ acceltran = Reference(
         *("attention_branch", "gelu", "ffn_branch"),
     ),
     ranges={"threshold": (0, EXACT_LIMIT)},
-    on_activation=prune,
+    on_activation=prune_activation,
     on_output=prune_output,
 )

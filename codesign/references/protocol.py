@@ -69,9 +69,9 @@ def keep_existing(
     return np.broadcast_to(exists, (*query.shape[:-1], key.shape[-2])), {}
 
 
-def keep_values(layer: Layer, x: Integers, site: str) -> Integers:
+def keep_values(layer: Layer, x: Integers, site: str, planned: LayerTensors) -> Integers:
     """Leaves a tensor as it is."""
-    del layer, site
+    del layer, site, planned
     return x
 
 
@@ -117,7 +117,7 @@ class Reference:
       on_probabilities: From one layer's arrays, probabilities `[B, H, T, S]`, the kept pairs and the planned tensors to
         what becomes of the probabilities, and more tensors.
       carry: From one layer's arrays, the carry, all its tensors and the pairs that exist to the next layer's carry.
-      on_activation: What becomes of a tensor that enters `site`, given one layer's arrays.
+      on_activation: What becomes of a tensor that enters `site`, given one layer's arrays and the planned tensors.
       on_output: What becomes of what leaves `attention` (heads side by side, `[B, T, H*d]`) or a branch
         (`attention_branch`, `ffn_branch`), given one layer's arrays and the planned tensors.
     """
@@ -139,5 +139,5 @@ class Reference:
         [Layer, Integers, Booleans, LayerTensors], tuple[Integers, LayerTensors]
     ] = keep_probabilities
     carry: Callable[[Layer, LayerTensors, LayerTensors, Booleans], LayerTensors] = keep_carry
-    on_activation: Callable[[Layer, Integers, str], Integers] = keep_values
+    on_activation: Callable[[Layer, Integers, str, LayerTensors], Integers] = keep_values
     on_output: Callable[[Layer, Integers, str, LayerTensors], Integers] = keep_outputs
