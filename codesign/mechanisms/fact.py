@@ -374,7 +374,7 @@ def execution(
 
 
 def soft_rows(context: Context, x: jax.Array, plan: Plan, site: str) -> tuple[jax.Array, Counts]:
-    """Rounds what enters the feed-forward network's products to four bits where the plan says so; derivative 1 (true: 0)."""
+    """Rounds what enters the products of the feed-forward network to four bits where planned; derivative 1 (true: 0)."""
     if site not in ("up", "down") or plan.ffn_full is None:
         return x, Counts()
     scale = context.scales[site]
