@@ -27,6 +27,9 @@ from codesign import gates
 from codesign.backward import kept
 from codesign.vocabulary import KINDS, LINEAR_SITES, STAGES, check_key
 
+SERIAL_BITS = 12.0
+"""Planes of a key that make a product, where it arrives bit by bit (BitStopper, arXiv 2512.06457)."""
+
 __all__ = [
     "KINDS",
     "LINEAR_SITES",
@@ -122,11 +125,20 @@ class Workload:
 
 
 def attention_macs(workload: Workload) -> jax.Array:
-    """Returns the multiplications of exact attention per example, `[B]`; those of predictions are not among them."""
-    return sum(
-        (jnp.sum(workload.operations[key].count, axis=(1, 2)) for key in ("qk.mac", "pv.mac")),
-        start=jnp.zeros(()),
-    )
+    """Returns the multiplications of exact attention per example, `[B]`; those of predictions are not among them.
+
+    Where nothing is left to read of a key (no stream `key_rest`), products with parts of it are no prediction but the
+    score: those with one bit count as a twelfth, as many as make a product (BitStopper).
+    """
+    operations, total = workload.operations, jnp.zeros(())
+    for key, value in operations.items():
+        stage, _, kind = key.partition(".")
+        if key in ("qk.mac", "pv.mac"):
+            total = total + jnp.sum(value.count, axis=(1, 2))
+        elif stage.startswith("filter") and kind == "mac" and "key_rest" not in workload.streams:
+            share = jnp.where(value.bits_b == 1.0, 1.0 / SERIAL_BITS, 1.0)
+            total = total + jnp.sum(value.count * share, axis=(1, 2))
+    return total
 
 
 def all_macs(workload: Workload) -> jax.Array:

@@ -69,6 +69,12 @@ COMMANDS = {
         function="curve",
         takes_experiment=True,
     ),
+    "compare": Command(
+        summary="every mechanism in one frame, at equal quality",
+        module="codesign.experiments.compare_command",
+        function="compare",
+        takes_experiment=True,
+    ),
     "reproduce": Command(
         summary="a published study, or how well cost model and simulators agree",
         module="codesign.experiments.reproduce",

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from codesign.units import PJ_PER_UJ
 
 STYLE = {
@@ -88,4 +90,52 @@ def draw_curve(record: dict[str, Any], path: Path) -> None:
         fontsize=9,
     )
     figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def draw_comparison(records: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draws trained curves of several mechanisms in one frame, quality and divergence over energy, into a PNG file.
+
+    Args:
+      records: Contents of `curve.json` by mechanism.
+      path: Where to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    label_of_quality, percent = QUALITY[next(iter(records.values()))["quality_name"]]
+    for index, (name, record) in enumerate(records.items()):
+        entries = [entry for entry in record["means"] if entry["kind"] in ("dense", "trained")]
+        costs = [entry["end_to_end"]["energy_pj"] / PJ_PER_UJ for entry in entries]
+        for axis, key, scale in ((axes[0], "quality", percent), (axes[1], "kl_nats", 1.0)):
+            means = np.asarray([entry[key]["mean"] for entry in entries]) * scale
+            bounds = [
+                np.abs(np.asarray([entry[key][end] for entry in entries]) * scale - means)
+                for end in ("low", "high")
+            ]
+            axis.errorbar(
+                costs,
+                means,
+                yerr=bounds,
+                label=name,
+                color=colours[index % len(colours)],
+                marker="os^vD"[index % 5],
+                markersize=4.0,
+                linewidth=1.2,
+                capsize=2.0,
+                elinewidth=0.7,
+            )
+    axes[1].set_yscale("log")
+    axes[0].set_ylabel(label_of_quality)
+    axes[1].set_ylabel("KL divergence from dense (nat)")
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.set_xlabel("Energy per example, end to end, common frame (µJ)")
+        axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
+    axes[0].legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -292,14 +292,14 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name_or_path: str | Path) -> AcceleratorSpec:
-    """Returns a machine by the name of a shipped preset or the path of a TOML file.
+    """Returns a machine by the name of a shipped preset or the path of a TOML (or JSON) file.
 
     Raises:
       UnknownNameError: If there is no such preset or file.
       PresetError: If the file is malformed, incomplete or inconsistent; one line.
     """
     path = Path(name_or_path)
-    if path.suffix != ".toml":
+    if path.suffix not in (".toml", ".json"):
         if str(name_or_path) not in preset_names():
             raise UnknownNameError(
                 f"unknown accelerator preset `{name_or_path}`: "
@@ -312,7 +312,17 @@ def load_preset(name_or_path: str | Path) -> AcceleratorSpec:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise PresetError(f"{path.name}: not UTF-8 text: save it as UTF-8 TOML") from error
+    if path.suffix == ".json":
+        return _parse_json(text, origin=path.name)
     return parse_preset(text, origin=path.name)
+
+
+def _parse_json(text: str, *, origin: str) -> AcceleratorSpec:
+    """Returns the machine that a JSON text describes: the same tables, as `AcceleratorSpec.model_dump_json` writes them."""
+    try:
+        return AcceleratorSpec.model_validate_json(text)
+    except ValidationError as error:
+        raise PresetError(f"{origin}: {_one_line(error)}") from error
 
 
 def json_schema() -> dict[str, Any]:

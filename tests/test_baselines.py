@@ -19,6 +19,7 @@ from codesign.hw.surrogate import SCOPES, cost
 from codesign.mechanisms import MECHANISMS, dense_beside
 from codesign.policy import Policy
 from codesign.references import reference_by_name
+from codesign.workload import attention_macs
 
 BASELINES = ("topk", "bitserial", "sanger", "a3", "spatten", "fact")
 BASELINE = pytest.mark.parametrize("name", BASELINES)
@@ -126,6 +127,19 @@ def test_nothing_dropped_is_dense_attention_bit_for_bit(name: str) -> None:
     for key, value in tensors(dense).items():
         np.testing.assert_array_equal(tensors(whole)[key], value, err_msg=key)
     np.testing.assert_array_equal(scale.kept(whole.workload), 1.0)
+
+
+@BASELINE
+def test_multiplications_without_the_mechanism_are_those_of_dense_attention(name: str) -> None:
+    model = model_of("patches", name)
+    policy = random_policy(model, name, seed=0)
+    _, beside = tiny_model.run_hard(
+        model, policy, model.inputs, mechanism=dense_beside(MECHANISMS[name])
+    )
+    _, dense = run_hard(model, policy, "dense")
+    np.testing.assert_allclose(attention_macs(beside.workload), attention_macs(dense.workload))
+    _, sparse = run_hard(model, policy, name)
+    assert np.all(attention_macs(sparse.workload) < attention_macs(dense.workload))
 
 
 @BASELINE

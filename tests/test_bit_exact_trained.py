@@ -41,6 +41,8 @@ MECHANISMS = pytest.mark.parametrize(
         ("fact", "fact"),
     ],
 )
+STRENGTHS = {"spatten": (0.05, 0.2)}
+"""Strengths of random thresholds that leave decisions of both kinds, where shares add up over layers."""
 NUM_TOKENS = 128
 LENGTHS = (128, 128, 128, 128, 128, 128, 97, 64, 31, 1)
 
@@ -119,7 +121,8 @@ def check(
     own = mechanism.knobs(structure.num_layers, structure.num_heads)
     scale = mechanism.thresholds
     assert scale is not None
-    strength = np.random.default_rng(1).uniform(0.3, 0.7, own["threshold"].shape)
+    low, high = STRENGTHS.get(name, (0.3, 0.7))
+    strength = np.random.default_rng(1).uniform(low, high, own["threshold"].shape)
     ranges = {key: np.asarray(value, np.float64) for key, value in calibration.layers.items()}
     own["threshold"] = scale.from_strength(strength, ranges)
     policy = Policy(layers=knobs.layers | own, ends=knobs.ends)
