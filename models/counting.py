@@ -9,7 +9,6 @@ from codesign.mechanisms.protocol import (
     Hooks,
     Operands,
     Plan,
-    keep_all,
 )
 from codesign.models.model import existing_pairs, with_ends
 from codesign.models.transformer import block_gemms
@@ -59,12 +58,13 @@ def dense_workload(
         relaxation=Relaxation(temperature=one, smoothness=one),
         valid=valid,
         pairs=existing_pairs(valid, structure),
+        is_uniform=not structure.is_causal,
         width=structure.width,
     )
     operands = Operands(query=codes, key=codes, value=codes, logit_scale=one, value_scale=one)
     plan = Plan()
-    selection, _ = keep_all(context, operands, plan, ())
-    counts = hooks.execution(context, operands, selection, plan, selection.weights)
+    selection, counts = hooks.filter(context, operands, plan, ())
+    counts += hooks.execution(context, operands, selection, plan, selection.weights)
     layer = Workload(
         operations=counts.operations,
         rows=counts.rows,
