@@ -5,8 +5,13 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Half the compilation of the code generator that JAX has by default, which the tests of the wheel use (`XLA_FLAGS=`).
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# Programs run for milliseconds here and take seconds to compile: an older code generator, and nothing optimised, take half
+# as long. The tests of the wheel use what users have (`XLA_FLAGS=`).
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
+)
 
 import jax
 import pytest

@@ -212,7 +212,7 @@ def test_faulty_preset_is_one_line(
         ),
         (
             ("train", "digits", "--out", "{}", *BUDGET, "--experiment.mechanism", "nope"),
-            "mechanism `nope` does not exist: choose one of acceltran, dense, energon",
+            "mechanism `nope` does not exist: choose one of a3, acceltran, bitserial",
         ),
         (
             ("train", "digits", "--out", "{}", *BUDGET, "--experiment.model.num-layers", "0"),
