@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from codesign.experiments.data import Part
 from codesign.experiments.evaluate import measure, summary
 from codesign.experiments.figure import draw_comparison
 from codesign.experiments.finished import load_run, measure_dense
-from codesign.experiments.problem import load_problem
+from codesign.experiments.problem import load_problem, outline
+from codesign.experiments.reach import cheapest_ratio, check_reachable
 from codesign.experiments.run import RunDirectory, write_json
 from codesign.experiments.start import start_point
 from codesign.hw.frame import common_frame
@@ -70,6 +72,32 @@ def checked_names(names: Sequence[str] | None) -> dict[str, str]:
     return {name: known[name] for name in names}
 
 
+def framed_experiments(
+    experiment: Experiment, chosen: dict[str, str], folder: Path
+) -> dict[str, Experiment]:
+    """Writes the machines in the common frame into a folder; returns an experiment on each, by mechanism."""
+    framed = {}
+    for name, preset in chosen.items():
+        path = folder / f"{preset}.json"
+        path.write_text(common_frame(load_preset(preset)).model_dump_json(indent=2) + "\n")
+        framed[name] = dataclasses.replace(experiment, mechanism=name, preset=str(path))
+    return framed
+
+
+def reached_settings(experiment: Experiment, settings: CurveSettings) -> CurveSettings:
+    """Returns the settings with those budgets that some legal policy reaches.
+
+    Raises:
+      InfeasibleBudgetError: If none does.
+    """
+    outlined = outline(experiment)
+    largest = settings.budget(max(settings.budgets))
+    check_reachable(outlined, largest)
+    least = cheapest_ratio(outlined, largest.scope)[settings.metric]
+    reached = tuple(fraction for fraction in settings.budgets if fraction >= least)
+    return dataclasses.replace(settings, budgets=reached)
+
+
 def run_comparison(
     experiment: Experiment,
     settings: CurveSettings,
@@ -90,7 +118,7 @@ def run_comparison(
 
     Args:
       experiment: Settings; mechanism, preset and seed are replaced.
-      settings: Budgets and the uniform grid of every curve.
+      settings: Budgets and the uniform grid of every curve; those that no policy reaches are left out.
       out: Directory, made here; curves lie below `curves/`, machines of the frame below `machines/`.
       names: Mechanisms; None: all that have thresholds and a machine.
       seeds: Seeds of the dense model, its fine-tuning and the order of the examples.
@@ -105,6 +133,7 @@ def run_comparison(
 
     Raises:
       CodesignError: If a setting is wrong.
+      InfeasibleBudgetError: If a mechanism reaches no budget.
       RunDirectoryError: If `out` exists and neither flag is given, or it was made with other settings.
     """
     chosen = checked_names(names)
@@ -119,25 +148,22 @@ def run_comparison(
         "loss": loss,
         "kl_nats": kl_nats,
     }
-    machines = out / "machines"
-    own = {
-        name: dataclasses.replace(experiment, mechanism=name, preset=preset)
-        for name, preset in chosen.items()
-    }
-    for one in own.values():
-        checked_curve(one, settings, seeds)
+    with TemporaryDirectory() as folder_of_checks:
+        for one in framed_experiments(experiment, chosen, Path(folder_of_checks)).values():
+            checked_curve(one, reached_settings(one, settings), seeds)
     RunDirectory.create(out, config, resume=resume, overwrite=overwrite)
+    machines = out / "machines"
     machines.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for name, preset in chosen.items():
-        report(f"{name} on preset {preset}")
-        machine = machines / f"{preset}.json"
-        machine.write_text(common_frame(load_preset(preset)).model_dump_json(indent=2) + "\n")
-        framed = dataclasses.replace(own[name], preset=str(machine))
+    for name, framed in framed_experiments(experiment, chosen, machines).items():
+        reached = reached_settings(framed, settings)
+        left_out = [f"{one:g}" for one in settings.budgets if one not in reached.budgets]
+        suffix = f"; no legal policy reaches {', '.join(left_out)}" if left_out else ""
+        report(f"{name} on preset {chosen[name]}{suffix}")
         folder = out / "curves" / name
         path = run_curve(
             framed,
-            settings,
+            reached,
             folder,
             seeds=seeds,
             part=part,
@@ -148,9 +174,8 @@ def run_comparison(
             report=report,
         )
         record = json.loads(path.read_text())
-        record["own_points"] = _own_points(
-            own[name], settings, folder, seeds, part, cache, progress
-        )
+        own = dataclasses.replace(experiment, mechanism=name, preset=chosen[name])
+        record["own_points"] = _own_points(own, reached, folder, seeds, part, cache, progress)
         rows += comparison_rows(record, name, loss=loss, kl_nats=kl_nats)
     write_json(out / COMPARISON_FILE, rows)
     draw_comparison(curves_of(out, tuple(chosen)), out / FIGURE_FILE)

@@ -1,8 +1,8 @@
 """`codesign compare`."""
 
-import dataclasses
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from codesign.experiments.commands import Json, announce, curve_seconds, say
@@ -11,6 +11,8 @@ from codesign.experiments.compare import (
     KL_NATS,
     OWN,
     checked_names,
+    framed_experiments,
+    reached_settings,
     run_comparison,
 )
 from codesign.experiments.configs import Experiment, Metric
@@ -71,12 +73,15 @@ def compare(
     settings = CurveSettings(budgets=budgets, metric=metric, num_selection=num_selection)
     check_directory(out, resume=resume, overwrite=overwrite)
     chosen = checked_names(mechanisms)
-    own = [
-        dataclasses.replace(experiment, mechanism=name, preset=preset)
-        for name, preset in chosen.items()
-    ]
     if not as_json:
-        announce(sum(curve_seconds(one, settings, seeds, part) for one in own))
+        with TemporaryDirectory() as folder:
+            framed = framed_experiments(experiment, chosen, Path(folder)).values()
+            announce(
+                sum(
+                    curve_seconds(one, reached_settings(one, settings), seeds, part)
+                    for one in framed
+                )
+            )
     if estimate:
         return 0
     path = run_comparison(

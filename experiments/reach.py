@@ -11,7 +11,11 @@ from codesign.experiments.evaluate import metrics_of
 from codesign.experiments.model_choice import model_shape
 from codesign.experiments.problem import Problem
 from codesign.hw.closed_form import Setting
-from codesign.hw.operating_points import cheapest_setting, closed_form_workload
+from codesign.hw.operating_points import (
+    cheapest_setting,
+    closed_form_workload,
+    published_setting,
+)
 from codesign.hw.surrogate import cost
 
 
@@ -27,17 +31,23 @@ def cheapest_ratio(problem: Problem, scope: Scope) -> dict[Metric, float]:
     )
     ratios: dict[Metric, float] = {metric: least[metric] / dense[metric] for metric in dense}
     scale = problem.mechanism.thresholds
-    if scale is None or scale.pairs_entry is None:
+    if scale is None:
         return ratios
-    # A filter can drop pairs: in closed form, at the mean length.
+    # Pairs and tokens can go: in closed form, at the mean length.
     tokens = structure.max_tokens
     if "valid" in examples.inputs:
         tokens = max(2, round(float(np.mean(np.sum(examples.inputs["valid"], axis=1)))))
     shape = model_shape(structure, tokens)
-    rounds = len(scale.names)
+    published = len(published_setting(problem.spec).kept)
+    rounds = published if scale.pairs_entry is None else len(scale.names)
     prices = [
         cost(closed_form_workload(problem.spec, shape, setting), problem.accelerator)
-        for setting in (cheapest_setting(shape, num_rounds=rounds), Setting())
+        for setting in (
+            cheapest_setting(
+                shape, num_rounds=rounds, skips_zeros=problem.mechanism.soft.skips_zeros
+            ),
+            Setting(),
+        )
     ]
     lowest, whole = (
         {name: float(value[0]) for name, value in metrics_of(price, scope).items()}
