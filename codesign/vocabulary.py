@@ -59,7 +59,6 @@ ATTENTION_OPERATIONS = (
 )
 MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
     "dense": ATTENTION_OPERATIONS,
-    "acceltran": ATTENTION_OPERATIONS,
     "energon": (
         "filter*.mac",
         "filter*.statistic",
@@ -68,21 +67,7 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
         "index.bits",
         *ATTENTION_OPERATIONS,
     ),
-    "topk": (*ATTENTION_OPERATIONS, "select.compare"),
-    "bitserial": (
-        "filter*.mac",
-        "filter*.compare",
-        "threshold.evaluate",
-        *(key for key in ATTENTION_OPERATIONS if key != "qk.mac"),
-    ),
-    "sanger": (*ATTENTION_OPERATIONS, "filter0.mac", "filter0.exp", "threshold.compare"),
-    "a3": (*ATTENTION_OPERATIONS, "predict.multiply", "predict.compare", "threshold.compare"),
-    "spatten": (
-        *ATTENTION_OPERATIONS,
-        "filter0.mac",
-        "threshold.compare",
-        "select.compare",
-    ),
+    "acceltran": ATTENTION_OPERATIONS,
     "sofa": (
         "predict.shift_add",
         "encode.encode",
@@ -110,18 +95,6 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
         "pv.mac",
         "output.divide",
     ),
-    "fact": (
-        "encode.encode",
-        "predict.shift_add",
-        "filter0.shift_add",
-        "select.compare",
-        "threshold.compare",
-        "generate.mac",
-        "qk.mac",
-        "softmax.exp",
-        "pv.mac",
-        "output.divide",
-    ),
     "esact": (
         "encode.encode",
         "predict.shift_add",
@@ -138,8 +111,39 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
         "copy.bytes",
         "ffn.bytes",
     ),
+    "topk": (*ATTENTION_OPERATIONS, "select.compare"),
+    "bitserial": (
+        "filter*.mac",
+        "filter*.compare",
+        "threshold.evaluate",
+        *(key for key in ATTENTION_OPERATIONS if key != "qk.mac"),
+    ),
+    "sanger": (*ATTENTION_OPERATIONS, "filter0.mac", "filter0.exp", "threshold.compare"),
+    "a3": (*ATTENTION_OPERATIONS, "predict.multiply", "predict.compare", "threshold.compare"),
+    "spatten": (
+        *ATTENTION_OPERATIONS,
+        "filter0.mac",
+        "threshold.compare",
+        "select.compare",
+    ),
+    "fact": (
+        "encode.encode",
+        "predict.shift_add",
+        "filter0.shift_add",
+        "select.compare",
+        "threshold.compare",
+        "generate.mac",
+        "qk.mac",
+        "softmax.exp",
+        "pv.mac",
+        "output.divide",
+    ),
 }
-"""Operations that a mechanism feeds to its machine; `*` stands for a round's number."""
+"""The registry of mechanisms, and the operations that each feeds to its machine; `*` stands for a round's number.
+
+It stands here, and not beside the mechanisms, because readers without JAX check machines against it. A listed name is a
+file of `codesign.mechanisms`.
+"""
 
 LINEAR_OPERATIONS = ("linear.mac", "norm.element", "activation.element")
 """What a machine without a host executes besides: dense products, elements of norms and of non-linearities.

@@ -1,37 +1,16 @@
-"""Mechanisms by name: one file each, one line here."""
+"""Mechanisms by name: one file each; `codesign.vocabulary.MECHANISM_OPERATIONS` is the list of them."""
+
+from importlib import import_module
 
 from codesign.errors import UnknownNameError
-from codesign.mechanisms.a3 import a3
-from codesign.mechanisms.acceltran import acceltran
-from codesign.mechanisms.bitserial import bitserial
-from codesign.mechanisms.dense import dense, dense_beside
-from codesign.mechanisms.energon import energon
-from codesign.mechanisms.esact import esact
-from codesign.mechanisms.fact import fact
-from codesign.mechanisms.lapa import lapa
+from codesign.mechanisms.dense import dense_beside
 from codesign.mechanisms.protocol import Hooks, Mechanism
-from codesign.mechanisms.sanger import sanger
-from codesign.mechanisms.sofa import sofa
-from codesign.mechanisms.spatten import spatten
-from codesign.mechanisms.topk import topk
+from codesign.vocabulary import MECHANISM_OPERATIONS
 
-MECHANISMS = {
-    mechanism.name: mechanism
-    for mechanism in (
-        dense,
-        energon,
-        acceltran,
-        sofa,
-        lapa,
-        esact,
-        topk,
-        bitserial,
-        sanger,
-        a3,
-        spatten,
-        fact,
-    )
+MECHANISMS: dict[str, Mechanism] = {
+    name: getattr(import_module(f"{__name__}.{name}"), name) for name in MECHANISM_OPERATIONS
 }
+"""The object `x` of the file `x.py` for each listed name `x`."""
 
 __all__ = ["MECHANISMS", "Hooks", "Mechanism", "dense_beside", "mechanism_by_name"]
 
