@@ -142,7 +142,7 @@ MECHANISM_OPERATIONS: dict[str, tuple[str, ...]] = {
 """The registry of mechanisms, and the operations that each feeds to its machine; `*` stands for a round's number.
 
 It stands here, and not beside the mechanisms, because readers without JAX check machines against it. A listed name is a
-file of `codesign.mechanisms`.
+file of `codesign.mechanisms` and one of `codesign.references`.
 """
 
 LINEAR_OPERATIONS = ("linear.mac", "norm.element", "activation.element")

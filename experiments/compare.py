@@ -72,6 +72,12 @@ def checked_names(names: Sequence[str] | None) -> dict[str, str]:
     return {name: known[name] for name in names}
 
 
+def check_limits(loss: float | None, kl_nats: float) -> None:
+    """Checks what may be lost; raises `CodesignError`."""
+    require(loss is None or loss >= 0.0, "loss", "be at least 0", loss)
+    require(kl_nats > 0.0, "kl", "be > 0", kl_nats)
+
+
 def framed_experiments(
     experiment: Experiment, chosen: dict[str, str], folder: Path
 ) -> dict[str, Experiment]:
@@ -137,8 +143,7 @@ def run_comparison(
       RunDirectoryError: If `out` exists and neither flag is given, or it was made with other settings.
     """
     chosen = checked_names(names)
-    require(loss is None or loss >= 0.0, "loss", "be at least 0", loss)
-    require(kl_nats > 0.0, "kl", "be > 0", kl_nats)
+    check_limits(loss, kl_nats)
     config = {
         "experiment": experiment.plain(),
         "curve": dataclasses.asdict(settings),

@@ -10,6 +10,7 @@ from codesign.experiments.compare import (
     COMMON,
     KL_NATS,
     OWN,
+    check_limits,
     checked_names,
     framed_experiments,
     reached_settings,
@@ -73,6 +74,7 @@ def compare(
     settings = CurveSettings(budgets=budgets, metric=metric, num_selection=num_selection)
     check_directory(out, resume=resume, overwrite=overwrite)
     chosen = checked_names(mechanisms)
+    check_limits(loss, kl)
     if not as_json:
         with TemporaryDirectory() as folder:
             framed = framed_experiments(experiment, chosen, Path(folder)).values()

@@ -4,15 +4,14 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from codesign.hw.closed_form import (
-    ModelShape,
-    Setting,
+from codesign.hw.closed_form import ModelShape, Setting, workload_from_fractions
+from codesign.hw.closed_form_filters import (
     cascade_workload,
+    masked_workload,
     packed_workload,
     scored_workload,
     searched_workload,
     serial_workload,
-    workload_from_fractions,
 )
 from codesign.hw.closed_form_on_demand import (
     eager_workload,
@@ -86,6 +85,7 @@ def skips_zeros(spec: AcceleratorSpec) -> bool:
 
 
 CLOSED_FORMS: dict[str, Callable[[ModelShape, Setting], Workload]] = {
+    "energon": workload_from_fractions,
     "topk": scored_workload,
     "bitserial": serial_workload,
     "sanger": packed_workload,
@@ -96,12 +96,12 @@ CLOSED_FORMS: dict[str, Callable[[ModelShape, Setting], Workload]] = {
     "esact": similar_rows_workload,
     "fact": eager_workload,
 }
-"""Closed forms of machines by mechanism; others run exact attention, with or without rounds that filter."""
+"""Closed forms of machines by mechanism; others run exact attention on what is kept."""
 
 
 def closed_form_workload(spec: AcceleratorSpec, shape: ModelShape, setting: Setting) -> Workload:
     """Returns one example's workload on a machine of this kind, heads summed or one by one."""
-    return CLOSED_FORMS.get(spec.mechanism, workload_from_fractions)(shape, setting)
+    return CLOSED_FORMS.get(spec.mechanism, masked_workload)(shape, setting)
 
 
 def operating_points(spec: AcceleratorSpec, shape: ModelShape) -> list[OperatingPoint]:

@@ -1,9 +1,7 @@
 """The page on adding a mechanism and a machine does what it says, as it stands there."""
 
 import re
-import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +20,7 @@ from codesign.hw.simulator import simulate
 from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import SCOPES, cost
 from codesign.mechanisms import MECHANISMS
+from codesign.references import REFERENCES
 from codesign.vocabulary import ATTENTION_OPERATIONS, MECHANISM_OPERATIONS
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding.md"
@@ -34,27 +33,26 @@ def blocks(language: str) -> list[str]:
 
 def module(name: str, text: str) -> types.ModuleType:
     made = types.ModuleType(name)
-    sys.modules[name] = made
     exec(compile(text, f"{PAGE.name}: {name}", "exec"), made.__dict__)
     return made
 
 
 @pytest.fixture
-def tests_of_the_page(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
-    source, line, tests = blocks("python")
-    monkeypatch.setitem(sys.modules, "codesign.mechanisms.window", None)
+def tests_of_the_page(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    source, reference, line, tests = blocks("python")
     entry = eval(f"{{{line}}}", {"ATTENTION_OPERATIONS": ATTENTION_OPERATIONS})
     for name, operations in entry.items():
         monkeypatch.setitem(MECHANISM_OPERATIONS, name, operations)
-        found = module(f"codesign.mechanisms.{name}", source)
-        monkeypatch.setitem(MECHANISMS, name, getattr(found, name))
-    monkeypatch.setitem(sys.modules, "test_window", None)
-    yield module("test_window", tests)
+        monkeypatch.setitem(MECHANISMS, name, getattr(module(name, source), name))
+        monkeypatch.setitem(REFERENCES, name, getattr(module(name, reference), name))
+    return module("test_window", tests)
 
 
 def test_the_tests_of_the_page_pass(tests_of_the_page: Any) -> None:
-    found = [getattr(tests_of_the_page, name) for name in dir(tests_of_the_page) if name[:5] == "test_"]
-    assert len(found) == 3
+    found = [
+        getattr(tests_of_the_page, name) for name in dir(tests_of_the_page) if name[:5] == "test_"
+    ]
+    assert len(found) == 4
     for test in found:
         test()
 
@@ -64,10 +62,14 @@ def test_the_machines_of_the_page_load(tests_of_the_page: Any, tmp_path: Path) -
     for path, text in zip((window, wide), blocks("toml"), strict=True):
         path.write_text(text)
     spec = load_preset(window)
-    price = cost(closed_form_workload(spec, SHAPE, published_setting(spec)), accelerator_from_spec(spec))
+    price = cost(
+        closed_form_workload(spec, SHAPE, published_setting(spec)), accelerator_from_spec(spec)
+    )
     area = spec.operating_point.area
     assert float(price.area_mm2("attention")) == pytest.approx(area.value, abs=1e-3)
-    sizes = {name: accelerator_from_spec(load_preset(name)).sizes for name in ("energon", str(wide))}
+    sizes = {
+        name: accelerator_from_spec(load_preset(name)).sizes for name in ("energon", str(wide))
+    }
     ratios = {name: float(sizes[str(wide)][name] / size) for name, size in sizes["energon"].items()}
     changed = {name: ratio for name, ratio in ratios.items() if ratio != 1.0}
     assert changed == {"qk.lanes": 2.0, "dram.bytes_per_cycle": 0.5}

@@ -1,38 +1,16 @@
-"""The integer path of every mechanism in NumPy, by name: one file each, one line here. Imports no JAX."""
+"""The integer path of every mechanism in NumPy, by name: one file each, named as the mechanism. Imports no JAX."""
+
+from importlib import import_module
 
 from codesign.errors import UnknownNameError
-from codesign.references.a3 import a3
-from codesign.references.acceltran import acceltran
-from codesign.references.bitserial import bitserial
-from codesign.references.dense import dense
-from codesign.references.energon import energon
-from codesign.references.esact import esact
-from codesign.references.fact import fact
-from codesign.references.lapa import lapa
 from codesign.references.protocol import Reference, Shapes
-from codesign.references.sanger import sanger
-from codesign.references.sofa import sofa
-from codesign.references.spatten import spatten
-from codesign.references.topk import topk
 from codesign.structure import ModelStructure
+from codesign.vocabulary import MECHANISM_OPERATIONS
 
-REFERENCES = {
-    reference.name: reference
-    for reference in (
-        dense,
-        energon,
-        acceltran,
-        sofa,
-        lapa,
-        esact,
-        topk,
-        bitserial,
-        sanger,
-        a3,
-        spatten,
-        fact,
-    )
+REFERENCES: dict[str, Reference] = {
+    name: getattr(import_module(f"{__name__}.{name}"), name) for name in MECHANISM_OPERATIONS
 }
+"""The object `x` of the file `x.py` for each mechanism `x` of the registry."""
 
 LAYER_TENSORS = (
     *(

@@ -1,0 +1,245 @@
+"""The common frame and comparisons: factors, prices, mixtures by hand, and a whole one on a small task."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_experiment import tiny
+
+from codesign.errors import CodesignError, InfeasibleBudgetError, UnknownNameError
+from codesign.experiments.cli import main
+from codesign.experiments.compare import (
+    COMMON,
+    OWN,
+    cheapest_mixture,
+    checked_names,
+    compared_mechanisms,
+    comparison_rows,
+    framed_experiments,
+    reached_settings,
+    run_comparison,
+)
+from codesign.experiments.configs import digits
+from codesign.experiments.curve_settings import CurveSettings
+from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.closed_form import ModelShape, Setting
+from codesign.hw.frame import AREA_MM2, common_frame, frame_factor
+from codesign.hw.operating_points import closed_form_workload, published_setting
+from codesign.hw.spec import load_preset
+from codesign.hw.surrogate import cost
+from codesign.mechanisms import MECHANISMS
+
+FACTORS = {
+    "a3": 5.58,
+    "sanger": 1.30,
+    "energon": 3.50,
+    "spatten": 7.49,
+    "fact": 0.944,
+    "sofa": 1.0,
+    "bitserial": 0.832,
+    "esact": 0.948,
+    "lapa": 1.11,
+    "topk": 4.14,
+    "acceltran-edge": 0.0263,
+}
+"""5.69 mm2 over each published area at 28 nm."""
+SHAPE = ModelShape(num_layers=2, num_tokens=64, num_heads=2, head_dim=64, width=128, hidden=256)
+
+
+# The frame
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_machines_fill_the_area(name: str) -> None:
+    spec = load_preset(name)
+    # Published areas have three or four digits.
+    assert frame_factor(spec, with_host=False) == pytest.approx(FACTORS[name], rel=4e-3)
+    frame = common_frame(spec)
+    factor = frame_factor(spec)
+    assert factor < frame_factor(spec, with_host=False) or spec.host is None
+    elements = spec.processing_elements
+    for unit in spec.units:
+        grown = frame.units[unit].lanes.value / spec.units[unit].lanes.value
+        assert grown == pytest.approx(1.0 if elements is not None else factor)
+    for memory in spec.memories:
+        capacity = spec.memories[memory].capacity.base
+        assert frame.memories[memory].capacity.base == pytest.approx(factor * capacity)
+    accelerator = accelerator_from_spec(frame)
+    price = cost(closed_form_workload(frame, SHAPE, Setting()), accelerator)
+    assert float(price.area_mm2("end_to_end")) == pytest.approx(AREA_MM2, rel=1e-5)
+
+
+def test_one_table_prices_all() -> None:
+    """The same operation costs the same on every machine: 16 x 16 MAC, exponential, byte of main memory."""
+    seen: dict[str, set[float]] = {"dram": set(), "clock": set(), "bandwidth": set()}
+    for preset in FACTORS:
+        frame = common_frame(load_preset(preset))
+        table = frame.energy_table
+        assert table is not None and table == common_frame(load_preset("topk")).energy_table
+        assert frame.energy_factor.value == 1.0 and frame.standing_power is None
+        assert frame.energy_scale == pytest.approx(1.0 / 1.9446, rel=1e-4)
+        seen["dram"].add(frame.dram.energy.base)
+        seen["clock"].add(frame.clock_hz)
+        seen["bandwidth"].add(frame.dram.bandwidth.base)
+    assert {name: len(values) for name, values in seen.items()} == dict.fromkeys(seen, 1)
+    assert seen["clock"] == {1e9} and seen["bandwidth"] == {59.8e9}
+    multiply = 0.2 * 16 * 16 / 64 + 0.0033 * 40
+    assert multiply / 1.9446 == pytest.approx(0.478, abs=2e-3)
+
+
+def test_frames_are_files(tmp_path: Path) -> None:
+    experiments = framed_experiments(digits(), {"topk": "topk", "fact": "fact"}, tmp_path)
+    for name, experiment in experiments.items():
+        spec = load_preset(experiment.preset)
+        assert spec.mechanism == experiment.mechanism == name
+        published = closed_form_workload(spec, SHAPE, published_setting(spec))
+        assert float(cost(published, accelerator_from_spec(spec)).energy_pj("attention")[0]) > 0.0
+
+
+# What is compared
+
+
+def test_every_mechanism_with_thresholds_is_compared() -> None:
+    known = compared_mechanisms()
+    assert set(known) == set(MECHANISMS) - {"dense"}
+    assert known["acceltran"] == "acceltran-edge" and known["sofa"] == "sofa"
+    assert checked_names(["topk", "a3"]) == {"topk": "topk", "a3": "a3"}
+    with pytest.raises(UnknownNameError, match="`dense` cannot be compared: choose among a3"):
+        checked_names(["dense"])
+    with pytest.raises(CodesignError, match="once"):
+        checked_names(["topk", "topk"])
+
+
+def test_budgets_out_of_reach_are_left_out(tmp_path: Path) -> None:
+    settings = CurveSettings(budgets=(0.9, 0.5, 0.01))
+    experiment = framed_experiments(digits(), {"topk": "topk"}, tmp_path)["topk"]
+    assert reached_settings(experiment, settings).budgets == (0.9, 0.5)
+    with pytest.raises(InfeasibleBudgetError, match=r"0.01 cannot be reached"):
+        reached_settings(experiment, CurveSettings(budgets=(0.01,)))
+
+
+# Mixtures
+
+
+def point(kind: str, quality: float, kl: float, energy: float, seed: int = 0) -> dict[str, Any]:
+    costs = {"energy_pj": energy, "latency_cycles": 2.0 * energy}
+    return {
+        "kind": kind,
+        "seed": seed,
+        "quality": quality,
+        "kl_nats": kl,
+        "kept_fraction": energy / 10.0,
+        "attention": {name: value / 2.0 for name, value in costs.items()},
+        "end_to_end": costs,
+        "clock_hz": 1e6,
+    }
+
+
+def test_mixture_by_hand() -> None:
+    """Of dense (no loss, 10), a (loss 0.5 of a limit of 1, 6) and b (loss 3, 2): a fifth b, the rest a."""
+    points = [point("dense", 0.0, 0.0, 10.0), point("x", 0.5, 0.5, 6.0), point("x", 3.0, 3.0, 2.0)]
+    found = cheapest_mixture(points, lambda one: one["quality"] - 1.0)
+    assert found["end_to_end"]["energy_pj"] == pytest.approx(0.8 * 6.0 + 0.2 * 2.0)
+    assert found["quality"] == pytest.approx(1.0)
+    assert found["attention"]["latency_cycles"] == pytest.approx(0.8 * 6.0 + 0.2 * 2.0)
+    # Where all may be lost the cheapest alone; where nothing may, dense.
+    assert cheapest_mixture(points, lambda one: one["quality"] - 9.0) == points[2]
+    assert cheapest_mixture(points, lambda one: one["quality"])["end_to_end"]["energy_pj"] == 10.0
+
+
+def test_rows_by_hand() -> None:
+    common = [
+        *(point("dense", 0.9, 0.0, 10.0, seed) for seed in (0, 1)),
+        point("trained", 0.9, 0.01, 4.0, 0),
+        point("trained", 0.88, 0.03, 6.0, 1),
+        *(point("uniform", 0.5, 1.0, 5.0, seed) for seed in (0, 1)),
+    ]
+    own = [one | {"clock_hz": 2e6} for one in common]
+    record = {
+        "quality_name": "accuracy",
+        "points": common,
+        "clock_hz": 1e6,
+        "own_points": own,
+    }
+    rows = comparison_rows(record, "topk", loss=0.01, kl_nats=0.02)
+    assert len(rows) == 2 * (1 + 2 * 2)
+    found = {(row["frame"], row["setting"], row["at"]): row for row in rows}
+    trained = found[COMMON, "trained", "quality"]
+    # Seed 0 as it is; of seed 1 half the examples dense.
+    assert trained["energy_end_to_end"] == pytest.approx((4.0 + 8.0) / 2 * 1e-6)
+    assert trained["quality"] == pytest.approx((0.9 + 0.89) / 2) and trained["seeds"] == 2
+    assert trained["spread"]["energy_end_to_end"] == pytest.approx(2.0**0.5 * 2.0e-6)
+    assert trained["latency_end_to_end"] == pytest.approx(12.0)
+    assert found[OWN, "trained", "quality"]["latency_end_to_end"] == pytest.approx(6.0)
+    at_kl = found[COMMON, "trained", "kl"]
+    assert at_kl["kl"] == pytest.approx((0.01 + 0.02) / 2)
+    # Two percent of the examples may run a policy that loses half.
+    uniform = found[COMMON, "uniform", "quality"]
+    assert uniform["energy_end_to_end"] == pytest.approx((10.0 - 5.0 * 0.01 / 0.4) * 1e-6)
+    assert found[COMMON, "dense", "dense"]["energy"] == pytest.approx(5e-6)
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mechanisms", "dense"], "`dense` cannot be compared"),
+        (["--budgets", "0.3", "0.5"], "falling"),
+        (["--kl", "0"], "kl"),
+        (["--loss", "-1"], "loss"),
+        (["--budgets", "0.001"], "cannot be reached"),
+    ],
+)
+def test_bad_settings_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", "digits", "--out", str(out), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_comparison_from_start_to_end(tmp_path: Path) -> None:
+    """Of one mechanism and two uniform settings; `.ci/run` compares two on digits from the command line."""
+    out = tmp_path / "out"
+    settings = CurveSettings(
+        budgets=(0.7, 0.01),
+        uniform_bits=((8, 8, 16), (4, 4, 8)),
+        uniform_thresholds=((0.5,),),
+        num_selection=8,
+        num_resamples=10,
+    )
+    lines: list[str] = []
+    run: dict[str, Any] = {
+        "names": ["topk"],
+        "seeds": (0,),
+        "part": "validation",
+        "loss": None,
+        "kl_nats": 0.5,
+        "cache": tmp_path / "dense",
+        "progress": False,
+        "report": lines.append,
+        "overwrite": False,
+    }
+    path = run_comparison(tiny(), settings, out, resume=False, **run)
+    assert lines[0] == "topk on preset topk; no legal policy reaches 0.01"
+    assert path == out / "comparison.json" and (out / "comparison.png").stat().st_size > 0
+    rows = json.loads(path.read_text())
+    kinds = {(row["setting"], row["at"], row["frame"]) for row in rows}
+    for kind in ("trained", "uniform_tuned"):
+        assert {(kind, at, frame) for at in ("quality", "kl") for frame in (COMMON, OWN)} <= kinds
+    dense = {row["frame"]: row for row in rows if row["setting"] == "dense"}
+    wanted = {"quality", "kl", "kept", "latency", "latency_end_to_end", "seeds", "spread"}
+    for row in rows:
+        assert wanted <= row.keys() and row["energy"] < row["energy_end_to_end"]
+        assert row["energy_end_to_end"] <= dense[row["frame"]]["energy_end_to_end"]
+        assert row["at"] != "kl" or row["kl"] <= 0.5 + 1e-6
+    # Fitted to nothing and at 28 nm already, the machine costs in its own frame what the area changes.
+    assert dense[COMMON]["quality"] == dense[OWN]["quality"]
+    assert dense[COMMON]["latency"] < dense[OWN]["latency"]
+    with pytest.raises(CodesignError, match="exists"):
+        run_comparison(tiny(), settings, out, resume=False, **run)
