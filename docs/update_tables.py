@@ -133,12 +133,41 @@ def claims(name: str, record: dict[str, Any]) -> str:
     return table(found.columns, found.rows)
 
 
+def comparison(at: str, frame: str, rows: list[dict[str, Any]]) -> str:
+    """Returns the mechanisms of a comparison in one frame, at equal quality or at equal divergence."""
+    found = []
+    for row in rows:
+        if row["frame"] != frame or row["at"] not in ("dense", at):
+            continue
+        figures = (f"{row[key]:.2f}" for key in ("energy", "energy_end_to_end"))
+        times = (f"{row[key]:.1f}" for key in ("latency", "latency_end_to_end"))
+        found.append(
+            (
+                f"`{row['mechanism']}`",
+                KINDS[row["setting"]],
+                f"{PERCENT * row['quality']:.1f}"
+                if row["quality"] <= 1
+                else f"{row['quality']:.4f}",
+                f"{row['kl']:.4f}",
+                f"{PERCENT * row['kept']:.0f}",
+                *figures,
+                *times,
+            )
+        )
+    quality = "accuracy, %" if all(row["quality"] <= 1 for row in rows) else "bits per token"
+    energies = ("µJ, attention", "µJ, end to end", "µs, attention", "µs, end to end")
+    return table(("mechanism", "setting", quality, "KL, nat", "kept, %", *energies), found)
+
+
 CLAIMS = ("similarity", "recall", "segments", "operations", "fetches")
 TABLES: dict[str, Callable[[Any], str]] = {
     "points": points,
     "gains": gains,
     "equal_kl": equal_kl,
     "study": study,
+    "equal_quality": functools.partial(comparison, "quality", "common"),
+    "equal_divergence": functools.partial(comparison, "kl", "common"),
+    "own_machines": functools.partial(comparison, "quality", "own"),
 } | {name: functools.partial(claims, name) for name in CLAIMS}
 
 

@@ -25,6 +25,9 @@ from codesign.segments import SORTER_INPUTS, SORTER_OUTPUTS
 from codesign.units import BITS_PER_BYTE
 from codesign.workload import Gemm, Operation, RowStatistics, Stream, Workload, grid_levels
 
+NARROW_ROW = 0.5
+"""What a feed-forward row of four bits counts (two of its products take the place of one)."""
+
 
 def on_demand_workload(shape: ModelShape, setting: Setting, *, sorts: bool) -> Workload:
     """Returns one example's workload `[1, L, H]` on a machine that predicts keys and makes them on demand.
@@ -236,10 +239,13 @@ def eager_workload(shape: ModelShape, setting: Setting) -> Workload:
 
     Args:
       shape: The model.
-      setting: `kept` are the share of keys that a row keeps, the rows that are computed, and feed-forward rows of which
-        those of four bits count as half; `union` the tokens that some row of a head wants. Without `kept` nothing is
-        predicted.
+      setting: `kept` are the share of keys that a row keeps, the rows that are computed, and feed-forward rows, of which
+        those of four bits count as half: the least is half; `union` the tokens that some row of a head wants. Without
+        `kept` nothing is predicted.
     """
+    if setting.kept:
+        *others, full = setting.kept
+        setting = dataclasses.replace(setting, kept=(*others, max(full, NARROW_ROW)))
     whole = similar_rows_workload(shape, setting)
     dropped = ("similarity.add", "copy.bytes", "ffn.bytes", "generate.bytes", "fetch.bytes")
     operations = {name: one for name, one in whole.operations.items() if name not in dropped}

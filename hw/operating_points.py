@@ -20,6 +20,7 @@ from codesign.hw.closed_form_on_demand import (
 )
 from codesign.hw.quantities import Quantity
 from codesign.hw.spec import AcceleratorSpec
+from codesign.policy import bits_range
 from codesign.workload import Workload
 
 
@@ -57,9 +58,10 @@ def published_setting(spec: AcceleratorSpec) -> Setting:
 
 
 def cheapest_setting(shape: ModelShape, *, num_rounds: int, skips_zeros: bool = False) -> Setting:
-    """Returns the cheapest legal setting: one key kept by all queries alike, narrowest operands.
+    """Returns the cheapest legal setting: one key kept by all queries alike, narrowest operands, shortest search.
 
-    On a machine that skips zeros, everything is zero.
+    On a machine that skips zeros, everything is zero. Layers are alike, so that it is a lower bound where a mechanism's are
+    not: SpAtten's first layer keeps all tokens.
     """
     density = 0.0 if skips_zeros else 1.0
     one = 1.0 / shape.num_tokens
@@ -70,6 +72,7 @@ def cheapest_setting(shape: ModelShape, *, num_rounds: int, skips_zeros: bool = 
         key_bits=tuple(2.0 + index for index in range(num_rounds)),
         qk_bits=8.0,
         v_bits=8.0,
+        search_bits=bits_range("search_bits")[0],
         weight_bits=2.0,
         activation_bits=2.0,
         activation_density=density,
