@@ -104,6 +104,7 @@ def draw_comparison(records: dict[str, dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
     colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
@@ -132,8 +133,12 @@ def draw_comparison(records: dict[str, dict[str, Any]], path: Path) -> None:
     axes[1].set_yscale("log")
     axes[0].set_ylabel(label_of_quality)
     axes[1].set_ylabel("KL divergence from dense (nat)")
+    plain = StrMethodFormatter("{x:g}")
     for axis in axes:
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter(plain)
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("Energy per example, end to end, common frame (µJ)")
         axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
     axes[0].legend(fontsize=7, ncols=2)
