@@ -32,7 +32,9 @@ def test_sizes_of_chunks(batch: int, heads: int, tokens: int, examples: int, own
     assert (chosen.examples, chosen.heads) == (examples, own)
 
 
-@pytest.mark.parametrize("name", ["energon", "sofa", "lapa", "esact"])
+@pytest.mark.parametrize(
+    "name", ["energon", "sofa", pytest.param("lapa", marks=pytest.mark.slow), "esact"]
+)
 def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four examples of 8 tokens and 4 heads, some tokens not there: two heads, or one or two examples, at a time."""
     structure = ModelStructure(

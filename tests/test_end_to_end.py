@@ -48,12 +48,16 @@ def folder(
     return path
 
 
-KINDS = (("text", "acceltran"), ("decoder", "energon"), ("decoder", "sofa"))
+KINDS = (
+    ("text", "acceltran"),
+    pytest.param(("decoder", "energon"), marks=pytest.mark.slow),
+    ("decoder", "sofa"),
+)
 """Tasks on text, and the mechanism that each is trained with."""
 PRESETS = {"energon": "energon", "acceltran": "acceltran-edge", "sofa": "sofa"}
 
 
-@pytest.fixture(scope="session", params=KINDS, ids="-".join)
+@pytest.fixture(scope="session", params=KINDS, ids=lambda kind: "-".join(kind))
 def text_folder(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, str, Path]:
