@@ -174,3 +174,11 @@ def _split_backward(
 
 
 split_heads.defvjp(_split_forward, _split_backward)
+
+
+def row_spread(scores: jax.Array, pairs: jax.Array) -> jax.Array:
+    """Returns the standard deviation of a row's scores over its keys, `[B, H, T, 1]`, for scores `[B, H, T, S]`."""
+    exists = jnp.broadcast_to(pairs, scores.shape)
+    number = jnp.maximum(jnp.sum(exists, axis=-1, keepdims=True), 1.0)
+    mean = row_products(exists, scores) / number
+    return jnp.sqrt(row_products(exists, jnp.square(scores - mean)) / number)

@@ -23,7 +23,7 @@ import numpy as np
 from flax import struct
 
 from codesign import gates
-from codesign.backward import row_products
+from codesign.backward import row_spread
 from codesign.mechanisms.protocol import (
     Carry,
     Context,
@@ -333,7 +333,9 @@ def soft_filter(
         power_of_two(low + 1.0).astype(jnp.int32),
     )
     exists = jnp.broadcast_to(context.pairs > 0.5, scores.shape)
-    width = relaxation.temperature * gates.gate_width(_spread(gates.detach(scores), context.pairs))
+    width = relaxation.temperature * gates.gate_width(
+        row_spread(gates.detach(scores), context.pairs)
+    )
     margin = distance[None, :, None, None]
     off = is_off[None, :, None, None]
     chosen, soft, hard = [], [], []
@@ -379,13 +381,6 @@ def hard_filter(
 def _visible(context: Context) -> jax.Array | None:
     """Returns the pairs that exist; None where a key's existence says all."""
     return None if context.is_uniform else context.pairs > 0.5
-
-
-def _spread(scores: jax.Array, pairs: jax.Array) -> jax.Array:
-    """Returns the standard deviation of a row's scores over its keys, `[B, H, T, 1]`."""
-    number = jnp.maximum(jnp.sum(pairs, axis=-1, keepdims=True), 1.0)
-    mean = row_products(pairs, scores) / number
-    return jnp.sqrt(row_products(pairs, jnp.square(scores - mean)) / number)
 
 
 def _selection(

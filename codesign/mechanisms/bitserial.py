@@ -22,7 +22,7 @@ import numpy as np
 from flax import struct
 
 from codesign import gates
-from codesign.backward import row_products
+from codesign.backward import row_spread
 from codesign.mechanisms.protocol import (
     Carry,
     Context,
@@ -275,7 +275,7 @@ def soft_planes(
     shape = (*query.shape[:3], key.shape[2])
     weights = jnp.broadcast_to(pairs, shape).astype(dtype)
     moved = jnp.zeros((), dtype) if relaxation.straight_through else scores - gates.detach(scores)
-    unit = relaxation.temperature * gates.gate_width(_spread(gates.detach(scores), pairs))
+    unit = relaxation.temperature * gates.gate_width(row_spread(gates.detach(scores), pairs))
     margin = distance[None, :, None, None]
     is_off = (stored == OFF_CODE)[None, :, None, None]
 
@@ -310,13 +310,6 @@ def soft_planes(
         left=left,
         keep=outputs[2] if context.tracing else None,
     )
-
-
-def _spread(scores: jax.Array, pairs: jax.Array) -> jax.Array:
-    """Returns the standard deviation of a row's scores over its keys, `[B, H, T, 1]`."""
-    number = jnp.maximum(jnp.sum(pairs, axis=-1, keepdims=True), 1.0)
-    mean = row_products(pairs, scores) / number
-    return jnp.sqrt(row_products(pairs, jnp.square(scores - mean)) / number)
 
 
 def cut_operand(code: jax.Array, step: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from codesign import gates
-from codesign.backward import row_products
+from codesign.backward import row_spread
 from codesign.gates import Relaxation
 from codesign.log_codes import leading_one, leading_one_operand
 from codesign.mechanisms.on_demand import (
@@ -168,14 +168,6 @@ def soft_round(
     return gates.soft_gate(scores, theta, temperature=relaxation.temperature * unit)
 
 
-def _spread(scores: jax.Array, pairs: jax.Array) -> jax.Array:
-    """Returns the standard deviation of a row's scores over its keys, `[B, H, T, 1]`, for scores `[B, H, T, S]`."""
-    exists = jnp.broadcast_to(pairs, scores.shape)
-    number = jnp.maximum(jnp.sum(exists, axis=-1, keepdims=True), 1.0)
-    mean = row_products(exists, scores) / number
-    return jnp.sqrt(row_products(exists, jnp.square(scores - mean)) / number)
-
-
 def top_code(code: jax.Array, code_bits: jax.Array) -> jax.Array:
     """Returns the top 8 bits of codes of a deployed width, in [-127, 127]; derivative 2^(8 - b) (true: 0)."""
     ratio = code * gates.detach(power_of_two(CODE_BITS - code_bits))
@@ -241,7 +233,7 @@ def soft_filter(
         for trained, width in zip(context.knobs["key_bits"], widths["key_bits"], strict=True)
     ]
     whole = gates.detach(jnp.matmul(query, key))
-    spread = _spread(whole, context.pairs)
+    spread = row_spread(whole, context.pairs)
     for index, scores in enumerate(all_scores):
         # First planes leave so few values that hundreds of keys of a row lie on its threshold; their derivatives are taken
         # where the whole keys' scores lie.

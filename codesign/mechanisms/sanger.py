@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from codesign import gates
-from codesign.backward import row_products
+from codesign.backward import row_spread
 from codesign.mechanisms.protocol import (
     Carry,
     Context,
@@ -183,7 +183,9 @@ def soft_filter(
     stored_tau = jnp.maximum(jnp.round(tau * one), 1.0) / one
     if relaxation.straight_through:
         log_tau = gates.straight_through(jnp.log(stored_tau), log_tau)
-    width = relaxation.temperature * gates.gate_width(_spread(gates.detach(logits), context.pairs))
+    width = relaxation.temperature * gates.gate_width(
+        row_spread(gates.detach(logits), context.pairs)
+    )
     gate = jax.nn.sigmoid((log_probability - log_tau[None, :, None, None]) / width)
     weights = jnp.broadcast_to(context.pairs, logits.shape) * jnp.where(is_off, 1.0, gate)
     first = _first_largest(logits, exists)
@@ -239,13 +241,6 @@ def _first_largest(scores: jax.Array, exists: jax.Array) -> jax.Array:
     """Returns whether a pair is the first of its row's largest that exist, bool `[B, H, T, S]`."""
     largest = jnp.argmax(jnp.where(exists, scores, -jnp.inf), axis=-1, keepdims=True)
     return (jnp.arange(scores.shape[-1])[None, None, None] == largest) & exists
-
-
-def _spread(scores: jax.Array, pairs: jax.Array) -> jax.Array:
-    """Returns the standard deviation of a row's scores over its keys, `[B, H, T, 1]`."""
-    number = jnp.maximum(jnp.sum(pairs, axis=-1, keepdims=True), 1.0)
-    mean = row_products(pairs, scores) / number
-    return jnp.sqrt(row_products(pairs, jnp.square(scores - mean)) / number)
 
 
 def _selection(
