@@ -25,8 +25,8 @@ from codesign.mechanisms.lapa import (
     soft_filter,
     soft_round,
     to_strength,
-    top_code,
 )
+from codesign.mechanisms.on_demand import top_code
 from codesign.mechanisms.protocol import Context, Operands, Plan
 from codesign.models.transformer import ModelOutput
 from codesign.policy import Policy

@@ -18,6 +18,7 @@ References:
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from codesign import gates
 from codesign.backward import dense_product
 from codesign.fake_quantize import RESIDUAL_BITS
 from codesign.log_codes import hybrid_log, hybrid_log_operand
-from codesign.mechanisms.on_demand import predicted_operands, wanted_keys
+from codesign.mechanisms.on_demand import predicted_operands, top_code, wanted_keys
 from codesign.mechanisms.protocol import (
     Carry,
     Context,
@@ -52,7 +53,7 @@ from codesign.mechanisms.threshold_scale import (
 )
 from codesign.parts import map_examples
 from codesign.policy import bits_range
-from codesign.quantize import deployed_bits, exact_einsum, power_of_two
+from codesign.quantize import deployed_bits, exact_einsum
 from codesign.segments import SHARE_ONE, hard_top, soft_top
 from codesign.similarity import (
     SIMILARITY_BITS,
@@ -188,12 +189,7 @@ def soft_plan(
     def product(codes: jax.Array, weights: jax.Array) -> jax.Array:
         return dense_product(hybrid_log_operand(codes), hybrid_log_operand(weights))
 
-    def cut(code: jax.Array) -> jax.Array:
-        ratio = code * gates.detach(power_of_two(PREDICTION_BITS - bits))
-        whole = jnp.clip(jnp.floor(ratio), -PREDICTION_LIMIT, PREDICTION_LIMIT)
-        return gates.straight_through(whole, ratio)
-
-    query, key = predicted_operands(x, numbers, product, cut)
+    query, key = predicted_operands(x, numbers, product, partial(top_code, code_bits=bits))
     parts, share_code, similarity_code, vote_code = _stored(context)
     part = jax.nn.sigmoid(context.knobs["threshold"])
     share, vote = part[:, 0], jnp.sum(part[:, 2])

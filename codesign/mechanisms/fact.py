@@ -15,6 +15,7 @@ References:
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ import numpy as np
 from codesign import gates
 from codesign.backward import dense_product
 from codesign.log_codes import leading_one, leading_one_operand
-from codesign.mechanisms.on_demand import LINEAR_BITS, predicted_operands, wanted_keys
+from codesign.mechanisms.on_demand import LINEAR_BITS, predicted_operands, top_code, wanted_keys
 from codesign.mechanisms.protocol import (
     NARROW_BITS,
     Carry,
@@ -182,12 +183,7 @@ def soft_plan(
     def product(codes: jax.Array, weights: jax.Array) -> jax.Array:
         return dense_product(leading_one_operand(codes), leading_one_operand(weights))
 
-    def cut(code: jax.Array) -> jax.Array:
-        ratio = code * gates.detach(power_of_two(PREDICTION_BITS - bits))
-        whole = jnp.clip(jnp.floor(ratio), -PREDICTION_LIMIT, PREDICTION_LIMIT)
-        return gates.straight_through(whole, ratio)
-
-    query, key = predicted_operands(x, numbers, product, cut)
+    query, key = predicted_operands(x, numbers, product, partial(top_code, code_bits=bits))
     if relaxation.straight_through:
         query, key = gates.detach(query), gates.detach(key)
     sums = jnp.einsum("bhtd,bhsd->bhts", leading_one_operand(query), leading_one_operand(key))

@@ -29,6 +29,7 @@ from codesign.mechanisms.on_demand import (
     hard_plan,
     on_demand,
     soft_plan,
+    top_code,
     wanted_keys,
 )
 from codesign.mechanisms.protocol import (
@@ -166,13 +167,6 @@ def soft_round(
     unit = jnp.maximum(jnp.sqrt(gates.detach(variance)), gates.detach(spread) / 2.0)
     unit = jnp.where(unit > gates.MIN_SPREAD, unit, FAR)
     return gates.soft_gate(scores, theta, temperature=relaxation.temperature * unit)
-
-
-def top_code(code: jax.Array, code_bits: jax.Array) -> jax.Array:
-    """Returns the top 8 bits of codes of a deployed width, in [-127, 127]; derivative 2^(8 - b) (true: 0)."""
-    ratio = code * gates.detach(power_of_two(CODE_BITS - code_bits))
-    whole = jnp.clip(jnp.floor(ratio), -CODE_LIMIT, CODE_LIMIT)
-    return gates.straight_through(whole, ratio)
 
 
 def plane_operand(

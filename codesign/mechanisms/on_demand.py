@@ -30,7 +30,7 @@ from codesign.mechanisms.protocol import (
     Selection,
     part_columns,
 )
-from codesign.quantize import exact_einsum
+from codesign.quantize import code_limit, exact_einsum, power_of_two
 from codesign.workload import fetched_vectors, grid_levels, operation, row_statistics, stream
 
 LINEAR_BITS = 8
@@ -193,3 +193,11 @@ def on_demand(plan: PlanFn, filter_pairs: FilterFn) -> Hooks:
 
 BYPASS = Hooks(execution=execution, generates_keys=True)
 """Nothing predicted, every key made: dense attention on the same machine."""
+
+
+def top_code(code: jax.Array, code_bits: jax.Array) -> jax.Array:
+    """Returns the top 8 bits of codes of a deployed width, in [-127, 127]; derivative 2^(8 - b) (true: 0)."""
+    ratio = code * gates.detach(power_of_two(LINEAR_BITS - code_bits))
+    limit = code_limit(LINEAR_BITS)
+    whole = jnp.clip(jnp.floor(ratio), -limit, limit)
+    return gates.straight_through(whole, ratio)
