@@ -145,7 +145,9 @@ It stands here, and not beside the mechanisms, because readers without JAX check
 file of `codesign.mechanisms` and one of `codesign.references`.
 """
 
-LINEAR_OPERATIONS = ("linear.mac", "norm.element", "activation.element")
+LINEAR_MAC = "linear.mac"
+"""A product of a linear layer, on a machine that runs them on its own units."""
+LINEAR_OPERATIONS = (LINEAR_MAC, "norm.element", "activation.element")
 """What a machine without a host executes besides: dense products, elements of norms and of non-linearities.
 
 Their counts follow from a workload's dense products; no mechanism counts them.

@@ -37,8 +37,7 @@ class UnitStructure:
     slice_b: float | None
     scales_with_bits: bool
     overhead_cycles: float
-    reads_b: str | None
-    shared_reads: float
+    reads: tuple[tuple[str, str, float], ...]
     groups: int
     group_rows: float
     shares_heads: bool
@@ -55,6 +54,10 @@ class UnitStructure:
     def price(self, kind: str) -> tuple[float, float]:
         """Returns `(constant, product)` in pJ and pJ/bit^2 of a kind of operation."""
         return dict(self.energy_pj)[kind]
+
+    def reads_of(self, key: str) -> list[tuple[str, float]]:
+        """Returns from where an operation reads operand b, and how many rows share a read; at most one entry."""
+        return [(buffer, rows) for name, buffer, rows in self.reads if matches(key, (name,))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,8 +327,7 @@ def _unit(spec: AcceleratorSpec, name: str) -> UnitStructure:
         slice_b=None if unit.slice_b is None else unit.slice_b.value,
         scales_with_bits=unit.scaling == "au_scales" and spec.switches.au_scales.value,
         overhead_cycles=0.0 if unit.overhead is None else unit.overhead.value,
-        reads_b=unit.reads_b,
-        shared_reads=1.0 if unit.shared_reads is None else unit.shared_reads.value,
+        reads=tuple((key, read.buffer, read.sharing) for key, read in unit.priced_reads.items()),
         groups=1 if unit.groups is None else int(unit.groups.value),
         group_rows=1.0 if spec.pipeline.rows_at_once is None else spec.pipeline.rows_at_once.value,
         shares_heads=unit.shares_heads is not None and unit.shares_heads.value,

@@ -9,6 +9,7 @@ from codesign import units
 from codesign.errors import PresetError
 from codesign.hw.spec import AcceleratorSpec
 from codesign.hw.spec_tables import EnergyTable
+from codesign.vocabulary import matches
 
 # The table's multiply is of 8 by 8 bits.
 _TABLE_PRODUCT = 64.0
@@ -108,6 +109,18 @@ def _table_price(spec: AcceleratorSpec, unit_name: str, kind: str) -> tuple[floa
             f"formula for `{kind}`, so give its energy there"
         )
     return prices[kind]
+
+
+def reads_pj_per_bit(spec: AcceleratorSpec, unit_name: str, key: str) -> dict[str, float]:
+    """Returns the price of operand b of an operation by the memory it is read from, pJ per bit and operation.
+
+    Nothing where the unit names no read of it, or its own energies have that read.
+    """
+    return {
+        read.buffer: buffer_pj_per_byte(spec, read.buffer) / (units.BITS_PER_BYTE * read.sharing)
+        for pattern, read in spec.units[unit_name].priced_reads.items()
+        if matches(key, (pattern,))
+    }
 
 
 def buffer_pj_per_byte(spec: AcceleratorSpec, name: str) -> float:

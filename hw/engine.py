@@ -199,9 +199,9 @@ def operation_energy_pj(workload: Workload, accelerator: Accelerator) -> dict[st
         bits_a, bits_b = operation.bits_a[..., 0], operation.bits_b[..., 0]
         count = jnp.sum(operation.count, axis=2) * density_of(key, unit, workload)
         add_to(energy, unit.name, count * price_pj(unit, kind, bits_a, bits_b))
-        if unit.reads_b is not None and matches(key, unit.paces):
-            read_bytes = count * (bits_b / (units.BITS_PER_BYTE * unit.shared_reads))
-            add_to(energy, unit.reads_b, read_bytes * per_byte[unit.reads_b])
+        for buffer, rows in unit.reads_of(key):
+            read_bytes = count * (bits_b / (units.BITS_PER_BYTE * rows))
+            add_to(energy, buffer, read_bytes * per_byte[buffer])
     return energy
 
 

@@ -133,6 +133,7 @@ def _unit(unit: Unit, factor: float) -> Unit:
             "lanes": _scaled(unit.lanes, factor),
             "modules": (),
             "accumulator": accumulator,
+            "reads_absorbed": None,
             "energy": prices,
             "area": _quantity(area, 0.0),
         }

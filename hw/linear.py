@@ -8,18 +8,20 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from codesign import units
 from codesign.hw.accelerator import Accelerator, StorageStructure
 from codesign.hw.engine import (
     EngineCost,
     add_element_energy,
     add_to,
+    buffer_pj_per_byte,
     flat_cycles,
     passes,
     price_pj,
 )
 from codesign.hw.host import Maximum, side_by_side
 from codesign.hw.traffic import Moved, add_transfers, moved_elements, spilled_bytes
-from codesign.vocabulary import LINEAR_SITES, matches
+from codesign.vocabulary import LINEAR_MAC, LINEAR_SITES, matches
 from codesign.workload import Gemm, Workload
 
 _SITE_OF_ATTENTION = "out"
@@ -116,7 +118,7 @@ def _elements(gemms: dict[str, Gemm]) -> dict[str, jax.Array]:
 def _products(
     sites: list[str], gemms: dict[str, Gemm], workload: Workload, accelerator: Accelerator
 ) -> _Products:
-    storage, unit = _storage(accelerator), accelerator.structure.unit_of("linear.mac")
+    storage, unit = _storage(accelerator), accelerator.structure.unit_of(LINEAR_MAC)
     chosen = [gemms[site] for site in sites]
     rows = side_by_side([gemm.rows for gemm in chosen])
     activation_bits = side_by_side([gemm.activation_bits for gemm in chosen])
@@ -133,6 +135,12 @@ def _products(
     repeats = passes(activation_bits, weight_bits, unit)
     cycles = flat_cycles(unit, count, effectual, accelerator.sizes)
     price = price_pj(unit, "mac", activation_bits, weight_bits)
+    products = count * effectual
+    spent = {unit.name: products * price}
+    per_byte = buffer_pj_per_byte(accelerator)
+    for buffer, sharing in unit.reads_of(LINEAR_MAC):
+        read_bytes = products * (weight_bits / (units.BITS_PER_BYTE * sharing))
+        add_to(spent, buffer, read_bytes * per_byte[buffer])
     weights = moved_elements(
         jnp.broadcast_to(inner * outer / storage.batch, rows.shape),
         weight_bits,
@@ -143,7 +151,7 @@ def _products(
     inputs = moved_elements(rows * inner * is_new, activation_bits, density, storage)
     return _Products(
         busy_cycles={name: value * repeats for name, value in cycles.items()},
-        energy_pj={unit.name: count * effectual * price},
+        energy_pj=spent,
         weights=weights,
         inputs=inputs,
     )

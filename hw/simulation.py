@@ -202,16 +202,12 @@ def operation_energy(
         if kind == "bits" and not spec.switches.index_lists_priced.value:
             continue
         name = spec.unit_of(key)
-        unit = spec.units[name]
         constant, product = energy.operation_pj(spec, name, kind)
         bits_a, bits_b = widths[key]
         spent = count * (constant + product * bits_a * bits_b)[None, :]
         total[name] = total.get(name, 0.0) + spent
-        if unit.reads_b is not None and matches(key, unit.paces):
-            shared = 1.0 if unit.shared_reads is None else unit.shared_reads.value
-            read_bytes = count * bits_b[None, :] / (units.BITS_PER_BYTE * shared)
-            spent = read_bytes * energy.buffer_pj_per_byte(spec, unit.reads_b)
-            total[unit.reads_b] = total.get(unit.reads_b, 0.0) + spent
+        for buffer, price in energy.reads_pj_per_bit(spec, name, key).items():
+            total[buffer] = total.get(buffer, 0.0) + count * (bits_b * price)[None, :]
     return total
 
 

@@ -112,8 +112,13 @@ class AcceleratorSpec(Strict):
         """Every module, memory and unit that a table names exists."""
         named: list[tuple[str, str, Any]] = []
         for name, unit in self.units.items():
-            if unit.reads_b is not None:
-                named.append((f"units.{name}.reads_b", unit.reads_b, self.memories))
+            for key, read in unit.reads.items():
+                named.append((f"units.{name}.reads.{key}.buffer", read.buffer, self.memories))
+                if not any(matches(served, (key,)) for served in unit.serves):
+                    raise ValueError(
+                        f"`units.{name}.reads`: `{key}` is not among what the unit serves: "
+                        f"{_near(key, unit.serves)}"
+                    )
             named += [(f"units.{name}.modules", module, self.modules) for module in unit.modules]
         if self.processing_elements is not None:
             elements = self.processing_elements

@@ -75,6 +75,19 @@ class Module(Strict):
         return self
 
 
+class Read(Strict):
+    """How an operation reads its operand b from a memory, once each time or once for several rows."""
+
+    buffer: Text
+    rows: Rows | None = None
+    """Rows of queries or tokens that share a read, as arrays pass operands on; absent: 1."""
+
+    @property
+    def sharing(self) -> float:
+        """Rows that share a read."""
+        return 1.0 if self.rows is None else self.rows.value
+
+
 class Unit(Strict):
     """A functional unit: what it executes and how long that takes.
 
@@ -119,10 +132,10 @@ class Unit(Strict):
     modules: tuple[Text, ...] = ()
     """Synthesised blocks of which each lane has one; they replace `accumulator`, `area` and the table."""
     accumulator: Bits | None = None
-    reads_b: Text | None = None
-    """Buffer from which operand b of the pacing operation is read, once per operation."""
-    shared_reads: Rows | None = None
-    """Query rows that take operand b from one read; absent: 1."""
+    reads: dict[Text, Read] = {}
+    """Where operand b of an operation comes from, by operation; one that is not named costs no read."""
+    reads_absorbed: Choice | None = None
+    """Whether the unit's own energies have these reads already, so that only the common frame prices them; absent: no."""
     energy: dict[str, Energy] = {}
     """Energy of a kind of operation, where the formula of the energy table is replaced."""
     area: AreaPerLane | None = None
@@ -132,6 +145,12 @@ class Unit(Strict):
     def paces(self) -> tuple[str, ...]:
         """The operations that take the unit's time."""
         return (self.paced_by,) if isinstance(self.paced_by, str) else self.paced_by
+
+    @property
+    def priced_reads(self) -> dict[str, Read]:
+        """The reads that cost energy of their own."""
+        absorbed = self.reads_absorbed is not None and self.reads_absorbed.value
+        return {} if absorbed else self.reads
 
     @model_validator(mode="after")
     def _is_complete(self) -> Self:

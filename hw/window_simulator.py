@@ -39,7 +39,7 @@ from codesign.hw.window_counts import (
 )
 from codesign.hw.window_schedule import GroupWork, chained, run_groups
 from codesign.references.fact import NARROW_BITS
-from codesign.vocabulary import BLOCK_SITES, matches
+from codesign.vocabulary import BLOCK_SITES, LINEAR_MAC, matches
 
 
 def simulate_windows(
@@ -80,10 +80,14 @@ def simulate_windows(
         if is_linear:
             products = by_example([[one.linear.product_pj for one in some] for some in layers])
             energies[-1][execution] = energies[-1].get(execution, 0.0) + products
+            for buffer in layers[0][0].linear.reads_pj:
+                read = by_example([[one.linear.reads_pj[buffer] for one in some] for some in layers])
+                energies[-1][buffer] = energies[-1].get(buffer, 0.0) + read
             own = by_example([[one.linear.weight_bytes for one in some] for some in layers])
             moved = moved + own
             written = own + work.stream_bytes["generate_weights"]
-            energies[-1][storage.weights] = written * _write_pj(spec, storage)
+            written_pj = written * _write_pj(spec, storage)
+            energies[-1][storage.weights] = energies[-1].get(storage.weights, 0.0) + written_pj
         energies[-1]["dram"] = moved * energy.dram_pj_per_byte(spec)
         runs = [[one.whole if is_linear else one.alone for one in some] for some in layers]
         busy.append(
@@ -127,7 +131,7 @@ def _check_machine(spec: AcceleratorSpec) -> tuple[Storage, str]:
     lacking += [] if spec.energy_table is not None else ["`energy_table`"]
     lacking += [] if spec.pipeline.rows_at_once is not None else ["`pipeline.rows_at_once`"]
     arrays = [name for name, unit in spec.units.items() if unit.rule == "groups"]
-    if len(arrays) != 1 or not matches("linear.mac", spec.units[arrays[0]].paces):
+    if len(arrays) != 1 or not matches(LINEAR_MAC, spec.units[arrays[0]].paces):
         lacking.append("one unit of rule `groups` that is paced by `linear.mac` too")
     elif [name for stage in spec.pipeline.stages[1:] for name in stage][:1] != arrays:
         lacking.append(f"two `pipeline.stages`, the second led by `{arrays[0]}`")
@@ -159,11 +163,12 @@ def _write_pj(spec: AcceleratorSpec, storage: Storage) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _Linear:
-    """Dense products of one layer: cycles of the whole array, queries by head `[H, W]`, others `[W]`; pJ; bytes."""
+    """Dense products of one layer: cycles of the whole array, queries by head `[H, W]`, others `[W]`; pJ of products, and of reads by memory; bytes."""
 
     query: np.ndarray
     others: np.ndarray
     product_pj: float
+    reads_pj: dict[str, float]
     weight_bytes: float
 
 
@@ -245,7 +250,8 @@ def _linear(
     storage, name = _check_machine(spec)
     heads = counts.by_window["qk.mac"].shape[0]
     constant, product = energy.operation_pj(spec, name, "mac")
-    cycles, spent, weights = {}, 0.0, 0.0
+    reads = energy.reads_pj_per_bit(spec, name, LINEAR_MAC)
+    cycles, spent, read_bits, weights = {}, 0.0, 0.0, 0.0
     rows = {"out": counts.tokens.astype(float)}
     for site in ("up", "down"):
         narrow = min(NARROW_BITS / bits[f"{site}.activation_bits"], 1.0)
@@ -262,11 +268,13 @@ def _linear(
             macs, size = rows[site] * (shape.inner * shape.outer), shape.inner * shape.outer
         cycles[site] = macs / _slots(spec.units[name]) * _passes(spec.units[name], spec, pair)
         spent += float(macs.sum()) * (constant + product * pair[0] * pair[1])
+        read_bits += float(macs.sum()) * pair[1]
         weights += size * pair[1] / units.BITS_PER_BYTE / storage.batch.value
     return _Linear(
         query=cycles["qkv"],
         others=cycles["out"] + cycles["up"] + cycles["down"],
         product_pj=spent,
+        reads_pj={buffer: read_bits * price for buffer, price in reads.items()},
         weight_bytes=weights,
     )
 
@@ -424,9 +432,9 @@ def _ends(
     constant, product = energy.operation_pj(spec, name, "mac")
     tokens = np.asarray(trace.valid, bool).sum(axis=1)
     cycles = [np.zeros((len(tokens), 0))]
-    spent: dict[str, list[np.ndarray]] = {
-        part: [cycles[0]] for part in (name, storage.weights, "dram")
-    }
+    reads = energy.reads_pj_per_bit(spec, name, LINEAR_MAC)
+    parts = dict.fromkeys((name, storage.weights, "dram", *reads))
+    spent: dict[str, list[np.ndarray]] = {part: [cycles[0]] for part in parts}
     for site in END_SITES:
         if site not in gemm_shapes:
             continue
@@ -439,7 +447,11 @@ def _ends(
         computed = np.ceil(macs / _slots(unit)) * _passes(unit, spec, (pair[0], pair[1]))
         cycles.append(np.maximum(computed, own / spec.dram_bytes_per_cycle))
         spent[name].append(macs * (constant + product * pair[0] * pair[1]))
-        spent[storage.weights].append(own * _write_pj(spec, storage))
+        of_memory = {buffer: macs * (pair[1] * price) for buffer, price in reads.items()}
+        written = own * _write_pj(spec, storage)
+        of_memory[storage.weights] = of_memory.get(storage.weights, 0.0) + written
+        for buffer, pj in of_memory.items():
+            spent[buffer].append(pj)
         spent["dram"].append(own * energy.dram_pj_per_byte(spec))
     return _Ends(
         cycles=np.concatenate(cycles, axis=1),

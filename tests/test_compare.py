@@ -88,6 +88,22 @@ def test_one_table_prices_all() -> None:
     assert multiply / 1.9446 == pytest.approx(0.478, abs=2e-3)
 
 
+def test_every_product_of_a_frame_reads_its_operand() -> None:
+    """No machine's operands are free: each multiplication of two activations or of a weight comes from a memory."""
+    for preset in FACTORS:
+        frame = common_frame(load_preset(preset))
+        accelerator = accelerator_from_spec(frame)
+        workload = closed_form_workload(frame, SHAPE, published_setting(frame))
+        keys = [key for key in workload.operations if key.endswith((".mac", ".shift_add"))]
+        keys += ["linear.mac"] if frame.storage is not None else []
+        ports = [pattern for unit in frame.units.values() for pattern in unit.reads]
+        assert keys
+        for key in keys:
+            reads = accelerator.structure.unit_of(key).reads_of(key)
+            comes_by_port = "*.bytes" in ports and key in ("qk.mac", "pv.mac")
+            assert len(reads) == 1 - comes_by_port, (preset, key)
+
+
 def test_frames_are_files(tmp_path: Path) -> None:
     experiments = framed_experiments(digits(), {"topk": "topk", "fact": "fact"}, tmp_path)
     for name, experiment in experiments.items():

@@ -11,9 +11,9 @@ import tiny_model
 from mask_workloads import ENDS, HEAD_DIM, SITES, WIDTH
 
 from codesign.gates import Relaxation
-from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.accelerator import Accelerator, accelerator_from_spec
 from codesign.hw.simulator import GemmShape
-from codesign.hw.spec import AcceleratorSpec, load_preset
+from codesign.hw.spec import AcceleratorSpec
 from codesign.hw.surrogate import Cost, cost
 from codesign.mechanisms.esact import OFF_CODE, Prediction, counted_plan, execution
 from codesign.mechanisms.on_demand import wanted_keys
@@ -161,21 +161,16 @@ def workload(
     return whole.replace(end_gemms=ends)  # type: ignore[attr-defined,no-any-return]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("structure",), compiler_options=tiny_model.FAST_COMPILE
-)
+@functools.partial(jax.jit, compiler_options=tiny_model.FAST_COMPILE)
 def _priced(
     keep: jax.Array,
     decided: dict[str, jax.Array],
     exists: jax.Array,
     valid: jax.Array,
     bits: Any,
-    sizes: Any,
-    *,
-    structure: Any,
+    machine: Accelerator,
 ) -> tuple[Cost, dict[str, jax.Array]]:
     found = workload(keep, decided, exists, valid, bits)
-    machine = accelerator_from_spec(load_preset("esact")).replace(sizes=sizes, structure=structure)
     counts = {key: value.count.sum(axis=2) for key, value in found.operations.items()}
     return cost(found, machine), counts
 
@@ -189,14 +184,12 @@ def priced(
         if trace.source is None
         else {"source": trace.source, "ffn_source": trace.ffn_source, "compares": trace.compares}
     )
-    machine = accelerator_from_spec(spec)
     price, counts = _priced(
         masks.masks_of(trace),
         decided,
         masks.existing_pairs(trace.valid, is_causal),
         trace.valid,
         trace.bits,
-        machine.sizes,
-        structure=machine.structure,
+        accelerator_from_spec(spec),
     )
     return price, {key: np.asarray(value) for key, value in counts.items()}
