@@ -181,7 +181,7 @@ def curve(
         overwrite=overwrite,
         progress=True,
         report=say,
-    )
+    ).path
     print_curve(json.loads(path.read_text()))
     print(path)
     print(path.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""Every mechanism on one model and task, in one frame, at equal quality and at equal divergence."""
+"""Every mechanism on one model and task, in one frame: its curves, and the rows of the comparison."""
 
 import dataclasses
 import json
@@ -7,32 +7,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from codesign.errors import UnknownNameError
+from codesign.experiments.compare_rows import comparison_rows
 from codesign.experiments.configs import Experiment, require
-from codesign.experiments.curve import CURVE_FILE, checked_curve, point_directory, run_curve
-from codesign.experiments.curve_record import BETTER
-from codesign.experiments.curve_settings import COMPARED_KINDS, CurveSettings
+from codesign.experiments.curve import CURVE_FILE, checked_curve, run_curve
+from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.data import Part
-from codesign.experiments.evaluate import measure, summary
 from codesign.experiments.figure import draw_comparison
-from codesign.experiments.finished import load_run, measure_dense
-from codesign.experiments.problem import load_problem, outline
+from codesign.experiments.problem import outline
 from codesign.experiments.reach import cheapest_ratio, check_reachable
 from codesign.experiments.run import RunDirectory, write_json
-from codesign.experiments.start import start_point
-from codesign.hw.frame import common_frame
-from codesign.hw.spec import load_preset, preset_names
+from codesign.hw.frame import common_frame, equal_multipliers
+from codesign.hw.spec import AcceleratorSpec, load_preset, preset_names
 from codesign.mechanisms import MECHANISMS
-from codesign.units import PJ_PER_UJ, US_PER_S
 
 COMPARISON_FILE = "comparison.json"
 FIGURE_FILE = "comparison.png"
-COMMON, OWN = "common", "own"
-"""Frames: `codesign.hw.frame`, and the machine's own node, area and fitted factor."""
-LOSS = {"accuracy": 0.01, "bits_per_token": 0.05}
-"""What may be lost against dense at equal quality: a point of accuracy, or bits per token (ours)."""
+ROWS_FILE = "rows.json"
+"""A finished mechanism's rows, beside its curve."""
+COMMON, EQUAL_MULTIPLIERS, OWN = "common", "equal_multipliers", "own"
+"""Frames: `codesign.hw.frame`, without its area, and the machine's own node, area and fitted factor."""
 KL_NATS = 0.02
 """Divergence at which mechanisms are compared besides, nat (ours)."""
 
@@ -157,181 +151,55 @@ def run_comparison(
         for one in framed_experiments(experiment, chosen, Path(folder_of_checks)).values():
             checked_curve(one, reached_settings(one, settings), seeds)
     RunDirectory.create(out, config, resume=resume, overwrite=overwrite)
-    machines = out / "machines"
-    machines.mkdir(exist_ok=True)
+    files = out / "machines"
+    files.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for name, framed in framed_experiments(experiment, chosen, machines).items():
+    for name, framed in framed_experiments(experiment, chosen, files).items():
         reached = reached_settings(framed, settings)
         left_out = [f"{one:g}" for one in settings.budgets if one not in reached.budgets]
         suffix = f"; no legal policy reaches {', '.join(left_out)}" if left_out else ""
         report(f"{name} on preset {chosen[name]}{suffix}")
         folder = out / "curves" / name
-        path = run_curve(
-            framed,
-            reached,
-            folder,
-            seeds=seeds,
-            part=part,
-            cache=cache,
-            resume=folder.exists(),
-            overwrite=False,
-            progress=progress,
-            report=report,
-        )
-        record = json.loads(path.read_text())
-        own = dataclasses.replace(experiment, mechanism=name, preset=chosen[name])
-        record["own_points"] = _own_points(own, reached, folder, seeds, part, cache, progress)
-        rows += comparison_rows(record, name, loss=loss, kl_nats=kl_nats)
+        if not (folder / ROWS_FILE).exists():
+            machines = machines_of(framed, chosen[name])
+            curve = run_curve(
+                framed,
+                reached,
+                folder,
+                seeds=seeds,
+                part=part,
+                cache=cache,
+                resume=folder.exists(),
+                overwrite=False,
+                progress=progress,
+                report=report,
+                machines=machines,
+            )
+            found = comparison_rows(
+                curve.points,
+                name,
+                machines,
+                loss=loss,
+                kl_nats=kl_nats,
+                num_resamples=settings.num_resamples,
+            )
+            write_json(folder / ROWS_FILE, found)
+        rows += json.loads((folder / ROWS_FILE).read_text())
     write_json(out / COMPARISON_FILE, rows)
     draw_comparison(curves_of(out, tuple(chosen)), out / FIGURE_FILE)
     return out / COMPARISON_FILE
 
 
-def _own_points(
-    experiment: Experiment,
-    settings: CurveSettings,
-    folder: Path,
-    seeds: Sequence[int],
-    part: Part,
-    cache: Path,
-    progress: bool,
-) -> list[dict[str, Any]]:
-    """Returns the trained points of a curve, and dense, as the mechanism's own machine prices them."""
-    points = []
-    for seed in seeds:
-        problem = load_problem(
-            dataclasses.replace(experiment, seed=seed), cache=cache, progress=progress
-        )
-        dense = measure_dense(problem, start_point(problem), part)
-        points.append({"kind": "dense", "seed": seed, **summary(dense, dense)})
-        for kind in COMPARED_KINDS:
-            for fraction in settings.budgets:
-                path = point_directory(folder, seed, kind, fraction)
-                run = load_run(path, cache=cache, progress=progress)
-                measured = measure(problem, run.point, part)
-                points.append({"kind": kind, "seed": seed, **summary(measured, dense)})
-    for point in points:
-        point["clock_hz"] = load_preset(experiment.preset).clock_hz
-    return points
+def machines_of(experiment: Experiment, preset: str) -> dict[str, AcceleratorSpec]:
+    """Returns the machines on which a mechanism is priced, by frame; the first is the experiment's own.
 
-
-def comparison_rows(
-    record: dict[str, Any], mechanism: str, *, loss: float | None, kl_nats: float
-) -> list[dict[str, Any]]:
-    """Returns a mechanism's rows: dense, and each setting at equal quality and at equal divergence, in both frames.
-
-    A figure that lies between two measured policies is that of a machine which runs one of them on a share of the
-    examples and the other on the rest, in expectation. Of all such mixtures, and of the policies themselves, the one of
-    least energy end to end is taken.
-
-    Args:
-      record: A curve's JSON in the common frame, with the `own_points` of its machine.
-      mechanism: Its name.
-      loss: What quality may be lost against dense; None: `LOSS`.
-      kl_nats: Divergence allowed.
+    AccelTran's area is mostly softmax and sparsity blocks, so that the common frame leaves it 1.7 of its processing
+    elements: it has a second row at equal multipliers.
     """
-    name = record["quality_name"]
-    limit = LOSS[name] if loss is None else loss
-    common = [point | {"clock_hz": record["clock_hz"]} for point in record["points"]]
-    rows = []
-    for frame, points in ((COMMON, common), (OWN, record["own_points"])):
-        dense = [point for point in points if point["kind"] == "dense"]
-        rows.append(_row(mechanism, "dense", "dense", frame, dense))
-        for kind in dict.fromkeys(point["kind"] for point in points):
-            if kind == "dense":
-                continue
-            for at in ("quality", "kl"):
-                found = []
-                for base in dense:
-                    own = [p for p in points if p["seed"] == base["seed"] and p["kind"] == kind]
-
-                    def lost(
-                        point: dict[str, Any], base: dict[str, Any] = base, at: str = at
-                    ) -> float:
-                        if at == "kl":
-                            return float(point["kl_nats"]) - kl_nats
-                        return float(BETTER[name] * (base["quality"] - point["quality"])) - limit
-
-                    found.append(cheapest_mixture([base, *own], lost))
-                rows.append(_row(mechanism, kind, at, frame, found))
-    return rows
-
-
-def cheapest_mixture(
-    points: Sequence[dict[str, Any]], lost: Callable[[dict[str, Any]], float]
-) -> dict[str, Any]:
-    """Returns the mixture of at most two points that costs least energy end to end and loses nothing beyond its limit.
-
-    Args:
-      points: Measured policies; of one at least nothing is lost.
-      lost: How much more a point loses than it may; linear in what is mixed.
-    """
-    best: tuple[float, dict[str, Any]] | None = None
-    for good in points:
-        if lost(good) > 0.0:
-            continue
-        for other in points:
-            share = 0.0
-            if lost(other) > 0.0:
-                share = lost(good) / (lost(good) - lost(other))
-            mixed = _mixed(good, other, share)
-            energy = mixed["end_to_end"]["energy_pj"]
-            if best is None or energy < best[0]:
-                best = energy, mixed
-    if best is None:
-        return dict(points[0])
-    return best[1]
-
-
-def _mixed(first: Any, second: Any, share: float) -> Any:
-    """Returns figures of both, `share` of the second; what is no number is the first's."""
-    if isinstance(first, dict):
-        return {key: _mixed(value, second.get(key), share) for key, value in first.items()}
-    if isinstance(first, float) and isinstance(second, int | float):
-        return (1.0 - share) * first + share * second
-    return first
-
-
-def _row(
-    mechanism: str, setting: str, at: str, frame: str, points: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """Returns one row, means over seeds; energies in uJ and latencies in us per example."""
-
-    def mean(read: Callable[[dict[str, Any]], float]) -> float:
-        return float(np.mean([read(point) for point in points]))
-
-    def costs(scope: str) -> tuple[float, float]:
-        energy = mean(lambda point: point[scope]["energy_pj"] / PJ_PER_UJ)
-        latency = mean(lambda point: point[scope]["latency_cycles"] / point["clock_hz"] * US_PER_S)
-        return energy, latency
-
-    energy, latency = costs("attention")
-    whole, whole_latency = costs("end_to_end")
-    energies = [point["end_to_end"]["energy_pj"] / PJ_PER_UJ for point in points]
-    qualities = [point["quality"] for point in points]
-    return {
-        "mechanism": mechanism,
-        "setting": setting,
-        "at": at,
-        "quality": mean(lambda point: point["quality"]),
-        "kl": mean(lambda point: point["kl_nats"]),
-        "kept": mean(lambda point: point["kept_fraction"]),
-        "energy": energy,
-        "latency": latency,
-        "energy_end_to_end": whole,
-        "latency_end_to_end": whole_latency,
-        "frame": frame,
-        "seeds": len(points),
-        "spread": {
-            "energy_end_to_end": _spread(energies),
-            "quality": _spread(qualities),
-        },
-    }
-
-
-def _spread(values: Sequence[float]) -> float | None:
-    """Returns the standard deviation over seeds; None of one."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+    machines = {COMMON: load_preset(experiment.preset), OWN: load_preset(preset)}
+    if experiment.mechanism == "acceltran":
+        machines[EQUAL_MULTIPLIERS] = equal_multipliers(load_preset(preset))
+    return machines
 
 
 def curves_of(out: Path, mechanisms: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Statistics of curves: paired bootstrap intervals, cost at equal divergence, mixtures at equal cost."""
+"""Statistics of curves: paired bootstrap intervals, cost at equal divergence, mixtures of two policies."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -96,3 +96,47 @@ def mixture_at(
     first, second = (np.asarray(values[order[i]], np.float64) for i in (upper - 1, upper))
     mixed: NDArray[np.float64] = (1.0 - share) * first + share * second
     return mixed
+
+
+def resampled(values: NDArray[np.floating], *, num_resamples: int) -> NDArray[np.float64]:
+    """Returns means over the examples, then over bootstrap resamples of them, `[1 + num_resamples, ...]`.
+
+    Args:
+      values: Figures by example, `[N, ...]`.
+      num_resamples: Resamples of the examples.
+    """
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    size = len(values)
+    drawn = generator.multinomial(size, np.full(size, 1.0 / size), size=num_resamples)
+    shares = np.concatenate([np.ones((1, size)), drawn]) / size
+    means: NDArray[np.float64] = np.tensordot(shares, np.asarray(values, np.float64), axes=1)
+    return means
+
+
+def cheapest_mixtures(
+    excess: NDArray[np.floating], costs: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """Returns the mixtures of at most two policies that cost least and lose nothing beyond their limit, as shares `[R, P]`.
+
+    Args:
+      excess: By how much a policy loses more than it may, `[R, P]`; what a mixture loses is the mean of what its parts do.
+      costs: What it costs, `[R, P]`.
+
+    Returns:
+      Shares that add up to one; where every policy loses too much, those of the first alone.
+    """
+    rows, policies = excess.shape
+    good, other = excess[:, :, None], excess[:, None, :]
+    splits = (good <= 0.0) & (other > 0.0)
+    share = np.where(splits, good / np.where(splits, good - other, 1.0), 0.0)
+    mixed = (1.0 - share) * costs[:, :, None] + share * costs[:, None, :]
+    mixed = np.where(good <= 0.0, mixed, np.inf).reshape(rows, -1)
+    best = np.argmin(mixed, axis=1)
+    first, second = np.divmod(best, policies)
+    row = np.arange(rows)
+    result = np.zeros(excess.shape)
+    taken = share[row, first, second]
+    result[row, first] += 1.0 - taken
+    result[row, second] += taken
+    result[np.isinf(mixed[row, best])] = np.eye(policies)[0]
+    return result

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,20 @@ from codesign.experiments.start import (
     with_threshold,
 )
 from codesign.experiments.train import BudgetedTraining
+from codesign.hw.accelerator import Accelerator, accelerator_from_spec
+from codesign.hw.spec import AcceleratorSpec
 from codesign.policy import Policy
 
 CURVE_FILE = "curve.json"
 FIGURE_FILE = "curve.png"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A drawn curve: its JSON file, and what was measured at its points."""
+
+    path: Path
+    points: list[CurvePoint]
 
 
 def checked_curve(experiment: Experiment, settings: CurveSettings, seeds: Sequence[int]) -> Problem:
@@ -74,8 +84,9 @@ def run_curve(
     overwrite: bool,
     progress: bool,
     report: Callable[[str], None],
-) -> Path:
-    """Trains, measures and draws a curve; returns the path of its JSON file.
+    machines: Mapping[str, AcceleratorSpec] | None = None,
+) -> Curve:
+    """Trains, measures and draws a curve.
 
     Args:
       experiment: Settings; its seed is replaced by each of `seeds`.
@@ -88,6 +99,7 @@ def run_curve(
       overwrite: Delete what is there.
       progress: Whether to show progress bars.
       report: Receives one line per finished point.
+      machines: Other machines on which the points are priced as well, by name.
 
     Raises:
       CodesignError: As `checked_curve` does.
@@ -102,11 +114,12 @@ def run_curve(
         "part": part,
     }
     RunDirectory.create(out, config, resume=resume, overwrite=overwrite)
+    others = {name: accelerator_from_spec(spec) for name, spec in (machines or {}).items()}
     points: list[CurvePoint] = []
     for seed in seeds:
         seeded = dataclasses.replace(experiment, seed=seed)
         problem = load_problem(seeded, cache=cache, progress=progress)
-        points += _seed_points(problem, settings, out, part, progress, report)
+        points += _seed_points(problem, settings, out, part, progress, report, others)
     machine = {
         "preset": experiment.preset,
         "clock_hz": outlined.spec.clock_hz,
@@ -116,7 +129,7 @@ def run_curve(
     record = curve_record(config, points, settings) | machine
     write_json(out / CURVE_FILE, record)
     draw_curve(record, out / FIGURE_FILE)
-    return out / CURVE_FILE
+    return Curve(path=out / CURVE_FILE, points=points)
 
 
 def _seed_points(
@@ -126,19 +139,21 @@ def _seed_points(
     part: Part,
     progress: bool,
     report: Callable[[str], None],
+    machines: Mapping[str, Accelerator],
 ) -> list[CurvePoint]:
     """Returns all points of one seed."""
     seed = problem.experiment.seed
     start = start_point(problem)
-    dense = CurvePoint("dense", seed, None, {}, measure_dense(problem, start, part))
+    dense = CurvePoint(
+        "dense", seed, None, {}, measure_dense(problem, start, part, machines=machines)
+    )
     report(_line(dense, dense))
     chosen = _choose_uniform(problem, settings, start, out / "points" / f"seed{seed}-uniform.json")
     points = [dense]
     for fraction in settings.budgets:
         point = _uniform_point(problem, start, chosen[fraction], start.calibration)
-        points.append(
-            CurvePoint("uniform", seed, fraction, chosen[fraction], measure(problem, point, part))
-        )
+        measured = measure(problem, point, part, machines=machines)
+        points.append(CurvePoint("uniform", seed, fraction, chosen[fraction], measured))
         report(_line(points[-1], dense))
     for kind in settings.trained_kinds:
         metrics: tuple[Metric, ...] = () if kind == "uniform_tuned" else (settings.metric,)
@@ -151,7 +166,7 @@ def _seed_points(
                 point = _uniform_point(problem, point, chosen[fraction], ranges)
             budget = settings.budget(fraction) if metrics else Budget(scope=settings.scope)
             point = _trained_point(training, point, budget, kind, fraction, out, progress)
-            measured = measure(problem, point, part)
+            measured = measure(problem, point, part, machines=machines)
             setting = {} if kind == "trained" else chosen[fraction]
             points.append(CurvePoint(kind, seed, fraction, setting, measured))
             report(_line(points[-1], dense))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -44,6 +44,22 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Priced:
+    """What a machine takes for what the hard path did on N examples.
+
+    Attributes:
+      costs: `costs[scope][metric]` per example, `[N]`: energy in pJ, latency in cycles.
+      bandwidth_cycles: `-d latency / d log(bandwidth)` by scope, cycles, `[N]`: the part of the latency that falls in
+        proportion to the bandwidth of main memory.
+      moved_bytes: Through main memory by scope, byte, `[N]`.
+    """
+
+    costs: dict[Scope, dict[Metric, NDArray[np.float64]]]
+    bandwidth_cycles: dict[Scope, NDArray[np.float64]]
+    moved_bytes: dict[Scope, NDArray[np.float64]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
     """What the hard path did on N examples.
 
@@ -55,6 +71,8 @@ class Measurement:
       kept: Kept fractions by entry of the mechanism's thresholds, `[L, ...]`; `[L, 1]` ones if it has none.
       macs: Multiplications of exact attention, and of it and the dense products, by scope, `[N]`; predictions apart.
       kept_pairs: Those of them that are fractions of pairs; None: all.
+      operations: Operations of the attention engine by `stage.kind`, means per example.
+      machines: The same decisions on other machines, by name.
     """
 
     quality_name: QualityName
@@ -64,6 +82,8 @@ class Measurement:
     kept: NDArray[np.float64]
     kept_pairs: NDArray[np.float64] | None = None
     macs: dict[Scope, NDArray[np.float64]] = dataclasses.field(default_factory=dict)
+    operations: dict[str, float] = dataclasses.field(default_factory=dict)
+    machines: dict[str, Priced] = dataclasses.field(default_factory=dict)
 
     def kept_fraction(self) -> float:
         """Returns the mean kept fraction: of pairs, where the mechanism keeps pairs."""
@@ -88,6 +108,7 @@ class HardChunk:
       counts: Operations of the attention engine by `stage.kind`, heads summed, `[n, L]`.
       densities: Fraction of non-zero elements by site, `[n, L]` or `[1, L]`, if the mechanism counts it.
       tensors: Every tensor that docs/integer_path.md names, if asked for, with all its axes.
+      machines: Costs on other machines, by name, as fields of `Priced`, `[n]`.
     """
 
     inputs: Inputs
@@ -99,6 +120,7 @@ class HardChunk:
     counts: dict[str, NDArray[np.float64]]
     densities: dict[str, NDArray[np.float64]]
     tensors: dict[str, NDArray[Any]]
+    machines: dict[str, dict[str, Any]]
 
 
 def metrics_of(price: Cost, scope: Scope) -> dict[Metric, jax.Array]:
@@ -112,12 +134,34 @@ def costs_of(workload: Workload, accelerator: Accelerator) -> dict[Scope, dict[M
     return {scope: metrics_of(price, scope) for scope in SCOPES}
 
 
+def priced_fully(workload: Workload, accelerator: Accelerator) -> dict[str, Any]:
+    """Returns the fields of `Priced` of each example, `[B]`."""
+    rate = "dram.bytes_per_cycle"
+    price = cost(workload, accelerator)
+    shares, moved = {}, {}
+    for scope in SCOPES:
+
+        def latency(bytes_per_cycle: jax.Array, scope: Scope = scope) -> jax.Array:
+            sizes = accelerator.sizes | {rate: bytes_per_cycle}
+            other = accelerator.replace(sizes=sizes)  # type: ignore[attr-defined]
+            return cost(workload, other).latency_cycles(scope)
+
+        own = jnp.asarray(accelerator.sizes[rate])
+        shares[scope] = -jax.jvp(latency, (own,), (own,))[1]
+        energy = price.energy_by_unit(scope)
+        spent = sum(energy[name] for name in ("dram", "host.dram") if name in energy)
+        moved[scope] = spent / accelerator.structure.dram_pj_per_byte
+    costs = {scope: metrics_of(price, scope) for scope in SCOPES}
+    return {"costs": costs, "bandwidth_cycles": shares, "moved_bytes": moved}
+
+
 @functools.partial(jax.jit, static_argnames=("structure", "mechanism", "tracing"))
 def _hard_step(
     layers: dict[str, jax.Array],
     ends: dict[str, jax.Array],
     inputs: dict[str, jax.Array],
     accelerator: Accelerator,
+    machines: dict[str, Accelerator],
     structure: ModelStructure,
     mechanism: Mechanism,
     tracing: bool,
@@ -139,6 +183,7 @@ def _hard_step(
         "densities": output.workload.densities,
         "counts": {key: jnp.sum(value.count, axis=2) for key, value in operations.items()},
         "tensors": output.trace,
+        "machines": {name: priced_fully(output.workload, one) for name, one in machines.items()},
     }
 
 
@@ -151,6 +196,7 @@ def hard_chunks(
     mechanism: Mechanism | None = None,
     tracing: bool = False,
     most: int = HARD_CHUNK,
+    machines: Mapping[str, Accelerator] | None = None,
 ) -> Iterator[HardChunk]:
     """Runs the hard path on examples, chunk by chunk, those of similar length together.
 
@@ -162,6 +208,7 @@ def hard_chunks(
       mechanism: Whose hooks run; None: that of the deployment's name.
       tracing: Whether to return tensors.
       most: Most examples of a chunk.
+      machines: Other machines that price the same decisions, by name.
     """
     structure = deployed.structure
     mechanism = mechanism or mechanism_by_name(structure.mechanism)
@@ -174,12 +221,15 @@ def hard_chunks(
 
     for inputs, indices in chunks(examples, sized(structure, size), buckets):
         with jax.enable_x64(True):
-            wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), accelerator)
+            wide, others = jax.tree.map(
+                lambda leaf: np.asarray(leaf, np.float64), (accelerator, dict(machines or {}))
+            )
             found = _hard_step(
                 layers,
                 ends,
                 inputs,
                 wide,
+                others,
                 structure=structure,
                 mechanism=mechanism,
                 tracing=tracing,
@@ -200,6 +250,12 @@ def hard_chunks(
                 name: values[(slice(None),) * _batch_axis(name, deployed) + (first,)]
                 for name, values in found["tensors"].items()
             },
+            machines=jax.tree.map(
+                lambda values, inputs=inputs, first=first: np.broadcast_to(
+                    values, len(next(iter(inputs.values())))
+                )[first],
+                found["machines"],
+            ),
         )
 
 
@@ -281,6 +337,7 @@ def measure(
     *,
     mechanism: Mechanism | None = None,
     num_examples: int | None = None,
+    machines: Mapping[str, Accelerator] | None = None,
 ) -> Measurement:
     """Returns the measurement of a point on the validation or test part.
 
@@ -290,6 +347,7 @@ def measure(
       part: The part of the data.
       mechanism: Another mechanism than the problem's, e.g. `dense`.
       num_examples: Only the first of the part; None: all.
+      machines: Other machines that price the same decisions, by name.
     """
     examples = problem.task.part(part).first(num_examples)
     deployed = deployment(problem, point, mechanism=mechanism)
@@ -300,9 +358,16 @@ def measure(
     }
     macs = {scope: np.zeros(len(examples)) for scope in SCOPES}
     kept, lengths = [], []
+    operations: dict[str, float] = {}
+    others: dict[str, Any] = {}
     hooks = mechanism or problem.mechanism
     for chunk in hard_chunks(
-        deployed, examples, problem.accelerator, problem.buckets, mechanism=hooks
+        deployed,
+        examples,
+        problem.accelerator,
+        problem.buckets,
+        mechanism=hooks,
+        machines=machines,
     ):
         where, valid = chunk.indices, chunk.inputs.get("valid")
         labels = examples.labels[where]
@@ -315,6 +380,11 @@ def measure(
             for metric, values in chunk.costs[scope].items():
                 costs[scope][metric][where] = values
             macs[scope][where] = chunk.macs[scope]
+        for name, count in chunk.counts.items():
+            operations[name] = operations.get(name, 0.0) + float(np.sum(count)) / len(examples)
+        others = others or jax.tree.map(lambda _: np.zeros(len(examples)), chunk.machines)
+        for total, values in zip(*map(jax.tree.leaves, (others, chunk.machines)), strict=True):
+            total[where] = values
         kept.append(chunk.kept)
         lengths.append(len(where))
     scale, fractions = hooks.thresholds, np.average(kept, axis=0, weights=lengths)
@@ -326,6 +396,8 @@ def measure(
         kept=fractions,
         kept_pairs=None if scale is None else scale.of_pairs(fractions),
         macs=macs,
+        operations=operations,
+        machines={name: Priced(**fields) for name, fields in others.items()},
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from codesign.experiments.run import CONFIG, RunDirectory, write_json
 from codesign.experiments.start import start_point, start_policy
 from codesign.experiments.teacher import float_path
 from codesign.experiments.train import BudgetedTraining, finished_point
+from codesign.hw.accelerator import Accelerator
 from codesign.hw.hardware_config import IntegerPolicy
 from codesign.mechanisms import dense_beside
 from codesign.models.deploy import Deployment
@@ -74,10 +76,17 @@ class FinishedRun:
         return measure_dense(self.problem, self.point, part)
 
 
-def measure_dense(problem: Problem, point: Point, part: Part) -> Measurement:
-    """Returns what the dense model of a problem does on a part of the data, hard path."""
+def measure_dense(
+    problem: Problem,
+    point: Point,
+    part: Part,
+    *,
+    machines: Mapping[str, Accelerator] | None = None,
+) -> Measurement:
+    """Returns what the dense model of a problem does on a part of the data, hard path, and on other machines."""
     reference = dense_point(problem, point.calibration)
-    return measure(problem, reference, part, mechanism=dense_beside(problem.machine_mechanism))
+    mechanism = dense_beside(problem.machine_mechanism)
+    return measure(problem, reference, part, mechanism=mechanism, machines=machines)
 
 
 def checked(experiment: Experiment, budget: Budget) -> Problem:

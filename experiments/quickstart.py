@@ -55,7 +55,7 @@ def run_quickstart(
         overwrite=overwrite,
         progress=True,
         report=say,
-    )
+    ).path
     point = point_directory(out, experiment.seed, "trained", exported_budget)
     exported = out / "export"
     # An interrupted quickstart may have got this far: an export is written whole or not at all.

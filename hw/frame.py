@@ -53,15 +53,40 @@ def _own_mm2(spec: AcceleratorSpec | None) -> float:
     return AREA_MM2 - macs - host.sram.base * host.sram_area.base
 
 
-def common_frame(spec: AcceleratorSpec) -> AcceleratorSpec:
+def multipliers(spec: AcceleratorSpec) -> float:
+    """Returns the multipliers in the arrays of a machine's own units; a host's are not among them."""
+    elements = spec.processing_elements
+    total = 0.0
+    for unit in spec.units.values():
+        if any(key.endswith(".mac") for key in unit.paces):
+            sizes = (unit.lanes, unit.width, unit.per_lane)
+            total += math.prod(1.0 if size is None else size.value for size in sizes)
+    return total * (1.0 if elements is None else elements.count.value)
+
+
+def equal_multipliers(spec: AcceleratorSpec) -> AcceleratorSpec:
+    """Returns a machine in the common frame but its area: with as many multipliers as SOFA has there."""
+    wanted = multipliers(common_frame(load_preset("sofa")))
+    return common_frame(spec, factor=wanted / multipliers(spec))
+
+
+def common_frame(spec: AcceleratorSpec, *, factor: float | None = None) -> AcceleratorSpec:
     """Returns a machine in the common frame.
 
-    Lanes and memories are multiplied by `frame_factor` and not rounded; bandwidth is the same for all. Units of
+    Lanes and memories are multiplied by a factor and not rounded; bandwidth is the same for all. Units of
     synthesised blocks are priced by the table, with adders as wide as a product of their operands and eight bits more.
-    Nothing leaks.
+    Reads of operands are priced even where a machine's own figures have absorbed them. Nothing leaks.
+
+    Args:
+      spec: The machine.
+      factor: By how much it grows; None: `frame_factor`.
     """
     base = load_preset("topk")
-    factor = frame_factor(spec)
+    own_mm2 = _own_mm2(spec)
+    if factor is None:
+        factor = frame_factor(spec)
+    else:
+        own_mm2 *= factor / frame_factor(spec)
     elements = spec.processing_elements
     growth = 1.0 if elements is not None else factor
     units = {name: _unit(unit, growth) for name, unit in spec.units.items()}
@@ -69,7 +94,7 @@ def common_frame(spec: AcceleratorSpec) -> AcceleratorSpec:
     if elements is not None:
         count = _scaled(elements.count, factor)
         elements = ProcessingElements(count=count, modules=(), driven_by=elements.driven_by)
-    rest = _quantity(base.operating_point.area, _own_mm2(spec))
+    rest = _quantity(base.operating_point.area, own_mm2)
     area = base.area.model_copy(update={"factor": _quantity(base.area.factor, 1.0), "rest": rest})
     frame = spec.model_copy(
         update={

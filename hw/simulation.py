@@ -15,7 +15,7 @@ from codesign.errors import UnknownNameError
 from codesign.hw import energy
 from codesign.hw.spec import AcceleratorSpec
 from codesign.hw.spec_tables import EnergyTable, Host
-from codesign.vocabulary import LINEAR_SITES, matches
+from codesign.vocabulary import LINEAR_SITES
 
 BLOCK_SITES = ("qkv", "out", "up", "down")
 END_SITES = tuple(site for site in LINEAR_SITES if site not in BLOCK_SITES)

@@ -81,7 +81,9 @@ def simulate_windows(
             products = by_example([[one.linear.product_pj for one in some] for some in layers])
             energies[-1][execution] = energies[-1].get(execution, 0.0) + products
             for buffer in layers[0][0].linear.reads_pj:
-                read = by_example([[one.linear.reads_pj[buffer] for one in some] for some in layers])
+                read = by_example(
+                    [[one.linear.reads_pj[buffer] for one in some] for some in layers]
+                )
                 energies[-1][buffer] = energies[-1].get(buffer, 0.0) + read
             own = by_example([[one.linear.weight_bytes for one in some] for some in layers])
             moved = moved + own
@@ -163,7 +165,10 @@ def _write_pj(spec: AcceleratorSpec, storage: Storage) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _Linear:
-    """Dense products of one layer: cycles of the whole array, queries by head `[H, W]`, others `[W]`; pJ of products, and of reads by memory; bytes."""
+    """Dense products of one layer: cycles of the whole array, queries by head `[H, W]`, others `[W]`; pJ; bytes.
+
+    `reads_pj` are those of their operands, by memory.
+    """
 
     query: np.ndarray
     others: np.ndarray

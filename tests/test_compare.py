@@ -1,9 +1,11 @@
 """The common frame and comparisons: factors, prices, mixtures by hand, and a whole one on a small task."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_experiment import tiny
 
@@ -11,20 +13,24 @@ from codesign.errors import CodesignError, InfeasibleBudgetError, UnknownNameErr
 from codesign.experiments.cli import main
 from codesign.experiments.compare import (
     COMMON,
+    EQUAL_MULTIPLIERS,
     OWN,
-    cheapest_mixture,
     checked_names,
     compared_mechanisms,
-    comparison_rows,
     framed_experiments,
+    machines_of,
     reached_settings,
     run_comparison,
 )
+from codesign.experiments.compare_rows import comparison_rows
+from codesign.experiments.comparison import cheapest_mixtures, resampled
 from codesign.experiments.configs import digits
+from codesign.experiments.curve_record import CurvePoint
 from codesign.experiments.curve_settings import CurveSettings
+from codesign.experiments.evaluate import Measurement, Priced
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape, Setting
-from codesign.hw.frame import AREA_MM2, common_frame, frame_factor
+from codesign.hw.frame import AREA_MM2, common_frame, equal_multipliers, frame_factor, multipliers
 from codesign.hw.operating_points import closed_form_workload, published_setting
 from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import cost
@@ -138,62 +144,120 @@ def test_budgets_out_of_reach_are_left_out(tmp_path: Path) -> None:
 # Mixtures
 
 
-def point(kind: str, quality: float, kl: float, energy: float, seed: int = 0) -> dict[str, Any]:
-    costs = {"energy_pj": energy, "latency_cycles": 2.0 * energy}
-    return {
-        "kind": kind,
-        "seed": seed,
-        "quality": quality,
-        "kl_nats": kl,
-        "kept_fraction": energy / 10.0,
-        "attention": {name: value / 2.0 for name, value in costs.items()},
-        "end_to_end": costs,
-        "clock_hz": 1e6,
-    }
-
-
 def test_mixture_by_hand() -> None:
     """Of dense (no loss, 10), a (loss 0.5 of a limit of 1, 6) and b (loss 3, 2): a fifth b, the rest a."""
-    points = [point("dense", 0.0, 0.0, 10.0), point("x", 0.5, 0.5, 6.0), point("x", 3.0, 3.0, 2.0)]
-    found = cheapest_mixture(points, lambda one: one["quality"] - 1.0)
-    assert found["end_to_end"]["energy_pj"] == pytest.approx(0.8 * 6.0 + 0.2 * 2.0)
-    assert found["quality"] == pytest.approx(1.0)
-    assert found["attention"]["latency_cycles"] == pytest.approx(0.8 * 6.0 + 0.2 * 2.0)
-    # Where all may be lost the cheapest alone; where nothing may, dense.
-    assert cheapest_mixture(points, lambda one: one["quality"] - 9.0) == points[2]
-    assert cheapest_mixture(points, lambda one: one["quality"])["end_to_end"]["energy_pj"] == 10.0
+    lost, costs = np.array([0.0, 0.5, 3.0]), np.array([10.0, 6.0, 2.0])
+    limits = np.array([1.0, 9.0, 0.0, -1.0])
+    shares = cheapest_mixtures(lost - limits[:, None], np.broadcast_to(costs, (4, 3)))
+    # Where all may be lost the cheapest alone; where nothing may, dense; and so where even that loses too much.
+    expected = [[0.0, 0.8, 0.2], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+    np.testing.assert_allclose(shares, expected, atol=1e-12)
+
+
+def test_resampled_means() -> None:
+    values = np.stack([np.arange(8.0), np.ones(8)], axis=1)
+    means = resampled(values, num_resamples=500)
+    assert means.shape == (501, 2)
+    np.testing.assert_allclose(means[0], [3.5, 1.0])
+    np.testing.assert_allclose(means[:, 1], 1.0)
+    # The mean of eight draws: standard deviation sqrt(63 / 12 / 8) = 0.81.
+    assert means[1:, 0].std() == pytest.approx(0.81, abs=0.08)
+
+
+N = 4
+SPEC = load_preset("topk")
+
+
+def point(kind: str, quality: float, kl: float, energy_uj: float, seed: int = 0) -> CurvePoint:
+    """Four examples that are all alike: half of the costs are attention's, a quarter of the time follows the bandwidth."""
+
+    def alike(value: float) -> np.ndarray:
+        return np.full(N, value)
+
+    def priced(slower: float) -> Priced:
+        costs: Any = {
+            scope: {
+                "energy": alike(share * energy_uj * 1e6),
+                "latency": alike(share * slower * energy_uj),
+            }
+            for scope, share in (("attention", 0.5), ("end_to_end", 1.0))
+        }
+        return Priced(
+            costs=costs,
+            bandwidth_cycles={"end_to_end": alike(0.25 * slower * energy_uj)},
+            moved_bytes={"end_to_end": alike(100.0 * energy_uj)},
+        )
+
+    measured = Measurement(
+        quality_name="accuracy",
+        quality=alike(quality),
+        kl_nats=alike(kl),
+        costs={},
+        kept=np.full((1, 1), 0.5),
+        macs={"attention": alike(30.0), "end_to_end": alike(30.0 + energy_uj)},
+        operations={"qk.mac": 10.0 * energy_uj, "pv.mac": 20.0},
+        machines={COMMON: priced(1.0), OWN: priced(3.0)},
+    )
+    return CurvePoint(kind, seed, None, {}, measured)
 
 
 def test_rows_by_hand() -> None:
-    common = [
+    points = [
         *(point("dense", 0.9, 0.0, 10.0, seed) for seed in (0, 1)),
         point("trained", 0.9, 0.01, 4.0, 0),
         point("trained", 0.88, 0.03, 6.0, 1),
         *(point("uniform", 0.5, 1.0, 5.0, seed) for seed in (0, 1)),
     ]
-    own = [one | {"clock_hz": 2e6} for one in common]
-    record = {
-        "quality_name": "accuracy",
-        "points": common,
-        "clock_hz": 1e6,
-        "own_points": own,
-    }
-    rows = comparison_rows(record, "topk", loss=0.01, kl_nats=0.02)
+    machines = {COMMON: common_frame(SPEC), OWN: SPEC}
+    rows = comparison_rows(points, "topk", machines, loss=0.01, kl_nats=0.02, num_resamples=20)
     assert len(rows) == 2 * (1 + 2 * 2)
     found = {(row["frame"], row["setting"], row["at"]): row for row in rows}
     trained = found[COMMON, "trained", "quality"]
     # Seed 0 as it is; of seed 1 half the examples dense.
-    assert trained["energy_end_to_end"] == pytest.approx((4.0 + 8.0) / 2 * 1e-6)
+    assert trained["energy_end_to_end"] == pytest.approx((4.0 + 8.0) / 2)
+    assert trained["energy"] == pytest.approx((4.0 + 8.0) / 4)
     assert trained["quality"] == pytest.approx((0.9 + 0.89) / 2) and trained["seeds"] == 2
-    assert trained["spread"]["energy_end_to_end"] == pytest.approx(2.0**0.5 * 2.0e-6)
-    assert trained["latency_end_to_end"] == pytest.approx(12.0)
-    assert found[OWN, "trained", "quality"]["latency_end_to_end"] == pytest.approx(6.0)
+    assert trained["spread"]["energy_end_to_end"] == pytest.approx(2.0**0.5 * 2.0)
+    assert trained["latency_end_to_end"] == pytest.approx(6.0 / 1e3)
+    assert trained["interval"]["energy_end_to_end"] == pytest.approx([6.0, 6.0])
+    assert trained["bytes"] == pytest.approx(600.0)
+    assert trained["bandwidth_share"] == pytest.approx(0.25) and trained["binds"] == "area"
+    assert trained["operations"] == pytest.approx({"qk": 60.0, "pv": 20.0, "host": 6.0})
+    assert found[OWN, "trained", "quality"]["latency_end_to_end"] == pytest.approx(18.0 / 1e3)
     at_kl = found[COMMON, "trained", "kl"]
     assert at_kl["kl"] == pytest.approx((0.01 + 0.02) / 2)
-    # Two percent of the examples may run a policy that loses half.
+    # Two and a half percent of the examples may run a policy that loses 0.4.
     uniform = found[COMMON, "uniform", "quality"]
-    assert uniform["energy_end_to_end"] == pytest.approx((10.0 - 5.0 * 0.01 / 0.4) * 1e-6)
-    assert found[COMMON, "dense", "dense"]["energy"] == pytest.approx(5e-6)
+    assert uniform["energy_end_to_end"] == pytest.approx(10.0 - 5.0 * 0.01 / 0.4)
+    assert found[COMMON, "dense", "dense"]["energy"] == pytest.approx(5.0)
+
+
+def test_intervals_over_examples() -> None:
+    """A point that errs on one of four examples: in a resample without it the point is free to take, else a mixture."""
+    dense, trained = point("dense", 1.0, 0.0, 10.0), point("trained", 1.0, 0.0, 4.0)
+    trained.measurement.quality[0] = 0.0
+    rows = comparison_rows(
+        [dense, trained], "topk", {COMMON: SPEC}, loss=0.1, kl_nats=0.02, num_resamples=200
+    )
+    row = next(row for row in rows if row["at"] == "quality")
+    assert row["energy_end_to_end"] == pytest.approx(10.0 - 6.0 * 0.1 / 0.25)
+    low, high = row["interval"]["energy_end_to_end"]
+    assert low == pytest.approx(4.0) and high == pytest.approx(10.0 - 6.0 * 0.1 / 0.75)
+
+
+def test_equal_multipliers() -> None:
+    """SOFA has 128 x 4 and 128 x 4, of which a host leaves 5.178 / 5.69; AccelTran Edge 64 x 16 x 16."""
+    edge = load_preset("acceltran-edge")
+    assert multipliers(load_preset("sofa")) == 1024.0 and multipliers(edge) == 16384.0
+    equal = equal_multipliers(edge)
+    wanted = 1024.0 * 5.1785 / 5.69
+    assert multipliers(equal) == pytest.approx(wanted, rel=1e-3)
+    assert multipliers(common_frame(edge)) < wanted / 2.0
+    assert equal.area.rest is not None
+    assert equal.area.rest.base == pytest.approx(216.3 * wanted / 16384.0, rel=2e-3)
+    assert set(machines_of(replace(digits(), mechanism="acceltran"), "acceltran-edge")) == {
+        *(COMMON, EQUAL_MULTIPLIERS, OWN)
+    }
 
 
 # The command
@@ -250,10 +314,14 @@ def test_a_comparison_from_start_to_end(tmp_path: Path) -> None:
         assert {(kind, at, frame) for at in ("quality", "kl") for frame in (COMMON, OWN)} <= kinds
     dense = {row["frame"]: row for row in rows if row["setting"] == "dense"}
     wanted = {"quality", "kl", "kept", "latency", "latency_end_to_end", "seeds", "spread"}
+    wanted |= {"interval", "bytes", "binds", "bandwidth_share", "operations"}
     for row in rows:
         assert wanted <= row.keys() and row["energy"] < row["energy_end_to_end"]
         assert row["energy_end_to_end"] <= dense[row["frame"]]["energy_end_to_end"]
         assert row["at"] != "kl" or row["kl"] <= 0.5 + 1e-6
+        assert 0.0 <= row["bandwidth_share"] <= 1.0 and row["operations"]["host"] > 0.0
+        low, high = row["interval"]["energy_end_to_end"]
+        assert low <= high <= dense[row["frame"]]["interval"]["energy_end_to_end"][1] + 1e-9
     # Fitted to nothing and at 28 nm already, the machine costs in its own frame what the area changes.
     assert dense[COMMON]["quality"] == dense[OWN]["quality"]
     assert dense[COMMON]["latency"] < dense[OWN]["latency"]
