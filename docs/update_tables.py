@@ -139,7 +139,12 @@ def comparison(at: str, frame: str, rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if row["frame"] != frame or row["at"] not in ("dense", at):
             continue
-        figures = (f"{row[key]:.2f}" for key in ("energy", "energy_end_to_end"))
+        low, high = row["interval"]["energy_end_to_end"]
+        digits = 1 if row["energy_end_to_end"] >= 100.0 else 2
+        figures = [
+            f"{row['energy']:.{digits}f}",
+            f"{row['energy_end_to_end']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]",
+        ]
         times = (f"{row[key]:.1f}" for key in ("latency", "latency_end_to_end"))
         found.append(
             (
@@ -152,10 +157,11 @@ def comparison(at: str, frame: str, rows: list[dict[str, Any]]) -> str:
                 f"{PERCENT * row['kept']:.0f}",
                 *figures,
                 *times,
+                row["binds"],
             )
         )
     quality = "accuracy, %" if all(row["quality"] <= 1 for row in rows) else "bits per token"
-    energies = ("µJ, attention", "µJ, end to end", "µs, attention", "µs, end to end")
+    energies = ("µJ, attention", "µJ, end to end", "µs, attention", "µs, end to end", "binds")
     return table(("mechanism", "setting", quality, "KL, nat", "kept, %", *energies), found)
 
 
@@ -167,6 +173,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "study": study,
     "equal_quality": functools.partial(comparison, "quality", "common"),
     "equal_divergence": functools.partial(comparison, "kl", "common"),
+    "equal_multipliers": functools.partial(comparison, "quality", "equal_multipliers"),
     "own_machines": functools.partial(comparison, "quality", "own"),
 } | {name: functools.partial(claims, name) for name in CLAIMS}
 

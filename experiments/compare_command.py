@@ -8,6 +8,7 @@ from typing import Any
 from codesign.experiments.commands import Json, announce, curve_seconds, say
 from codesign.experiments.compare import (
     COMMON,
+    EQUAL_MULTIPLIERS,
     KL_NATS,
     OWN,
     check_limits,
@@ -25,6 +26,7 @@ from codesign.experiments.tables import print_json, print_table
 
 TITLES = {
     COMMON: "common frame: one energy table, 28 nm, 1 GHz, 5.69 mm2, 59.8 GB/s",
+    EQUAL_MULTIPLIERS: "common frame but its area: as many multipliers as SOFA",
     OWN: "each machine in its own node, with its own fitted factor: not to be compared across rows",
 }
 
@@ -116,11 +118,20 @@ def print_comparison(rows: list[dict[str, Any]]) -> None:
     for frame, title in TITLES.items():
         for at, what in (("quality", "equal quality"), ("kl", "equal divergence")):
             shown = [row for row in rows if row["frame"] == frame and row["at"] in ("dense", at)]
+            if not shown:
+                continue
             print_table(
                 f"{title}; {what}",
                 (
                     *("mechanism", "setting", "quality", "KL, nat", "kept"),
-                    *("µJ, attention", "end to end", "µs, attention", "end to end"),
+                    *(
+                        "µJ, attention",
+                        "end to end",
+                        "95 %",
+                        "µs, attention",
+                        "end to end",
+                        "binds",
+                    ),
                 ),
                 [
                     (
@@ -129,13 +140,10 @@ def print_comparison(rows: list[dict[str, Any]]) -> None:
                         f"{row['quality']:.4f}",
                         f"{row['kl']:.4f}",
                         f"{row['kept']:.3f}",
-                        *(
-                            f"{row[key]:.4g}"
-                            for key in (
-                                *("energy", "energy_end_to_end"),
-                                *("latency", "latency_end_to_end"),
-                            )
-                        ),
+                        *(f"{row[key]:.4g}" for key in ("energy", "energy_end_to_end")),
+                        " to ".join(f"{end:.4g}" for end in row["interval"]["energy_end_to_end"]),
+                        *(f"{row[key]:.4g}" for key in ("latency", "latency_end_to_end")),
+                        row["binds"],
                     )
                     for row in shown
                 ],

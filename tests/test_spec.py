@@ -97,9 +97,14 @@ FAULTS = {
     "infinite": ("value = 25.6", "value = inf", ["dram.bandwidth.value", "finite"]),
     "unknown rule": ('rule = "rows"', 'rule = "rowz"', ["units.filter_array.rule", "'flat'"]),
     "unknown memory": (
-        'reads_b = "key_low"',
-        'reads_b = "key_lo"',
-        ["units.filter_array.reads_b", "did you mean `key_low`"],
+        'buffer = "key_low"',
+        'buffer = "key_lo"',
+        ["units.filter_array.reads.filter*.mac.buffer", "did you mean `key_low`"],
+    ),
+    "read of something else": (
+        'reads."filter*.mac"',
+        'reads."filter*.compare"',
+        ["units.filter_array.reads", "`filter*.compare`", "did you mean `filter*.mac`"],
     ),
     "unit nothing feeds": (
         'serves = ["softmax.exp", "softmax.reciprocal"]',
