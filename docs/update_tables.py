@@ -143,7 +143,7 @@ def comparison(at: str, frame: str, rows: list[dict[str, Any]]) -> str:
         digits = 1 if row["energy_end_to_end"] >= 100.0 else 2
         figures = [
             f"{row['energy']:.{digits}f}",
-            f"{row['energy_end_to_end']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]",
+            f"{'≤ ' if row['is_bound'] else ''}{row['energy_end_to_end']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]",
         ]
         times = (f"{row[key]:.1f}" for key in ("latency", "latency_end_to_end"))
         found.append(

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from codesign.errors import UnknownNameError
-from codesign.experiments.compare_rows import comparison_rows
+from codesign.experiments.compare_rows import comparison_rows, with_bounds
 from codesign.experiments.configs import Experiment, require
 from codesign.experiments.curve import CURVE_FILE, checked_curve, run_curve
 from codesign.experiments.curve_settings import CurveSettings
@@ -184,7 +184,9 @@ def run_comparison(
                 num_resamples=settings.num_resamples,
             )
             write_json(folder / ROWS_FILE, found)
-        rows += json.loads((folder / ROWS_FILE).read_text())
+        record = json.loads((folder / CURVE_FILE).read_text())
+        found = json.loads((folder / ROWS_FILE).read_text())
+        rows += with_bounds(found, record, loss=loss, kl_nats=kl_nats)
     write_json(out / COMPARISON_FILE, rows)
     draw_comparison(curves_of(out, tuple(chosen)), out / FIGURE_FILE)
     return out / COMPARISON_FILE

@@ -88,6 +88,43 @@ def comparison_rows(
     return rows
 
 
+def with_bounds(
+    rows: Sequence[dict[str, Any]],
+    record: dict[str, Any],
+    *,
+    loss: float | None,
+    kl_nats: float,
+) -> list[dict[str, Any]]:
+    """Returns a mechanism's rows with `is_bound`: whether even its cheapest point loses less than it may.
+
+    Lower budgets would then have given less: the costs are upper bounds.
+
+    Args:
+      rows: Of `comparison_rows`.
+      record: The curve's JSON.
+      loss: What quality may be lost against dense; None: `LOSS`.
+      kl_nats: Divergence allowed.
+    """
+    name = record["quality_name"]
+    limit = LOSS[name] if loss is None else loss
+    dense = {one["seed"]: one["quality"] for one in record["points"] if one["kind"] == "dense"}
+
+    def is_bound(setting: str, at: str) -> bool:
+        for seed, quality in dense.items():
+            own = [p for p in record["points"] if p["kind"] == setting and p["seed"] == seed]
+            least = min(own, key=lambda point: float(point["end_to_end"]["energy_pj"]))
+            if at == "kl" and least["kl_nats"] > kl_nats:
+                return False
+            if at == "quality" and BETTER[name] * (quality - least["quality"]) > limit:
+                return False
+        return True
+
+    return [
+        row | {"is_bound": row["at"] != "dense" and is_bound(row["setting"], row["at"])}
+        for row in rows
+    ]
+
+
 def _figures(point: CurvePoint, frame: str) -> NDArray[np.float64]:
     """Returns `FIGURES` by example, `[N, F]`."""
     measured = point.measurement

@@ -22,7 +22,7 @@ from codesign.experiments.compare import (
     reached_settings,
     run_comparison,
 )
-from codesign.experiments.compare_rows import comparison_rows
+from codesign.experiments.compare_rows import comparison_rows, with_bounds
 from codesign.experiments.comparison import cheapest_mixtures, resampled
 from codesign.experiments.configs import digits
 from codesign.experiments.curve_record import CurvePoint
@@ -243,6 +243,24 @@ def test_intervals_over_examples() -> None:
     assert row["energy_end_to_end"] == pytest.approx(10.0 - 6.0 * 0.1 / 0.25)
     low, high = row["interval"]["energy_end_to_end"]
     assert low == pytest.approx(4.0) and high == pytest.approx(10.0 - 6.0 * 0.1 / 0.75)
+
+
+def test_costs_of_points_that_lose_less_than_they_may_are_bounds() -> None:
+    def point(kind: str, quality: float, kl: float, energy: float) -> dict[str, Any]:
+        costs = {"energy_pj": energy}
+        return {"kind": kind, "seed": 0, "quality": quality, "kl_nats": kl, "end_to_end": costs}
+
+    points = [point("dense", 0.9, 0.0, 9.0), point("trained", 0.8, 0.5, 5.0)]
+    points.append(point("trained", 0.895, 0.03, 4.0))
+    rows = [{"setting": "dense", "at": "dense"}]
+    rows += [{"setting": "trained", "at": at} for at in ("quality", "kl")]
+    record = {"quality_name": "accuracy", "points": points}
+    found = with_bounds(rows, record, loss=None, kl_nats=0.02)
+    assert [row["is_bound"] for row in found] == [False, True, False]
+    assert with_bounds(rows, record, loss=0.001, kl_nats=0.05)[1:] == [
+        rows[1] | {"is_bound": False},
+        rows[2] | {"is_bound": True},
+    ]
 
 
 def test_equal_multipliers() -> None:
