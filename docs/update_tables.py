@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md from the records in docs/results: `python docs/update_tables.py`.
+"""Writes the tables of the documents from the records in docs/results: `python docs/update_tables.py`.
 
 Between `<!-- KIND NAME -->` and `<!-- end -->` stands the table KIND of `results/NAME.json`.
 """
@@ -13,6 +13,7 @@ from typing import Any
 from codesign.experiments.prediction_tables import study_tables
 
 DOCS = Path(__file__).resolve().parent
+DOCUMENTS = ("results.md", "comparisons.md")
 MARKED = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {
     "dense": "dense",
@@ -190,5 +191,6 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    path = DOCS / "results.md"
-    path.write_text(updated(path.read_text()))
+    for name in DOCUMENTS:
+        path = DOCS / name
+        path.write_text(updated(path.read_text()))
