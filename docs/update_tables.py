@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md from the records in docs/results: `python docs/update_tables.py`.
+"""Writes the tables of documents from the records in docs/results: `python docs/update_tables.py`.
 
 Between `<!-- KIND NAME -->` and `<!-- end -->` stands the table KIND of `results/NAME.json`.
 """
@@ -13,6 +13,7 @@ from typing import Any
 from codesign.experiments.prediction_tables import study_tables
 
 DOCS = Path(__file__).resolve().parent
+DOCUMENTS = ("results.md", "validation.md")
 MARKED = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {
     "dense": "dense",
@@ -159,6 +160,22 @@ def comparison(at: str, frame: str, rows: list[dict[str, Any]]) -> str:
     return table(("mechanism", "setting", quality, "KL, nat", "kept, %", *energies), found)
 
 
+def validation(records: list[dict[str, Any]]) -> str:
+    """Returns the figures of a validation."""
+    rows = [
+        (
+            record["reference"],
+            record["metric"],
+            f"{record['value']:.3g}",
+            "-" if record["limit"] is None else f"{record['limit']:g}",
+            record["unit"],
+            str(record["rows"]),
+        )
+        for record in records
+    ]
+    return table(("reference", "metric", "value", "limit", "unit", "rows"), rows)
+
+
 CLAIMS = ("similarity", "recall", "segments", "operations", "fetches")
 TABLES: dict[str, Callable[[Any], str]] = {
     "points": points,
@@ -167,6 +184,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "study": study,
     "equal_quality": functools.partial(comparison, "quality", "common"),
     "equal_divergence": functools.partial(comparison, "kl", "common"),
+    "validation": validation,
     "own_machines": functools.partial(comparison, "quality", "own"),
 } | {name: functools.partial(claims, name) for name in CLAIMS}
 
@@ -183,5 +201,6 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    path = DOCS / "results.md"
-    path.write_text(updated(path.read_text()))
+    for document in DOCUMENTS:
+        path = DOCS / document
+        path.write_text(updated(path.read_text()))

@@ -26,6 +26,11 @@ ZIGZAG_OPERANDS: dict[Operand, str] = {"input": "I1", "weight": "I2", "output": 
 ACCELFORGE_CLOCK_HZ = HZ_PER_GHZ
 
 
+def tool_module(name: str) -> Any:
+    """Returns a module of another tool, which need not be installed."""
+    return importlib.import_module(name)
+
+
 def _zigzag_memory(name: str, memory: Memory, operands: list[Operand]) -> dict[str, Any]:
     """Returns a memory as ZigZag describes it."""
     directions = [
@@ -124,7 +129,7 @@ def zigzag_cost(
       folder: Where its files go.
       num_factors: Loops of an order (`lpf_limit`).
     """
-    api = importlib.import_module("zigzag.api")
+    api = tool_module("zigzag.api")
     names = {}
     for name, content in zigzag_files(ZIGZAG, sizes, side, dataflow).items():
         names[name] = folder / f"{name}.yaml"
@@ -191,10 +196,10 @@ def accelforge_files(model: ToolModel, sizes: Sizes, side: int) -> dict[str, str
 
 def accelforge_cost(sizes: Sizes, side: int, folder: Path) -> tuple[float, float]:
     """Returns AccelForge's cycles and energy, pJ, of the mapping of least energy times delay."""
-    spec_module = importlib.import_module("accelforge.frontend.spec")
-    metrics = importlib.import_module("accelforge.mapper").Metrics
-    mapper = importlib.import_module("accelforge.mapper.FFM.main")
-    model = importlib.import_module("accelforge.model.main")
+    spec_module = tool_module("accelforge.frontend.spec")
+    metrics = tool_module("accelforge.mapper").Metrics
+    mapper = tool_module("accelforge.mapper.FFM.main")
+    model = tool_module("accelforge.model.main")
     for name, content in accelforge_files(ACCELFORGE, sizes, side).items():
         (folder / f"{name}.yaml").write_text(content)
     spec = spec_module.Spec.from_yaml(*(folder / f"{name}.yaml" for name in ("arch", "workload")))
@@ -220,7 +225,7 @@ SCALE_SIM_DATAFLOWS = {
 
 def scale_sim_cycles(sizes: Sizes, side: int, dataflow: Dataflow, folder: Path) -> float:
     """Returns SCALE-Sim's cycles, memories without stalls; minutes and gigabytes beyond 1e8 multiplications."""
-    simulator = importlib.import_module("scalesim.scale_sim").scalesim
+    simulator = tool_module("scalesim.scale_sim").scalesim
     rows, cols, inner = sizes
     (folder / "topology.csv").write_text(f"Layer,M,N,K,\nproduct,{rows},{cols},{inner},\n")
     # The layout is read and, off as here, not used.
