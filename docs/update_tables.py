@@ -13,7 +13,7 @@ from typing import Any
 from codesign.experiments.prediction_tables import study_tables
 
 DOCS = Path(__file__).resolve().parent
-DOCUMENTS = ("results.md", "comparisons.md")
+DOCUMENTS = ("results.md", "comparisons.md", "validation.md")
 MARKED = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {
     "dense": "dense",
@@ -166,6 +166,22 @@ def comparison(at: str, frame: str, rows: list[dict[str, Any]]) -> str:
     return table(("mechanism", "setting", quality, "KL, nat", "kept, %", *energies), found)
 
 
+def validation(records: list[dict[str, Any]]) -> str:
+    """Returns the figures of a validation."""
+    rows = [
+        (
+            record["reference"],
+            record["metric"],
+            f"{record['value']:.3g}",
+            "-" if record["limit"] is None else f"{record['limit']:g}",
+            record["unit"],
+            str(record["rows"]),
+        )
+        for record in records
+    ]
+    return table(("reference", "metric", "value", "limit", "unit", "rows"), rows)
+
+
 CLAIMS = ("similarity", "recall", "segments", "operations", "fetches")
 TABLES: dict[str, Callable[[Any], str]] = {
     "points": points,
@@ -175,6 +191,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "equal_quality": functools.partial(comparison, "quality", "common"),
     "equal_divergence": functools.partial(comparison, "kl", "common"),
     "equal_multipliers": functools.partial(comparison, "quality", "equal_multipliers"),
+    "validation": validation,
     "own_machines": functools.partial(comparison, "quality", "own"),
 } | {name: functools.partial(claims, name) for name in CLAIMS}
 

@@ -100,6 +100,11 @@ COMMANDS = {
         module="codesign.experiments.deploy_commands",
         function="simulate_run",
     ),
+    "validate": Command(
+        summary="hardware models against other tools and published results",
+        module="codesign.experiments.validate_command",
+        function="validate",
+    ),
     "bench": Command(
         summary="speed of the cost model and of the training step",
         module="codesign.experiments.commands",

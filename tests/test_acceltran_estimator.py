@@ -1,18 +1,12 @@
-"""AccelTran's closed form and its loop-order study: worked numbers, published rows, faults."""
+"""AccelTran's closed form and its loop-order study: worked numbers, faults; published rows: test_validation.py."""
 
-import csv
 import dataclasses
-import gzip
-import json
 import math
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from codesign.errors import CodesignError, PresetError, UnknownNameError
+from codesign.experiments.validate_acceltran import bert
 from codesign.hw.acceltran_estimator import (
     ENERGY_COLUMNS,
     Estimate,
@@ -21,32 +15,17 @@ from codesign.hw.acceltran_estimator import (
     area_mm2,
     estimate,
 )
-from codesign.hw.loop_order import ORDERS, loop_order_cost
+from codesign.hw.loop_order import loop_order_cost
 from codesign.hw.spec import load_preset
 
 EDGE = Machine.from_spec(load_preset("acceltran-edge"))
 SERVER = Machine.from_spec(load_preset("acceltran-server"))
-GOLDEN = Path(__file__).resolve().parent / "golden" / "transcode_rows.json"
 NUM_TOKENS = 128
-# Sums of a few hundred float64 terms, in another order.
-FLOAT64 = 1e-9
-
-
-def bert(layers: int, width: int, heads: int, hidden: int) -> list[Layer]:
-    operators = (f"sa_sdp_{width // heads}",) * heads
-    return [Layer(width=width, heads=operators, hidden=(hidden,))] * layers
-
-
-MODELS = {
-    "bert_tiny": bert(2, 128, 2, 512),
-    "bert_base": bert(12, 768, 12, 3072),
-    "bert_nano": bert(1, 32, 2, 64),
-}
 
 
 def run(model: str, machine: Machine, activations: float = 0.5, weights: float = 0.5) -> Estimate:
     return estimate(
-        MODELS[model],
+        bert(model),
         machine,
         num_tokens=NUM_TOKENS,
         activation_sparsity=activations,
@@ -137,125 +116,6 @@ def test_cycles_of_every_operator():
     assert head_cycles("c_13_64", small) < 0
 
 
-def machine_of(row: Mapping[str, str]) -> Machine:
-    return dataclasses.replace(
-        EDGE,
-        processing_elements=int(row["pe"]),
-        lanes=int(row["lanes_per_pe"]),
-        multipliers=int(row["mac_per_lane"]),
-        softmax_units=int(row["softmax_per_pe"]),
-        tile_b=int(row["tile_b"]),
-        tile_x=int(row["tile_x"]),
-        tile_y=int(row["tile_y"]),
-        batch=int(row["batch_size"]),
-        activation_mb=float(row["act_buf_MB"]),
-        weight_mb=float(row["wgt_buf_MB"]),
-        mask_mb=float(row["mask_buf_MB"]),
-        memory=list(EDGE.constants.memories)[int(row["mem_idx"])],
-    )
-
-
-PUBLISHED_COLUMNS = ("E_buffer_nJ", "E_main_memory_nJ") + tuple(
-    f"E_{part}_{kind}_nJ"
-    for part in ("mac", "sftm", "ln", "sparsity", "others")
-    for kind in ("dyn", "leak")
-)
-
-
-def check_row(row: Mapping[str, str], model: Mapping[str, Any]) -> None:
-    """Cycles to the integer, area and every energy to rounding."""
-    layers = [
-        Layer(width=width, heads=tuple(heads), hidden=tuple(hidden))
-        for width, heads, hidden in zip(model["h"], model["o"], model["f"], strict=True)
-    ]
-    result = estimate(
-        layers,
-        machine_of(row),
-        num_tokens=NUM_TOKENS,
-        activation_sparsity=0.5,
-        weight_sparsity=0.5,
-    )
-    assert result.cycles == int(row["cycles"])
-    assert result.area_mm2 == pytest.approx(float(row["area_mm2"]), rel=FLOAT64)
-    for column, published in zip(ENERGY_COLUMNS, PUBLISHED_COLUMNS, strict=True):
-        value = float(row[published])
-        assert result.energy_nj[column] == pytest.approx(value, rel=FLOAT64), column
-
-
-def golden_rows() -> list[Mapping[str, Any]]:
-    rows: list[Mapping[str, Any]] = json.loads(GOLDEN.read_text())["rows"]
-    return rows
-
-
-@pytest.mark.parametrize("index", range(3))
-def test_published_transcode_rows(index: int):
-    """Tiles of 8, 32 and 16; all operators; widths that change from layer to layer."""
-    row = golden_rows()[index]
-    check_row(row["machine"], row["model"])
-
-
-@pytest.fixture
-def validation() -> Path:
-    """The folder of published runs."""
-    folder = os.environ.get("CODESIGN_VALIDATION")
-    if not folder:
-        pytest.skip("set CODESIGN_VALIDATION to the folder of published runs")
-    return Path(folder)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def test_all_transcode_rows(validation: Path):
-    models = json.loads(gzip.decompress((validation / "transcode_models.json.gz").read_bytes()))
-    checked = 0
-    for row in read_rows(validation / "transcode_accelerators.csv"):
-        model = models[row["id"]]["model_dict"]
-        # 10 bits per weight that is half zero, in the weight buffer's bits.
-        if (30_522 + NUM_TOKENS) * model["h"][0] * 10 > float(row["wgt_buf_MB"]) * 2**23:
-            continue
-        check_row(row, model)
-        checked += 1
-    assert checked >= 159
-
-
-RUN_COLUMNS = {
-    "buffer": "E_fast_buffer",
-    "main_memory": "E_fast_mainmem",
-    "mac_dynamic": "E_mac_dyn_nJ",
-    "mac_leakage": "E_mac_leak_nJ",
-    "softmax_dynamic": "E_softmax_dyn_nJ",
-    "softmax_leakage": "E_softmax_leak_nJ",
-    "norm_dynamic": "E_ln_dyn_nJ",
-    "norm_leakage": "E_ln_leak_nJ",
-}
-
-
-def test_all_runs_of_the_published_estimator(validation: Path):
-    rows = [
-        row
-        for row in read_rows(validation / "acceltran_runs.csv")
-        if row["simulator_mode"] == "fast"
-    ]
-    assert len(rows) >= 9
-    for row in rows:
-        machine = EDGE if row["pe"] == "64.0" else SERVER
-        result = run(row["model"], machine, float(row["act_sparsity"]), float(row["wgt_sparsity"]))
-        assert result.cycles == int(float(row["cycles"])), row["name"]
-        assert result.area_mm2 == pytest.approx(float(row["area_mm2"]), abs=5e-5)
-        # Printed to two decimals.
-        for column, published in RUN_COLUMNS.items():
-            expected = float(row[published])
-            assert result.energy_nj[column] == pytest.approx(expected, abs=0.0051), column
-        for part in ("sparsity", "others"):
-            total = result.energy_nj[f"{part}_dynamic"] + result.energy_nj[f"{part}_leakage"]
-            assert total == pytest.approx(float(row[f"E_fast_{part}"]), abs=0.0051)
-        total = sum(result.energy_nj.values())
-        assert total == pytest.approx(float(row["E_total_nJ"]), abs=0.0051)
-
-
 # --- loop order
 
 
@@ -277,17 +137,6 @@ def test_loop_orders(shape: tuple[int, int, int], order: str, reuse: int, energy
     by_hand = 0.95003 * tiles + 0.63420 * (2 * tiles - reuse)
     assert result.dynamic_nj == pytest.approx(by_hand, rel=1e-5)
     assert result.cycles == tiles // 4 * 129
-
-
-def test_published_loop_order_runs(validation: Path):
-    rows = read_rows(validation / "acceltran_dataflow_runs.csv")
-    assert {row["loop_order"] for row in rows} == set(ORDERS)
-    for row in rows:
-        rows_, inner, cols = (int(size) for size in row["matmul_i_k_j(batch4)"].split("_"))
-        result = loop_order_cost(row["loop_order"], (rows_, inner, cols), EDGE)
-        assert (result.reuse, result.cycles) == (int(row["reuse"]), int(row["cycles"]))
-        assert result.dynamic_nj == pytest.approx(float(row["dyn_energy_nJ"]), abs=6e-4)
-        assert result.leakage_nj == pytest.approx(float(row["leak_energy_nJ"]), abs=6e-5)
 
 
 # --- faults

@@ -83,6 +83,8 @@ NUMPY_ONLY = [
     "codesign.hw.spec",
     "codesign.hw.tile_counts",
     "codesign.hw.tile_simulator",
+    "codesign.hw.tool_models",
+    "codesign.experiments.peer_tools",
 ]
 
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py"}
