@@ -7,7 +7,7 @@ Models: `gemmini-rtl` takes mappings (Timeloop's text) and strides; `sum` is a f
 import csv
 import gzip
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -281,7 +281,6 @@ def calibrate_command(
     assignments: Sequence[int] = (0,),
     as_json: bool = False,
     settings: FitSettings | None = None,
-    show: Callable[[Any], None] = print_json,
 ) -> int:
     """Calibrates a machine to a CSV file and prints its factors and errors.
 
@@ -295,7 +294,6 @@ def calibrate_command(
       assignments: Seeds, each of which deals the groups to folds anew.
       as_json: Whether to print JSON instead of tables.
       settings: How fits descend.
-      show: Prints a JSON value.
     """
     columns = read_columns(path)
     model = machine_model(columns, machine, measured=measured, counts=counts, groups=groups)
@@ -307,7 +305,7 @@ def calibrate_command(
         settings=settings,
     )
     if as_json:
-        show(asdict(found) | {"predicted": found.predicted.tolist()})
+        print_json(asdict(found) | {"predicted": found.predicted.tolist()})
         return 0
     print_table(
         f"Factors of {machine}, {found.rows} rows",

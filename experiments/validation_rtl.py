@@ -52,6 +52,7 @@ ASSIGNMENTS = (0, 1, 2, 3, 4)
 NESTED = ("the model", "maximum not smooth", "reads, then writes", "nothing overlaps")
 """Variants among which nested cross-validation chooses."""
 NUM_WORST = 10
+BUFFER_COLUMNS = ("arch.mem1_entries", "arch.mem2_entries")
 
 
 def validation_rows(
@@ -135,6 +136,22 @@ def repeats(columns: Columns, measured: Floats) -> dict[str, float]:
     }
 
 
+def networks(columns: Columns, layers: Sequence[str]) -> tuple[str, ...]:
+    """Returns a name for the networks of each row: layers that ran with the same buffers belong together, `[N]`."""
+    buffers = zip(*(text_column(columns, name) for name in BUFFER_COLUMNS), strict=True)
+    kinds = [
+        np.unique(names, return_inverse=True)[1] for names in (layers, list(map(str, buffers)))
+    ]
+    label, before = np.arange(len(layers)), np.full(len(layers), -1)
+    while np.any(label != before):
+        before = label
+        for kind in kinds:
+            least = np.full(len(layers), len(layers))
+            np.minimum.at(least, kind, label)
+            label = least[kind]
+    return tuple(map(str, label))
+
+
 def study(path: Path, *, settings: FitSettings | None = None) -> dict[str, Any]:
     """Returns all figures of docs/validation_rtl.md."""
     columns = read_columns(path)
@@ -166,6 +183,9 @@ def study(path: Path, *, settings: FitSettings | None = None) -> dict[str, Any]:
         settings=settings,
     )
     own = found["the model"]
+    apart = dataclasses.replace(plain, groups=networks(columns, plain.groups))
+    num_networks = len(set(apart.groups))
+    by_network = calibrate(apart, measured, num_folds=num_networks, settings=settings).held_out[0]
     return {
         "rows": own.rows,
         "groups": own.groups,
@@ -174,6 +194,7 @@ def study(path: Path, *, settings: FitSettings | None = None) -> dict[str, Any]:
         "factors": [asdict(factor) for factor in own.factors],
         "capacity": asdict(found["capacity fitted too"].factors[-1]),
         "nested": asdict(errors(predicted, measured)) | {"chosen": list(chosen)},
+        "by_network": asdict(by_network) | {"networks": num_networks},
         "repeats": repeats(columns, measured),
         "worst": _worst(columns, own.predicted, measured),
     }
@@ -215,17 +236,14 @@ def error_table(record: dict[str, Any]) -> Table:
         )
 
     rows = [row(name, one) for name, one in record["variants"].items()]
-    nested = record["nested"]
-    rows.append(
-        (
-            "chosen by nested cross-validation",
-            str(len(record["factors"])),
-            "-",
-            f"{PERCENT * nested['mean']:.1f}",
-            f"{PERCENT * nested['median']:.1f}",
-            f"{nested['spearman']:.4f}",
-        )
-    )
+    for name, key in (
+        ("chosen by nested cross-validation", "nested"),
+        ("the model, whole networks left out", "by_network"),
+    ):
+        one = record[key]
+        mean, median = (f"{PERCENT * one[part]:.1f}" for part in ("mean", "median"))
+        number = str(len(record["factors"]))
+        rows.append((name, number, "-", mean, median, f"{one['spearman']:.4f}"))
     heading = (
         "variant",
         "fitted factors",
