@@ -22,9 +22,11 @@ from codesign.experiments.validate_acceltran import (
     transcode_accelerators,
 )
 from codesign.experiments.validate_tools import dense_gemm_tools
+from codesign.experiments.validation_rtl import validation_rows as firesim_gemmini
 
 COMPARISONS: dict[str, Callable[[Path], list[ValidationRow]]] = {
     "dense_gemm_tools.csv": dense_gemm_tools,
+    "firesim_gemmini.csv.gz": firesim_gemmini,
     "acceltran_runs.csv": acceltran_runs,
     "transcode_accelerators.csv": transcode_accelerators,
     "acceltran_dataflow_runs.csv": dataflow_runs,
