@@ -18,6 +18,7 @@ from codesign.experiments.bench_steps import (
     bench_parts,
     bench_training,
 )
+from codesign.experiments.bench_tools import bench_tools
 from codesign.experiments.timing import Record, device
 
 BENCHMARKS: dict[str, Callable[[BenchSizes], list[Record]]] = {
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, Callable[[BenchSizes], list[Record]]] = {
     "simulator": bench_simulator,
     "qwix": bench_qwix,
     "optuna": bench_optuna,
+    "tools": bench_tools,
 }
 DEFAULT_NAMES = tuple(name for name in BENCHMARKS if name != "parts")
 """All but `parts`, which only explains `training`."""
@@ -47,6 +49,7 @@ SECONDS = {
     "simulator": 15.0,
     "qwix": 60.0,
     "optuna": 40.0,
+    "tools": 15.0,
 }
 """Wall time of each on two CPU cores, compilation included: rounded estimates, s, for people who plan."""
 

@@ -44,7 +44,8 @@ class Nests:
 
     def concerns(self, operand: Operand) -> Mask:
         """Returns which loops change what is used of an operand, `[..., L]`."""
-        return np.isin(self.dims, CONCERNS[operand])
+        first, second = CONCERNS[operand]
+        return np.asarray((self.dims == first) | (self.dims == second))
 
     def cycles(self) -> Floats:
         """Returns the rounds of all loops inside each cut, `[..., L + 1]`."""
