@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from codesign.experiments.prediction_tables import study_tables
+from codesign.experiments.prediction_tables import StudyTable, study_tables
+from codesign.experiments.published_tables import published_tables
 
 DOCS = Path(__file__).resolve().parent
 MARKED = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -127,9 +128,11 @@ def study(records: list[dict[str, Any]]) -> str:
     return table(("method", "setting", *heading), rows)
 
 
-def claims(name: str, record: dict[str, Any]) -> str:
-    """Returns one table of the study of predictions."""
-    found = study_tables(record)[name]
+def of_study(
+    tables: Callable[[dict[str, Any]], dict[str, StudyTable]], name: str, record: dict[str, Any]
+) -> str:
+    """Returns one table of a study of several."""
+    found = tables(record)[name]
     return table(found.columns, found.rows)
 
 
@@ -160,6 +163,7 @@ def comparison(at: str, frame: str, rows: list[dict[str, Any]]) -> str:
 
 
 CLAIMS = ("similarity", "recall", "segments", "operations", "fetches")
+FIGURES = ("published_figures", "published_scaling")
 TABLES: dict[str, Callable[[Any], str]] = {
     "points": points,
     "gains": gains,
@@ -168,7 +172,9 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "equal_quality": functools.partial(comparison, "quality", "common"),
     "equal_divergence": functools.partial(comparison, "kl", "common"),
     "own_machines": functools.partial(comparison, "quality", "own"),
-} | {name: functools.partial(claims, name) for name in CLAIMS}
+}
+TABLES |= {name: functools.partial(of_study, study_tables, name) for name in CLAIMS}
+TABLES |= {name: functools.partial(of_study, published_tables, name) for name in FIGURES}
 
 
 def updated(text: str) -> str:
