@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from codesign.experiments.prediction_tables import study_tables
+from codesign.experiments.prediction_tables import StudyTable, study_tables
+from codesign.experiments.published_tables import published_tables
 
 DOCS = Path(__file__).resolve().parent
 DOCUMENTS = ("results.md", "comparisons.md", "validation.md")
@@ -128,9 +129,11 @@ def study(records: list[dict[str, Any]]) -> str:
     return table(("method", "setting", *heading), rows)
 
 
-def claims(name: str, record: dict[str, Any]) -> str:
-    """Returns one table of the study of predictions."""
-    found = study_tables(record)[name]
+def of_study(
+    tables: Callable[[dict[str, Any]], dict[str, StudyTable]], name: str, record: dict[str, Any]
+) -> str:
+    """Returns one table of a study of several."""
+    found = tables(record)[name]
     return table(found.columns, found.rows)
 
 
@@ -183,6 +186,7 @@ def validation(records: list[dict[str, Any]]) -> str:
 
 
 CLAIMS = ("similarity", "recall", "segments", "operations", "fetches")
+FIGURES = ("published_figures", "published_scaling")
 TABLES: dict[str, Callable[[Any], str]] = {
     "points": points,
     "gains": gains,
@@ -193,7 +197,9 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "equal_multipliers": functools.partial(comparison, "quality", "equal_multipliers"),
     "validation": validation,
     "own_machines": functools.partial(comparison, "quality", "own"),
-} | {name: functools.partial(claims, name) for name in CLAIMS}
+}
+TABLES |= {name: functools.partial(of_study, study_tables, name) for name in CLAIMS}
+TABLES |= {name: functools.partial(of_study, published_tables, name) for name in FIGURES}
 
 
 def updated(text: str) -> str:

@@ -71,7 +71,7 @@ def claims_experiment(task: str, seed: int, data: Path | None) -> Experiment:
 def study(
     tasks: Sequence[str],
     seeds: Sequence[int],
-    num_examples: int,
+    num_examples: Sequence[int],
     *,
     data: Path | None,
     cache: Path,
@@ -82,13 +82,13 @@ def study(
     Args:
       tasks: Names of experiments.
       seeds: Seeds of the dense models.
-      num_examples: Examples of the validation part, the first ones.
+      num_examples: Examples of the validation part of each task, the first ones.
       data: Folder of the data of the only task; None: each task's own.
       cache: Folder of the dense models.
       progress: Whether to say what is being measured.
     """
     found = []
-    for task in tasks:
+    for task, number in zip(tasks, num_examples, strict=True):
         by_seed = []
         for seed in seeds:
             if progress:
@@ -96,7 +96,7 @@ def study(
             problem = load_problem(
                 claims_experiment(task, seed, data), cache=cache, progress=progress
             )
-            measured = list(samples(problem, num_examples))
+            measured = list(samples(problem, number))
             if not measured:
                 raise CodesignError(
                     f"no example of `{task}` has {MIN_KEYS + WINDOW} tokens: raise `--num-examples`, or leave the task out"
@@ -107,7 +107,7 @@ def study(
             {
                 "task": task,
                 "seeds": list(seeds),
-                "num_examples": min(num_examples, len(problem.task.part("validation"))),
+                "num_examples": min(number, len(problem.task.part("validation"))),
                 "num_layers": structure.num_layers,
                 "num_heads": structure.num_heads,
                 "head_dim": structure.head_dim,

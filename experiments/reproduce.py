@@ -1,6 +1,7 @@
 """`codesign reproduce`: published studies, measured here beside their published points."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,10 +10,11 @@ import tyro
 from codesign.errors import CodesignError, RunDirectoryError
 from codesign.experiments.configs import Experiment, sst2
 from codesign.experiments.finished import DENSE_FOLDER
+from codesign.experiments.prediction_tables import StudyTable
 from codesign.experiments.run import write_json
 from codesign.experiments.tables import print_json, print_table
 
-Study = Literal["acceltran-sst2", "prediction-claims", "simulator-agreement"]
+Study = Literal["acceltran-sst2", "prediction-claims", "published-figures", "simulator-agreement"]
 Task = Literal["digits", "mnist", "tinyshakespeare", "sst2", "spamassassin", "spamassassin512"]
 STUDY_FILE = "study.json"
 
@@ -28,7 +30,8 @@ def reproduce(
     out: Path,
     tasks: tuple[Task, ...] = (),
     seeds: tuple[int, ...] = (0,),
-    num_examples: int = 32,
+    num_examples: tuple[int, ...] = (32,),
+    comparison: Path | None = None,
     machines: tuple[str, ...] = ("energon", "sofa", "lapa"),
     num_policies: int = 25,
     data: Path | None = None,
@@ -45,6 +48,10 @@ def reproduce(
     multipliers, on queries and keys of trained models: similarity of rows, recall of the largest keys, top-k by segment,
     operations of sorted attention, fetches. Writes OUT/study.json. Half a minute a seed for digits, minutes for text.
 
+    `published-figures`: published figures of SpAtten, Sanger, A3, FACT and Energon beside those of our integer path at the
+    published settings, on trained models, and efficiencies of nine machines scaled to one node (arXiv 2407.10416, Table
+    II). Writes OUT/study.json. Minutes a task, most of them to compile; a seed more takes seconds, of text minutes.
+
     `simulator-agreement`: latency and energy of the cost model against the simulators on masks of trained models, random
     policies on 8 random sizes of each machine: mean error, Kendall's tau overall and the least at one size, with the
     spread of the costs there. Writes OUT/study.json. About 8 minutes on two CPU cores once the dense models are trained.
@@ -56,8 +63,11 @@ def reproduce(
       study: Its name.
       out: Directory to make.
       tasks: What models are trained on; default: digits, for `simulator-agreement` also mnist and tinyshakespeare.
-      seeds: Seeds of the training of the dense models; the claims take several.
-      num_examples: Validation examples of each task of `prediction-claims`, the first ones.
+      seeds: Seeds of the training of the dense models; claims and figures take several.
+      num_examples: Validation examples of `prediction-claims` and `published-figures`, the first ones: one number, or one
+        for each task.
+      comparison: `comparison.json` of `codesign compare` on the first task: adds to `published-figures` what FACT and
+        Energon save at equal quality.
       machines: Presets of `simulator-agreement`.
       num_policies: Random policies of `simulator-agreement` at each size, >= 2.
       data: Folder of the data of the only task; default: that of the task in $CODESIGN_DATA, else where it is published.
@@ -71,16 +81,15 @@ def reproduce(
         )
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise CodesignError(f"`seeds` must be different whole numbers from 0 on, got {seeds}")
-    if study == "prediction-claims":
-        return _prediction_claims(
-            out,
-            tasks or ("digits",),
-            seeds,
-            num_examples,
-            data,
-            cache or out / DENSE_FOLDER,
-            as_json,
-        )
+    folder = cache or out / DENSE_FOLDER
+    if comparison is not None and study != "published-figures":
+        raise CodesignError(f"study `{study}` takes no comparison: leave out `--comparison`")
+    if study in ("prediction-claims", "published-figures"):
+        chosen = tasks or ("digits",)
+        numbers = _checked_numbers(chosen, num_examples, data)
+        if study == "prediction-claims":
+            return _prediction_claims(out, chosen, seeds, numbers, data, folder, as_json)
+        return _published_figures(out, chosen, seeds, numbers, data, folder, comparison, as_json)
     if len(seeds) > 1:
         raise CodesignError(f"study `{study}` takes one seed: give one of `--seeds`")
     if study == "simulator-agreement":
@@ -89,11 +98,10 @@ def reproduce(
                 f"`--num-policies` must be at least 2, got {num_policies}: raise it"
             )
         chosen = tasks or ("digits", "mnist", "tinyshakespeare")
-        folder = cache or out / DENSE_FOLDER
         return _simulator_agreement(out, folder, seeds[0], chosen, machines, num_policies, as_json)
     if tasks:
         raise CodesignError(f"study `{study}` has one task: leave out `--tasks`")
-    return _acceltran_sst2(out, seeds[0], data, cache or out / DENSE_FOLDER, as_json)
+    return _acceltran_sst2(out, seeds[0], data, folder, as_json)
 
 
 def _acceltran_sst2(out: Path, seed: int, data: Path | None, cache: Path, as_json: bool) -> int:
@@ -130,11 +138,30 @@ def _acceltran_sst2(out: Path, seed: int, data: Path | None, cache: Path, as_jso
     return 0
 
 
+def _checked_numbers(
+    tasks: tuple[str, ...], num_examples: tuple[int, ...], data: Path | None
+) -> tuple[int, ...]:
+    """Returns the number of examples of each task."""
+    if data is not None and len(tasks) > 1:
+        raise CodesignError(
+            f"`--data` is the folder of one task, got {len(tasks)}: put all of them into $CODESIGN_DATA"
+        )
+    if len(set(tasks)) < len(tasks):
+        raise CodesignError(f"`--tasks` must differ, got {', '.join(tasks)}")
+    if len(num_examples) not in (1, len(tasks)):
+        raise CodesignError(
+            f"`--num-examples` must be one number, or one for each of {len(tasks)} tasks, got {len(num_examples)}"
+        )
+    if min(num_examples) < 1:
+        raise CodesignError(f"`--num-examples` must be at least 1, got {min(num_examples)}")
+    return num_examples * len(tasks) if len(num_examples) == 1 else num_examples
+
+
 def _prediction_claims(
     out: Path,
     tasks: tuple[str, ...],
     seeds: tuple[int, ...],
-    num_examples: int,
+    num_examples: tuple[int, ...],
     data: Path | None,
     cache: Path,
     as_json: bool,
@@ -144,25 +171,49 @@ def _prediction_claims(
     from codesign.experiments.prediction_tables import study_tables
     from codesign.experiments.problem import outline
 
-    if data is not None and len(tasks) > 1:
-        raise CodesignError(
-            f"`--data` is the folder of one task, got {len(tasks)}: put all of them into $CODESIGN_DATA"
-        )
-    if len(set(tasks)) < len(tasks):
-        raise CodesignError(f"`--tasks` must differ, got {', '.join(tasks)}")
-    if num_examples < 1:
-        raise CodesignError(f"`--num-examples` must be at least 1, got {num_examples}")
     for task in tasks:
         outline(claims_experiment(task, seeds[0], data)).task.part("validation")
     out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = study(
         tasks, seeds, num_examples, data=data, cache=cache, progress=not as_json
     )
+    return _finished(out, record, study_tables(record), as_json)
+
+
+def _published_figures(
+    out: Path,
+    tasks: tuple[str, ...],
+    seeds: tuple[int, ...],
+    num_examples: tuple[int, ...],
+    data: Path | None,
+    cache: Path,
+    comparison: Path | None,
+    as_json: bool,
+) -> int:
+    """Measures published figures of the baselines."""
+    from codesign.experiments.problem import outline
+    from codesign.experiments.published_figures import equal_quality, figures_experiment, study
+    from codesign.experiments.published_tables import published_tables
+
+    for task in tasks:
+        outline(figures_experiment(task, "sanger", seeds[0], data)).task.part("validation")
+    trained = {} if comparison is None else equal_quality(comparison)
+    out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = study(
+        tasks, seeds, num_examples, trained, data=data, cache=cache, progress=not as_json
+    )
+    return _finished(out, record, published_tables(record), as_json)
+
+
+def _finished(
+    out: Path, record: dict[str, Any], tables: Mapping[str, StudyTable], as_json: bool
+) -> int:
+    """Writes the record of a study and prints it, or its tables."""
     write_json(out / STUDY_FILE, record)
     if as_json:
         print_json(record)
         return 0
-    for table in study_tables(record).values():
+    for table in tables.values():
         print_table(table.title, table.columns, table.rows, text_columns=table.text_columns)
     print(out / STUDY_FILE)
     return 0

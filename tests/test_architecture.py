@@ -78,6 +78,8 @@ NUMPY_ONLY = [
     "codesign.hw.loop_order",
     "codesign.hw.row_counts",
     "codesign.hw.row_simulator",
+    "codesign.hw.sanger_estimator",
+    "codesign.hw.scaling",
     "codesign.hw.simulation",
     "codesign.hw.simulator",
     "codesign.hw.spec",

@@ -258,7 +258,7 @@ def test_tasks_of_short_examples_are_named(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(prediction_claims, "load_problem", lambda *_, **__: None)
     monkeypatch.setattr(prediction_claims, "samples", lambda problem, number: iter(()))
     with pytest.raises(CodesignError, match="no example of `digits` has 24 tokens"):
-        prediction_claims.study(["digits"], [0], 1, data=None, cache=tmp_path, progress=False)
+        prediction_claims.study(["digits"], [0], [1], data=None, cache=tmp_path, progress=False)
 
 
 def test_the_older_study_takes_its_seed_as_before(

@@ -11,7 +11,13 @@ from codesign.hw.operating_points import closed_form_workload, published_setting
 from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import cost
 from codesign.mechanisms.sanger import codes, from_setting, from_strength, to_strength
-from codesign.references.sanger import direction, packed_utilisation, reference_mask
+from codesign.references.sanger import (
+    direction,
+    lockstep_slots,
+    packed_slots,
+    packed_utilisation,
+    reference_mask,
+)
 
 SPEC = load_preset("sanger")
 MANTISSA, SHIFT = 24576, 10
@@ -27,6 +33,32 @@ def test_utilisation_of_the_worked_rows() -> None:
     # Side by side they are one row in four pieces, and uncut it fills its segments better.
     assert packed_utilisation(mask.reshape(1, 256)) == 0.640625
     assert packed_utilisation(mask.reshape(1, 256), piece=256) == pytest.approx(41 / 16 / 3)
+
+
+def test_rows_in_lock_step_wait_for_the_longest() -> None:
+    """Of 0, 5, 16 and 20 pairs: two steps of 16 elements for four rows, or one for the first two and two for the others."""
+    mask = np.zeros((4, 64), bool)
+    for row, number in enumerate((0, 5, 16, 20)):
+        mask[row, :number] = True
+    assert lockstep_slots(mask) == 4 * 2 * 16
+    assert lockstep_slots(mask, rows=2) == 2 * 16 + 2 * 2 * 16
+    # The last block has one row; a piece that no row of a block wants takes no step.
+    assert lockstep_slots(mask, rows=3) == 3 * 16 + 2 * 16
+    assert lockstep_slots(np.concatenate([mask, 0 * mask], axis=1) > 0) == 4 * 2 * 16
+    assert lockstep_slots(np.concatenate([mask, mask[::-1]], axis=1)) == 2 * 4 * 2 * 16
+    assert packed_slots(mask) == 4 * 16
+
+
+def test_packing_never_takes_more_places_than_lock_step() -> None:
+    rng = np.random.default_rng(0)
+    mask = rng.random((3, 2, 100, 150)) < rng.uniform(0.0, 0.6, (3, 2, 100, 1))
+    packed, lockstep = packed_slots(mask), lockstep_slots(mask)
+    assert packed.shape == lockstep.shape == (3, 2)
+    assert np.all(mask.sum(axis=(-2, -1)) <= packed) and np.all(packed < lockstep)
+    alike = np.broadcast_to(mask[:, :, :1], mask.shape)
+    np.testing.assert_array_equal(packed_slots(alike), lockstep_slots(alike))
+    one = float(mask[1, 1].sum() / packed[1, 1])
+    assert packed_utilisation(mask[1, 1]) == one
 
 
 def masks(threshold: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -26,6 +26,7 @@ RANGE_SHIFT = 15  # fraction bits of the ranges of directions
 NORM_BITS = 8  # of a norm, below the place of the largest code
 PROBABILITY_SHIFT = 16  # fraction bits of the threshold
 PIECE, ELEMENTS = 64, 16  # keys of a piece of a row, processing elements that share one
+ROWS = 64  # rows of processing elements
 
 
 def layer_shapes(structure: ModelStructure) -> Shapes:
@@ -106,18 +107,61 @@ def filter_pairs(
     return kept, {"scores": scores, "keep": kept[None]}
 
 
+def _piece_pairs(mask: Booleans, piece: int) -> Integers:
+    """Returns the kept pairs of pieces of rows, `[..., T, S / piece]`, of masks `[..., T, S]`."""
+    missing = -mask.shape[-1] % piece
+    padded = np.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, missing)])
+    number: Integers = padded.reshape(*mask.shape[:-1], -1, piece).sum(axis=-1)
+    return number
+
+
+def packed_slots(mask: Booleans, piece: int = PIECE, elements: int = ELEMENTS) -> Integers:
+    """Returns the places of processing elements that packed and split rows take, `[...]`: `P sum(ceil(nnz / P))`.
+
+    Empty pieces are dropped, the others split into as many segments as they need, and segments packed onto the array.
+
+    Args:
+      mask: Kept pairs, `[..., T, S]`.
+      piece: Keys of a piece of a row; S: rows are not cut.
+      elements: P, processing elements that share a piece.
+    """
+    segments = -(-_piece_pairs(mask, piece) // elements)
+    slots: Integers = elements * segments.sum(axis=(-2, -1))
+    return slots
+
+
+def lockstep_slots(
+    mask: Booleans, piece: int = PIECE, elements: int = ELEMENTS, rows: int = ROWS
+) -> Integers:
+    """Returns the places of processing elements that rows take without packing and splitting, `[...]`.
+
+    Reconstruction: each of the array's rows of elements has one row of the mask. All work on the same keys and go on to
+    the next piece when the row with most kept pairs there is done. Pieces that no row wants are left out; rows of the array
+    that have no row of the mask do not count.
+
+    Args:
+      mask: Kept pairs, `[..., T, S]`.
+      piece: Keys of a piece of a row.
+      elements: Processing elements of a row of the array.
+      rows: Rows of the array.
+    """
+    steps = -(-_piece_pairs(mask, piece) // elements)
+    queries = steps.shape[-2]
+    starts = np.arange(0, queries, rows)
+    longest = np.maximum.reduceat(steps, starts, axis=-2).sum(axis=-1)
+    slots: Integers = elements * (longest * np.minimum(rows, queries - starts)).sum(axis=-1)
+    return slots
+
+
 def packed_utilisation(mask: Booleans, piece: int = PIECE, elements: int = ELEMENTS) -> float:
     """Returns the share of processing elements that work, `sum(nnz / P) / sum(ceil(nnz / P))` over pieces of rows.
 
     Args:
-      mask: Kept pairs, `[..., S]`.
+      mask: Kept pairs, `[..., T, S]`.
       piece: Keys of a piece of a row; S: rows are not cut.
       elements: P, processing elements that share a piece.
     """
-    missing = -mask.shape[-1] % piece
-    padded = np.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, missing)])
-    number = padded.reshape(*mask.shape[:-1], -1, piece).sum(axis=-1)
-    return float((number / elements).sum() / np.maximum((-(-number // elements)).sum(), 1))
+    return float(mask.sum() / max(packed_slots(mask, piece, elements).sum(), 1))
 
 
 sanger = Reference(
