@@ -242,3 +242,7 @@ def multipliers_at_one_ghz(spec: AcceleratorSpec) -> float:
             sizes = (unit.lanes, unit.width, unit.per_lane)
             total += math.prod(1.0 if size is None else size.value for size in sizes)
     return total * spec.clock_hz / HZ_PER_GHZ
+
+
+LATENCY_TOKENS, LATENCY_WIDTH, LATENCY_KEPT, LATENCY_UTILISATION = 384, 768, 0.25, 0.7
+"""The repository's example (hatsu3/Sanger)."""

@@ -14,7 +14,14 @@ import numpy as np
 from codesign.errors import CodesignError
 from codesign.experiments.configs import Experiment, experiment_by_name
 from codesign.experiments.problem import load_problem
-from codesign.experiments.published_cases import CASES, mechanism_figures
+from codesign.experiments.published_cases import (
+    CASES,
+    LATENCY_KEPT,
+    LATENCY_TOKENS,
+    LATENCY_UTILISATION,
+    LATENCY_WIDTH,
+    mechanism_figures,
+)
 from codesign.experiments.published_measures import Ratio, combined
 from codesign.experiments.published_rows import ROWS
 from codesign.experiments.run import versions
@@ -30,8 +37,6 @@ LATENCY_CASE = "0.002"
 """Sanger's setting whose kept fraction and utilisation go into the published latency."""
 RATIO_CASE = "0.02"
 """That beside which the ratios of printed throughputs stand: that of most of the published tasks (GLUE)."""
-LATENCY_TOKENS, LATENCY_WIDTH, LATENCY_KEPT, LATENCY_UTILISATION = 384, 768, 0.25, 0.7
-"""The repository's example (hatsu3/Sanger)."""
 PRINTED_GOPS = {"sanger": 529.0, "a3": 221.0, "spatten": 360.0}
 """Throughputs at 128 multipliers (reading notes of Sanger, MICRO 2021)."""
 GPT2_TOKENS = 1024

@@ -21,6 +21,7 @@ from codesign.experiments.validate_acceltran import (
     topk_figure,
     transcode_accelerators,
 )
+from codesign.experiments.validate_published import sanger_latency, sofa_scaling
 from codesign.experiments.validate_tools import dense_gemm_tools
 from codesign.experiments.validation_rtl import validation_rows as firesim_gemmini
 
@@ -52,7 +53,10 @@ NOT_COMPARED = {
     ),
 }
 """Files of the same origin that no model here can be compared with, and why."""
-BUILT_IN: dict[str, Callable[[], list[ValidationRow]]] = {}
+BUILT_IN: dict[str, Callable[[], list[ValidationRow]]] = {
+    "SOFA, Table II": sofa_scaling,
+    "Sanger's formula": sanger_latency,
+}
 """Comparisons with published numbers that need no file, by name."""
 
 
