@@ -12,7 +12,7 @@ from flax import struct
 
 from codesign import units
 from codesign.hw.accelerator import Accelerator, UnitStructure
-from codesign.hw.host import ceil
+from codesign.hw.gemm.counting import ceil
 from codesign.hw.rows import steps_of_rows
 from codesign.vocabulary import matches
 from codesign.workload import Workload

@@ -1,6 +1,7 @@
 """The dense array that runs linear layers, weight stationary, in series with the attention engine.
 
-Its size, cycles and energy are ours, not published: attention-only machines name no such unit.
+Its size, cycles and energy are ours, not published: attention-only machines name no such unit. This is the closed form that
+training evaluates; `codesign.hw.host_nest` finds the same figures as loops on a dense machine.
 """
 
 from collections.abc import Callable
@@ -9,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from codesign import gates, units
+from codesign import units
 from codesign.hw.accelerator import Accelerator
+from codesign.hw.gemm.counting import ceil, fetches, narrowed, operand_passes, systolic_cycles
 from codesign.workload import Gemm
 
 Maximum = Callable[[list[jax.Array]], jax.Array]
@@ -24,17 +26,6 @@ class HostCost:
     mac_pj: jax.Array
     sram_pj: jax.Array
     dram_pj: jax.Array
-
-
-def ceil(x: jax.Array) -> jax.Array:
-    """Rounds up; true derivative zero almost everywhere, substituted: 1."""
-    return gates.straight_through(jnp.ceil(x), x)
-
-
-def _repeats(extent: jax.Array, resident: jax.Array) -> jax.Array:
-    """Returns how often the other operand is fetched: ceil(extent / floor(resident)), at least 1."""
-    whole = jnp.maximum(gates.straight_through(jnp.floor(resident), resident), 1.0)
-    return ceil(jnp.maximum(extent / whole, 1.0))
 
 
 def host_cost(gemms: list[Gemm], accelerator: Accelerator, maximum: Maximum) -> HostCost:
@@ -57,21 +48,18 @@ def host_cost(gemms: list[Gemm], accelerator: Accelerator, maximum: Maximum) -> 
     inner = jnp.asarray([[[float(gemm.inner) for gemm in gemms]]])
     outer = jnp.asarray([[[float(gemm.outer) for gemm in gemms]]])
     tiles = ceil(inner / height) * ceil(outer / width)
-    passes = ceil(activation_bits / host.bits) * ceil(weight_bits / host.bits)
+    passes = operand_passes(activation_bits, weight_bits, host.bits)
     fill = 2.0 * height + width - 2.0
-    if host.prefetches_weights:
-        cycles = tiles * rows * passes + fill
-    else:
-        cycles = tiles * (fill + rows) * passes - 1.0
+    cycles = systolic_cycles(tiles, rows, passes, fill, prefetches=host.prefetches_weights)
     if host.scales_with_bits:
-        cycles = cycles * (activation_bits * weight_bits) / (passes * (host.bits * host.bits))
+        cycles = narrowed(cycles, passes, activation_bits, weight_bits, host.bits)
 
     weights = inner * outer * weight_bits
     inputs = rows * inner * activation_bits
     outputs = rows * outer * activation_bits
     half = sizes["host.sram_bytes"] * (units.BITS_PER_BYTE / 2)
-    weight_fetches = _repeats(rows, half / (inner * activation_bits))
-    input_fetches = _repeats(outer, half / (inner * weight_bits))
+    weight_fetches = fetches(rows, half / (inner * activation_bits))
+    input_fetches = fetches(outer, half / (inner * weight_bits))
     bits = outputs + jnp.minimum(
         weights * weight_fetches + inputs, weights + inputs * input_fetches
     )

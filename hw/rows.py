@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from codesign import gates
-from codesign.hw.host import ceil
+from codesign.hw.gemm.counting import ceil
 from codesign.workload import RowStatistics
 
 

@@ -3,15 +3,15 @@
 `load_preset` returns an `AcceleratorSpec`; `json_schema` describes the file. Imports no JAX.
 """
 
-import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from codesign.errors import PresetError, UnknownNameError
-from codesign.hw.quantities import Count, Leakage, Quantity, Strict, Text
+from codesign.hw.file_faults import near, one_line
+from codesign.hw.quantities import Count, Leakage, Strict, Text
 from codesign.hw.spec_tables import (
     AreaModel,
     Buffer,
@@ -100,7 +100,7 @@ class AcceleratorSpec(Strict):
         for name in piped:
             if name not in self.units or piped.count(name) > 1:
                 raise ValueError(
-                    f"`pipeline.stages`: `{name}` must be a unit, named once: {_near(name, self.units)}"
+                    f"`pipeline.stages`: `{name}` must be a unit, named once: {near(name, self.units)}"
                 )
         for name in self.units:
             if name not in piped:
@@ -117,7 +117,7 @@ class AcceleratorSpec(Strict):
                 if not any(matches(served, (key,)) for served in unit.serves):
                     raise ValueError(
                         f"`units.{name}.reads`: `{key}` is not among what the unit serves: "
-                        f"{_near(key, unit.serves)}"
+                        f"{near(key, unit.serves)}"
                     )
             named += [(f"units.{name}.modules", module, self.modules) for module in unit.modules]
         if self.processing_elements is not None:
@@ -139,7 +139,7 @@ class AcceleratorSpec(Strict):
                 kind = {id(self.memories): "memory", id(self.modules): "module"}.get(
                     id(known), "name"
                 )
-                raise ValueError(f"`{path}`: unknown {kind} `{name}`: {_near(name, known)}")
+                raise ValueError(f"`{path}`: unknown {kind} `{name}`: {near(name, known)}")
 
     def _check_served(self, own: tuple[str, ...], linear: tuple[str, ...]) -> None:
         """Every unit is fed by the mechanism or the linear layers, and every operation has exactly one unit."""
@@ -149,7 +149,7 @@ class AcceleratorSpec(Strict):
                 if pattern not in operations:
                     raise ValueError(
                         f"`units.{name}.serves`: no stage of `{self.mechanism}` feeds `{pattern}`: "
-                        f"{_near(pattern, operations)}"
+                        f"{near(pattern, operations)}"
                     )
         for pattern in operations:
             servers = [name for name, unit in self.units.items() if pattern in unit.serves]
@@ -198,55 +198,6 @@ class AcceleratorSpec(Strict):
         return (self.technology.node.value / self.area.node.value) ** 2
 
 
-def _near(name: str, choices: Any) -> str:
-    """Returns the hint that ends a message about an unknown name."""
-    close = difflib.get_close_matches(name, list(choices), n=1)
-    return f"did you mean `{close[0]}`?" if close else f"use one of {', '.join(choices)}"
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Returns the pydantic models inside a type annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models(argument)]
-
-
-def _fields_at(location: tuple[str | int, ...]) -> list[str]:
-    """Returns the legal keys of the table at a location of the file."""
-    models: list[type[BaseModel]] = [AcceleratorSpec]
-    for key in location:
-        found = [model.model_fields[key] for model in models if key in model.model_fields]
-        if found:
-            models = [model for field in found for model in _models(field.annotation)]
-    return sorted({name for model in models for name in model.model_fields})
-
-
-def _one_line(error: ValidationError) -> str:
-    """Returns the first fault of a file: key path, what is wrong, how to mend it."""
-    faults = error.errors(include_url=False, include_context=False)
-    # A misspelt key shows up twice: name the stray key rather than the missing one.
-    fault = min(faults, key=lambda entry: entry["type"] != "extra_forbidden")
-    location = tuple(key for key in fault["loc"] if not str(key).startswith("function-after["))
-    path = ".".join(str(key) for key in location)
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        message = f"unknown key: {_near(str(location[-1]), _fields_at(location[:-1]))}"
-    elif fault["type"] == "missing":
-        kind = location[-1]
-        message = f"`{kind}` is missing: every number is written {{ value, unit, source }}"
-        if kind not in Quantity.model_fields:
-            message = f"missing: add `{kind}`"
-    elif fault["type"] == "model_type":
-        message = "a bare number has no unit: write { value = ..., unit = ..., source = ... }"
-    elif fault["type"] == "string_too_short":
-        message = "is empty: say where the number comes from, or what it means"
-    elif not location:
-        return message
-    else:
-        message = f"{message[0].lower()}{message[1:]}"
-    return f"`{path}`: {message}"
-
-
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Returns `base` with the tables of `changes` merged into its own; a number is replaced as a whole."""
     result = dict(base)
@@ -274,7 +225,7 @@ def parse_preset(text: str, *, origin: str) -> AcceleratorSpec:
     except tomllib.TOMLDecodeError as error:
         raise PresetError(f"{origin}: not valid TOML: {error}; correct that place") from error
     except ValidationError as error:
-        raise PresetError(f"{origin}: {_one_line(error)}") from error
+        raise PresetError(f"{origin}: {one_line(error, AcceleratorSpec)}") from error
 
 
 def _resolved(tables: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -285,7 +236,7 @@ def _resolved(tables: dict[str, Any], origin: str) -> dict[str, Any]:
     choices = preset_names()
     if base not in choices:
         raise PresetError(
-            f"{origin}: `extends`: unknown preset `{base}`: {_near(str(base), choices)}"
+            f"{origin}: `extends`: unknown preset `{base}`: {near(str(base), choices)}"
         )
     text = (PRESET_FOLDER / f"{base}.toml").read_text(encoding="utf-8")
     return _merged(_resolved(tomllib.loads(text), f"{base}.toml"), tables)
@@ -308,7 +259,7 @@ def load_preset(name_or_path: str | Path) -> AcceleratorSpec:
         if str(name_or_path) not in preset_names():
             raise UnknownNameError(
                 f"unknown accelerator preset `{name_or_path}`: "
-                f"{_near(str(name_or_path), preset_names())} (or give the path of a .toml file)"
+                f"{near(str(name_or_path), preset_names())} (or give the path of a .toml file)"
             )
         path = PRESET_FOLDER / f"{name_or_path}.toml"
     if not path.is_file():
@@ -327,7 +278,7 @@ def _parse_json(text: str, *, origin: str) -> AcceleratorSpec:
     try:
         return AcceleratorSpec.model_validate_json(text)
     except ValidationError as error:
-        raise PresetError(f"{origin}: {_one_line(error)}") from error
+        raise PresetError(f"{origin}: {one_line(error, AcceleratorSpec)}") from error
 
 
 def json_schema() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from flax import struct
 from codesign import gates
 from codesign.hw.accelerator import Accelerator
 from codesign.hw.engine import head_cycles, lanes_of
-from codesign.hw.host import ceil
+from codesign.hw.gemm.counting import ceil
 from codesign.hw.traffic import stream_bytes
 from codesign.workload import Workload
 

@@ -11,7 +11,8 @@ from flax import struct
 
 from codesign.hw.accelerator import Accelerator, UnitStructure
 from codesign.hw.engine import flat_cycles, head_cycles, passes, waiting
-from codesign.hw.host import Maximum, ceil
+from codesign.hw.gemm.counting import ceil
+from codesign.hw.host import Maximum
 from codesign.hw.traffic import stream_bytes
 from codesign.workload import Workload
 

@@ -75,6 +75,8 @@ NUMPY_ONLY = [
     "codesign.hw.acceltran_estimator",
     "codesign.hw.emulator",
     "codesign.hw.export",
+    "codesign.hw.gemm.machine_file",
+    "codesign.hw.gemm.timeloop",
     "codesign.hw.loop_order",
     "codesign.hw.row_counts",
     "codesign.hw.row_simulator",
