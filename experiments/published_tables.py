@@ -77,16 +77,16 @@ def _figures(record: dict[str, Any]) -> StudyTable:
         cells = [NONE if worked_out is None else _cell({"mean": worked_out}, row.form, "accuracy")]
         cells += [_task_cell(task, row.figure, row.form) for task in tasks]
         if any(cell != NONE for cell in cells):
-            rows.append((row.mechanism, row.quantity, _published(row), *cells, row.why))
+            rows.append((f"{row.mechanism}: {row.quantity}", _published(row), *cells, row.why))
     sizes = [
         f"{task['task']} ({task['num_examples']} examples, {_seeds(task['seeds'])})"
         for task in tasks
     ]
     return StudyTable(
         title="Published figures and ours; ± over heads, [] of 95 % over examples",
-        columns=("mechanism", "figure", "published", "arithmetic", *sizes, "why they differ"),
+        columns=("figure", "published", "arithmetic", *sizes, "why they differ"),
         rows=rows,
-        text_columns=len(tasks) + 5,
+        text_columns=len(tasks) + 4,
     )
 
 

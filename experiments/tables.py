@@ -26,7 +26,12 @@ def print_table(
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         is_text = index < text_columns
-        table.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text)
+        table.add_column(
+            column,
+            justify="left" if is_text else "right",
+            no_wrap=not is_text,
+            overflow="fold" if is_text else "ellipsis",
+        )
     for row in rows:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else PLAIN_WIDTH
