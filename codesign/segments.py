@@ -264,10 +264,22 @@ def soft_top(
       score_bits: As for `hard_top`.
       relaxation: Temperature, and which forward value.
     """
-    num_keys, whole = scores.shape[-1], gates.detach(scores)
-    cut = _cut(whole, pairs, _stored(share), num_keys, score_bits)
-    scale = relaxation.temperature * _spread(whole, pairs)[..., None]
-    soft = _gate(cut, _split(scores, num_keys), share, scale, _spread(whole, pairs)[..., None])
+    spread = _spread(gates.detach(scores), pairs)
+    return _soft_top(scores, pairs, share, score_bits, spread, relaxation)
+
+
+def _soft_top(
+    scores: jax.Array,
+    pairs: jax.Array,
+    share: jax.Array,
+    score_bits: int,
+    spread: jax.Array,
+    relaxation: Relaxation,
+) -> jax.Array:
+    """Returns the weights of `soft_top`, its temperature in units of `spread`, `[B, H, T, 1]`."""
+    num_keys, apart = scores.shape[-1], spread[..., None]
+    cut = _cut(gates.detach(scores), pairs, _stored(share), num_keys, score_bits)
+    soft = _gate(cut, _split(scores, num_keys), share, relaxation.temperature * apart, apart)
     if relaxation.straight_through:
         soft = gates.straight_through(_largest(cut), soft)
     return _joined(soft, num_keys)
@@ -323,10 +335,10 @@ def soft_exact_top(
     """Returns which keys of a row are kept as weights, of scores of any width, `[B, H, T, S]`.
 
     The gate is that of `soft_top`, on scores in units that leave room for their places; straight-through, decisions are
-    those of `exact_top` on the scores as they are.
+    those of `exact_top` on all that a score holds.
 
     Args:
-      scores: Whole numbers in floating point, `[B, H, T, S]`.
+      scores: Floating point, of any unit, `[B, H, T, S]`.
       pairs: 1 for pairs that exist, `[B, 1, T, S]`.
       share: Kept share in (0, 1], `[H]`.
       score_bits: As for `exact_top`.
@@ -340,10 +352,14 @@ def soft_exact_top(
     limit = 2.0 ** (bits - 1) - 1.0
     placed = gates.straight_through(jnp.clip(jnp.floor(whole * unit), -limit, limit), scaled)
     relaxed = relaxation.replace(straight_through=False)  # type: ignore[attr-defined]
-    soft = soft_top(placed, pairs, share, bits, relaxed)
+    # Equal scores, which have no spread, lie a unit of their own apart.
+    spread = _spread(whole, pairs) * unit
+    soft = _soft_top(placed, pairs, share, bits, spread, relaxed)
     if not relaxation.straight_through:
         return soft
-    hard = exact_top(whole, pairs, _stored(share), score_bits)
+    # Importances are sums of real numbers: in the widest unit, what tells them apart lies above 1.
+    widest = power_of_two((score_bits - 1 - exponent).astype(scores.dtype))
+    hard = exact_top(whole * widest, pairs, _stored(share), score_bits)
     return gates.straight_through(hard, soft)
 
 
