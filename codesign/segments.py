@@ -127,12 +127,17 @@ def _hard(cut: _Cut, radius: jax.Array, num_keys: int) -> Chosen:
     )
 
 
-def _by_tile(function: Callable[[int], Any], tile_bits: jax.Array) -> Any:
-    """Returns what `function` returns for a traced width of the place, within its legal range."""
+def _by_tile(function: Callable[[int], Any], tile_bits: jax.Array, num_keys: int) -> Any:
+    """Returns what `function` returns for a traced width of the place, within its legal range.
+
+    All segments that hold every key are alike: of these widths only the first is compiled.
+    """
     low, high = (int(limit) for limit in bits_range("tile_bits"))
+    high = min(high, max(low, (num_keys - 1).bit_length()))
     branches = [
         functools.partial(lambda bits, _: function(bits), bits) for bits in range(low, high + 1)
     ]
+    # An index beyond the last branch takes the last.
     return jax.lax.switch(tile_bits.astype(jnp.int32) - low, branches, ())
 
 
@@ -161,7 +166,7 @@ def hard_segments(
             _cut(scores, pairs, share, 2**bits, SEGMENT_SCORE_BITS), radius, scores.shape[-1]
         )
 
-    chosen: Chosen = _by_tile(at, tile_bits)
+    chosen: Chosen = _by_tile(at, tile_bits, scores.shape[-1])
     return chosen
 
 
@@ -217,8 +222,8 @@ def soft_segments(
 
     if relaxation.straight_through:
         is_high = gates.detach(tile_bits) >= low + 0.5
-        own = _by_tile(relaxed, jnp.where(is_high, low + 1.0, low))
-        other = _by_tile(decided, jnp.where(is_high, low, low + 1.0))
+        own = _by_tile(relaxed, jnp.where(is_high, low + 1.0, low), num_keys)
+        other = _by_tile(decided, jnp.where(is_high, low, low + 1.0), num_keys)
         # Derivative to the width: the difference of both decisions.
         sign = jnp.where(is_high, 1.0, -1.0).astype(dtype)
         step = sign * (tile_bits - gates.detach(tile_bits))
@@ -229,7 +234,7 @@ def soft_segments(
         )
         return deployed
     fraction = tile_bits - low
-    coarse, fine = _by_tile(relaxed, low), _by_tile(relaxed, low + 1.0)
+    coarse, fine = (_by_tile(relaxed, bits, num_keys) for bits in (low, low + 1.0))
     mixed: Chosen = jax.tree.map(lambda a, b: (1.0 - fraction) * a + fraction * b, coarse, fine)
     return mixed
 
