@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_baselines import model_of, random_policy, run_hard
 from tiny_model import existing
+from tiny_policies import model_of, policy_of, run_hard
 
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape
@@ -129,7 +129,7 @@ def test_error_of_a_score_moves_probabilities_by_half_of_it_at_most(error: float
 @pytest.mark.parametrize("variant", ["bert", "decoder"])
 def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
     model = model_of(variant, "spatten")
-    deployment, output = run_hard(model, random_policy(model, "spatten", seed=5), "spatten")
+    deployment, output = run_hard(model, policy_of(model, "spatten", seed=5), "spatten")
     shape, workload, trace = deployment.structure, output.workload, output.trace
     valid, pairs = existing(model)
     heads = shape.num_heads
@@ -171,7 +171,7 @@ def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
 
 def test_pruned_tokens_and_heads_leave_the_linear_layers_too() -> None:
     model = model_of("patches", "spatten")
-    _, output = run_hard(model, random_policy(model, "spatten", seed=5), "spatten")
+    _, output = run_hard(model, policy_of(model, "spatten", seed=5), "spatten")
     alive = output.trace["tokens"].sum(axis=-1)
     rows = output.trace["heads"].sum(axis=-1).mean(axis=-1)
     assert np.all(alive[0] == alive[0, 0]) and np.all(alive[1] < alive[0])
