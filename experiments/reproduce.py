@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -14,6 +14,19 @@ from codesign.experiments.tables import print_json, print_table
 
 Study = Literal["acceltran-sst2", "prediction-claims", "simulator-agreement"]
 Task = Literal["digits", "mnist", "tinyshakespeare", "sst2", "spamassassin", "spamassassin512"]
+Machine = Literal[
+    "energon",
+    "sofa",
+    "lapa",
+    "esact",
+    "topk",
+    "bitserial",
+    "sanger",
+    "a3",
+    "spatten",
+    "fact",
+]
+"""Presets that a simulator has rules for, each run with the mechanism of its name."""
 STUDY_FILE = "study.json"
 
 
@@ -29,7 +42,7 @@ def reproduce(
     tasks: tuple[Task, ...] = (),
     seeds: tuple[int, ...] = (0,),
     num_examples: int = 32,
-    machines: tuple[str, ...] = ("energon", "sofa", "lapa"),
+    machines: tuple[Machine, ...] = get_args(Machine),
     num_policies: int = 25,
     data: Path | None = None,
     cache: Path | None = None,
@@ -58,7 +71,7 @@ def reproduce(
       tasks: What models are trained on; default: digits, for `simulator-agreement` also mnist and tinyshakespeare.
       seeds: Seeds of the training of the dense models; the claims take several.
       num_examples: Validation examples of each task of `prediction-claims`, the first ones.
-      machines: Presets of `simulator-agreement`.
+      machines: Presets of `simulator-agreement`, each with the mechanism of its name.
       num_policies: Random policies of `simulator-agreement` at each size, >= 2.
       data: Folder of the data of the only task; default: that of the task in $CODESIGN_DATA, else where it is published.
       cache: Folder of the dense models; default: `dense` in `--out`.
