@@ -127,12 +127,17 @@ def _hard(cut: _Cut, radius: jax.Array, num_keys: int) -> Chosen:
     )
 
 
-def _by_tile(function: Callable[[int], Any], tile_bits: jax.Array) -> Any:
-    """Returns what `function` returns for a traced width of the place, within its legal range."""
+def _by_tile(function: Callable[[int], Any], tile_bits: jax.Array, num_keys: int) -> Any:
+    """Returns what `function` returns for a traced width of the place, within its legal range.
+
+    All segments that hold every key are alike: of these widths only the first is compiled.
+    """
     low, high = (int(limit) for limit in bits_range("tile_bits"))
+    high = min(high, max(low, (num_keys - 1).bit_length()))
     branches = [
         functools.partial(lambda bits, _: function(bits), bits) for bits in range(low, high + 1)
     ]
+    # An index beyond the last branch takes the last.
     return jax.lax.switch(tile_bits.astype(jnp.int32) - low, branches, ())
 
 
@@ -161,7 +166,7 @@ def hard_segments(
             _cut(scores, pairs, share, 2**bits, SEGMENT_SCORE_BITS), radius, scores.shape[-1]
         )
 
-    chosen: Chosen = _by_tile(at, tile_bits)
+    chosen: Chosen = _by_tile(at, tile_bits, scores.shape[-1])
     return chosen
 
 
@@ -217,8 +222,8 @@ def soft_segments(
 
     if relaxation.straight_through:
         is_high = gates.detach(tile_bits) >= low + 0.5
-        own = _by_tile(relaxed, jnp.where(is_high, low + 1.0, low))
-        other = _by_tile(decided, jnp.where(is_high, low, low + 1.0))
+        own = _by_tile(relaxed, jnp.where(is_high, low + 1.0, low), num_keys)
+        other = _by_tile(decided, jnp.where(is_high, low, low + 1.0), num_keys)
         # Derivative to the width: the difference of both decisions.
         sign = jnp.where(is_high, 1.0, -1.0).astype(dtype)
         step = sign * (tile_bits - gates.detach(tile_bits))
@@ -229,7 +234,7 @@ def soft_segments(
         )
         return deployed
     fraction = tile_bits - low
-    coarse, fine = _by_tile(relaxed, low), _by_tile(relaxed, low + 1.0)
+    coarse, fine = (_by_tile(relaxed, bits, num_keys) for bits in (low, low + 1.0))
     mixed: Chosen = jax.tree.map(lambda a, b: (1.0 - fraction) * a + fraction * b, coarse, fine)
     return mixed
 
@@ -264,10 +269,22 @@ def soft_top(
       score_bits: As for `hard_top`.
       relaxation: Temperature, and which forward value.
     """
-    num_keys, whole = scores.shape[-1], gates.detach(scores)
-    cut = _cut(whole, pairs, _stored(share), num_keys, score_bits)
-    scale = relaxation.temperature * _spread(whole, pairs)[..., None]
-    soft = _gate(cut, _split(scores, num_keys), share, scale, _spread(whole, pairs)[..., None])
+    spread = _spread(gates.detach(scores), pairs)
+    return _soft_top(scores, pairs, share, score_bits, spread, relaxation)
+
+
+def _soft_top(
+    scores: jax.Array,
+    pairs: jax.Array,
+    share: jax.Array,
+    score_bits: int,
+    spread: jax.Array,
+    relaxation: Relaxation,
+) -> jax.Array:
+    """Returns the weights of `soft_top`, its temperature in units of `spread`, `[B, H, T, 1]`."""
+    num_keys, apart = scores.shape[-1], spread[..., None]
+    cut = _cut(gates.detach(scores), pairs, _stored(share), num_keys, score_bits)
+    soft = _gate(cut, _split(scores, num_keys), share, relaxation.temperature * apart, apart)
     if relaxation.straight_through:
         soft = gates.straight_through(_largest(cut), soft)
     return _joined(soft, num_keys)
@@ -323,10 +340,10 @@ def soft_exact_top(
     """Returns which keys of a row are kept as weights, of scores of any width, `[B, H, T, S]`.
 
     The gate is that of `soft_top`, on scores in units that leave room for their places; straight-through, decisions are
-    those of `exact_top` on the scores as they are.
+    those of `exact_top` on all that a score holds.
 
     Args:
-      scores: Whole numbers in floating point, `[B, H, T, S]`.
+      scores: Floating point, of any unit, `[B, H, T, S]`.
       pairs: 1 for pairs that exist, `[B, 1, T, S]`.
       share: Kept share in (0, 1], `[H]`.
       score_bits: As for `exact_top`.
@@ -340,10 +357,14 @@ def soft_exact_top(
     limit = 2.0 ** (bits - 1) - 1.0
     placed = gates.straight_through(jnp.clip(jnp.floor(whole * unit), -limit, limit), scaled)
     relaxed = relaxation.replace(straight_through=False)  # type: ignore[attr-defined]
-    soft = soft_top(placed, pairs, share, bits, relaxed)
+    # Equal scores, which have no spread, lie a unit of their own apart.
+    spread = _spread(whole, pairs) * unit
+    soft = _soft_top(placed, pairs, share, bits, spread, relaxed)
     if not relaxation.straight_through:
         return soft
-    hard = exact_top(whole, pairs, _stored(share), score_bits)
+    # Importances are sums of real numbers: in the widest unit, what tells them apart lies above 1.
+    widest = power_of_two((score_bits - 1 - exponent).astype(scores.dtype))
+    hard = exact_top(whole * widest, pairs, _stored(share), score_bits)
     return gates.straight_through(hard, soft)
 
 

@@ -174,6 +174,7 @@ def _hard_step(
     kept = jnp.ones((structure.num_layers, 1)) if scale is None else scale.kept(output.workload)
     return {
         "logits": output.logits,
+        "num_pooled": output.num_pooled,
         "costs": costs_of(output.workload, accelerator),
         "macs": {
             "attention": attention_macs(output.workload),
@@ -240,7 +241,7 @@ def hard_chunks(
         yield HardChunk(
             inputs=exists,
             indices=indices,
-            logits=deployed.real_logits(found["logits"][first], exists.get("valid")),
+            logits=deployed.real_logits(found["logits"][first], found["num_pooled"][first]),
             costs=jax.tree.map(lambda values, first=first: values[first], found["costs"]),
             macs={scope: values[first] for scope, values in found["macs"].items()},
             kept=found["kept"],

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -16,6 +16,19 @@ from codesign.experiments.tables import print_json, print_table
 
 Study = Literal["acceltran-sst2", "prediction-claims", "published-figures", "simulator-agreement"]
 Task = Literal["digits", "mnist", "tinyshakespeare", "sst2", "spamassassin", "spamassassin512"]
+Machine = Literal[
+    "energon",
+    "sofa",
+    "lapa",
+    "esact",
+    "topk",
+    "bitserial",
+    "sanger",
+    "a3",
+    "spatten",
+    "fact",
+]
+"""Presets that a simulator has rules for, each run with the mechanism of its name."""
 STUDY_FILE = "study.json"
 
 
@@ -32,7 +45,7 @@ def reproduce(
     seeds: tuple[int, ...] = (0,),
     num_examples: tuple[int, ...] = (32,),
     comparison: Path | None = None,
-    machines: tuple[str, ...] = ("energon", "sofa", "lapa"),
+    machines: tuple[Machine, ...] = get_args(Machine),
     num_policies: int = 25,
     data: Path | None = None,
     cache: Path | None = None,
@@ -68,7 +81,7 @@ def reproduce(
         for each task.
       comparison: `comparison.json` of `codesign compare` on the first task: adds to `published-figures` what FACT and
         Energon save at equal quality.
-      machines: Presets of `simulator-agreement`.
+      machines: Presets of `simulator-agreement`, each with the mechanism of its name.
       num_policies: Random policies of `simulator-agreement` at each size, >= 2.
       data: Folder of the data of the only task; default: that of the task in $CODESIGN_DATA, else where it is published.
       cache: Folder of the dense models; default: `dense` in `--out`.

@@ -25,9 +25,6 @@ from codesign.hw.simulator import simulate
 from codesign.hw.surrogate import SCOPES
 from codesign.policy import Policy, bits_range, group, project
 
-TASKS = ("digits", "mnist", "tinyshakespeare")
-MACHINES = ("energon", "sofa", "lapa", "esact", "topk")
-"""Machines that a simulator has rules for, each of the mechanism of its name."""
 NUM_SIZES, NUM_POLICIES, NUM_EXAMPLES = 8, 25, 2
 """Sizes of a machine, policies on each, and examples of the validation part over which a policy's cost is averaged."""
 LANE_FACTORS = (0.25, 0.5, 1.0, 2.0)

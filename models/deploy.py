@@ -48,16 +48,12 @@ class Deployment:
         return self.layers, self.ends | tables
 
     def real_logits(
-        self, logits: NDArray[np.int64], valid: NDArray[Any] | None
+        self, logits: NDArray[np.int64], num_pooled: NDArray[Any]
     ) -> NDArray[np.float64]:
-        """Returns integer logits as real ones; `valid` `[B, T]` are the tokens that exist, None all."""
-        real = np.asarray(logits * self.logit_scale, np.float64)
-        if self.structure.pooling != "mean":
-            return real
-        if valid is None:
-            return real / self.structure.max_tokens
-        number: NDArray[np.int64] = np.maximum(np.sum(valid, axis=1), 1)
-        return real / number[:, None]
+        """Returns integer logits `[B, ...]` as real ones; `num_pooled` `[B]` is the model's."""
+        number = np.reshape(np.maximum(num_pooled, 1), (-1,) + (1,) * (np.ndim(logits) - 1))
+        real: NDArray[np.float64] = np.asarray(logits * self.logit_scale, np.float64) / number
+        return real
 
 
 def reciprocal_table() -> NDArray[np.int64]:

@@ -195,6 +195,7 @@ def apply(
         workload=with_ends(outputs.workload, structure, valid, end_widths),
         trace=outputs.trace | {"embedded": residual_in} if tracing else {},
         observed={"layers": observed_layers, "ends": ends.observed},
+        num_pooled=_num_pooled(left, structure),
     )
 
 
@@ -225,6 +226,11 @@ def _embedded(ends: FloatArithmetic, inputs: Inputs, config: ModelConfig) -> jax
     if structure.norm == "post":
         embedded = ends.on_residual_grid(ends.normalise(embedded, "embed_norm"))
     return embedded
+
+
+def _num_pooled(left: jax.Array, structure: ModelStructure) -> jax.Array:
+    """Returns `ModelOutput.num_pooled`; `left` are the tokens left, `[B, T]`."""
+    return jnp.sum(left, axis=1) if structure.pooling == "mean" else jnp.ones_like(left[:, 0])
 
 
 def _outputs(
@@ -303,6 +309,7 @@ def apply_hard(
         workload=with_ends(outputs.workload, structure, valid, _widths(ends)),
         trace={name: tensors[name] for name in tensor_names(structure)} if tracing else {},
         observed={},
+        num_pooled=_num_pooled(left, structure),
     )
 
 

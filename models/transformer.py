@@ -50,12 +50,14 @@ class ModelOutput:
       workload: Counts per example.
       trace: Decisions and tensors of all layers, `[L, ...]`; empty unless traced.
       observed: Absolute maxima for calibration, `layers` `[L]` and `ends`; empty on the hard path.
+      num_pooled: Tokens whose features the logits are made of, `[B]`: those left with mean pooling, else 1.
     """
 
     logits: jax.Array
     workload: Workload
     trace: dict[str, jax.Array]
     observed: dict[str, dict[str, jax.Array]]
+    num_pooled: jax.Array
 
 
 def block(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_baselines import model_of, random_policy, run_hard
 from tiny_model import existing
+from tiny_policies import model_of, policy_of, run_hard
 
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape
@@ -123,7 +123,7 @@ def test_strengths_settings_and_codes() -> None:
 @pytest.mark.parametrize("variant", ["patches", "decoder"])
 def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
     model = model_of(variant, "a3")
-    policy = random_policy(model, "a3", seed=5, search_bits=4.0)
+    policy = policy_of(model, "a3", seed=5, search_bits=4.0)
     # One head takes all keys without a search.
     threshold = policy.layers["threshold"].at[1, 0].set(20.0)
     policy = policy.replace(layers=policy.layers | {"threshold": threshold})

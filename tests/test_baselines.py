@@ -1,5 +1,6 @@
 """Baselines on whole models: integer path and emulator, training path, dense limit, simulator, gradients."""
 
+import dataclasses
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +11,16 @@ import numpy as np
 import pytest
 import tiny_model
 from tiny_model import existing, tensors
+from tiny_policies import SPREAD, model_of, policy_of, ranges_of, run_hard, run_soft
 
 from codesign.experiments.exporting import gemm_shapes, trace_of
 from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.closed_form import ModelShape
+from codesign.hw.operating_points import closed_form_workload, published_setting
 from codesign.hw.simulator import simulate
 from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import SCOPES, cost
 from codesign.mechanisms import MECHANISMS, dense_beside
-from codesign.policy import Policy
 from codesign.references import reference_by_name
 from codesign.workload import attention_macs
 
@@ -25,45 +28,8 @@ BASELINES = ("topk", "bitserial", "sanger", "a3", "spatten", "fact")
 BASELINE = pytest.mark.parametrize("name", BASELINES)
 SOFT_VARIANTS = pytest.mark.parametrize("variant", ["patches", "decoder"])
 """Without padding and with it, all pairs and causal ones: what soft paths tell apart, at two thirds of the compilation."""
-SPREAD: dict[str, tuple[Any, Any]] = {
-    "topk": (0.3, 0.8),
-    "bitserial": (0.75, 0.97),
-    "sanger": (0.7, 0.95),
-    "a3": (0.7, 0.97),
-    "fact": ([0.2, 0.85, 0.22], [0.6, 0.97, 0.28]),
-    "spatten": ([0.1, 0.3, 0.2, 0.02], [0.3, 0.5, 0.6, 0.2]),
-}
-"""Strengths between which random policies drop some pairs of a random model and keep some."""
-
 FRACTIONAL = {"bitserial": {"plane_bits": 9.4}, "a3": {"search_bits": 3.4}}
 """Widths of a mechanism's own at which each has a derivative: no more planes than bits, say."""
-
-
-def ranges_of(model: tiny_model.Model) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value) for name, value in model.calibration.layers.items()}
-
-
-def model_of(variant: str, name: str) -> tiny_model.Model:
-    """A random model with the ranges that the mechanism wants."""
-    model = tiny_model.random_model(variant)
-    return tiny_model.with_own_ranges(model, name) if MECHANISMS[name].own_ranges else model
-
-
-def random_policy(
-    model: tiny_model.Model, name: str, *, seed: int, bits: float = 12.0, **own: float
-) -> Policy:
-    """Random thresholds; every other knob where it starts, or at the value of `own`."""
-    shape, scale = model.structure, MECHANISMS[name].thresholds
-    assert scale is not None
-    knobs = MECHANISMS[name].knobs(shape.num_layers, shape.num_heads)
-    strength = np.random.default_rng(seed).uniform(*SPREAD[name], knobs["threshold"].shape)
-    knobs["threshold"] = jnp.asarray(scale.from_strength(strength, ranges_of(model)))
-    knobs |= {key: jnp.full_like(knobs[key], value) for key, value in own.items()}
-    return tiny_model.with_knobs(model, knobs, attention_bits=bits)
-
-
-def run_hard(model: tiny_model.Model, policy: Policy, name: str) -> tuple[Any, Any]:
-    return tiny_model.run_hard(model, policy, model.inputs, mechanism=name)
 
 
 @BASELINE
@@ -71,7 +37,7 @@ def test_integer_path_equals_the_emulator(name: str) -> None:
     """On a decoder as it trains; on random integers of every kind of model: test_bit_exact."""
     model = model_of("decoder", name)
     _, pairs = existing(model)
-    deployment, output = run_hard(model, random_policy(model, name, seed=0, bits=16.0), name)
+    deployment, output = run_hard(model, policy_of(model, name, seed=0, bits=16.0), name)
     found = tiny_model.emulated(model, deployment, output)
     assert set(reference_by_name(name).decision_tensors) <= set(found)
     last = found["used"] if "used" in found else found["keep"][:, -1]
@@ -85,17 +51,9 @@ def test_integer_path_equals_the_emulator(name: str) -> None:
 def test_straight_through_decides_as_the_integer_path(name: str, variant: str) -> None:
     model = model_of(variant, name)
     _, pairs = existing(model)
-    policy = random_policy(model, name, seed=3)
+    policy = policy_of(model, name, seed=3)
     hard = run_hard(model, policy, name)[1]
-    soft = tiny_model.run_soft(
-        model.params,
-        policy,
-        model.calibration,
-        model.inputs,
-        tiny_model.relaxation(),
-        setup=model.config,
-        mechanism=name,
-    )
+    soft = run_soft(model, policy, name)
     mask = np.broadcast_to(pairs[None, None, :, None], hard.trace["keep"].shape)
     agree = np.asarray(soft.trace["keep"]) == hard.trace["keep"]
     # Float32 rounds a code the other way now and then, and every layer adds to it.
@@ -113,14 +71,9 @@ def test_straight_through_decides_as_the_integer_path(name: str, variant: str) -
 @BASELINE
 def test_nothing_dropped_is_dense_attention_bit_for_bit(name: str) -> None:
     model = model_of("decoder", name)
-    shape, mechanism = model.structure, MECHANISMS[name]
-    scale = mechanism.thresholds
+    scale = MECHANISMS[name].thresholds
     assert scale is not None
-    knobs = mechanism.knobs(shape.num_layers, shape.num_heads)
-    knobs["threshold"] = jnp.asarray(
-        scale.from_setting(scale.settings[0], knobs["threshold"].shape, ranges_of(model))
-    )
-    policy = tiny_model.with_knobs(model, knobs)
+    policy = policy_of(model, name)
     _, whole = run_hard(model, policy, name)
     _, dense = run_hard(model, policy, "dense")
     for key, value in tensors(dense).items():
@@ -131,7 +84,7 @@ def test_nothing_dropped_is_dense_attention_bit_for_bit(name: str) -> None:
 @BASELINE
 def test_multiplications_without_the_mechanism_are_those_of_dense_attention(name: str) -> None:
     model = model_of("patches", name)
-    policy = random_policy(model, name, seed=0)
+    policy = policy_of(model, name, seed=0)
     _, beside = tiny_model.run_hard(
         model, policy, model.inputs, mechanism=dense_beside(MECHANISMS[name])
     )
@@ -144,12 +97,71 @@ def test_multiplications_without_the_mechanism_are_those_of_dense_attention(name
 @BASELINE
 def test_every_knob_has_a_gradient(name: str) -> None:
     model = model_of("decoder", name)
-    policy = random_policy(model, name, seed=6, bits=11.4, **FRACTIONAL.get(name, {}))
+    policy = policy_of(model, name, seed=6, bits=11.4, **FRACTIONAL.get(name, {}))
     slopes = tiny_model.knob_slopes(model, policy, name)
     own = MECHANISMS[name].knobs(1, 1)
     for knob in (*own, "qk_bits", "v_bits", "qkv.weight_bits", "qkv.activation_bits"):
         assert np.all(np.isfinite(slopes[knob])), knob
         assert np.all(slopes[knob] != 0.0), knob
+
+
+ENTRIES = [
+    (name, entry) for name in BASELINES for entry in range(len(MECHANISMS[name].thresholds.names))
+]
+
+
+@pytest.mark.parametrize(("name", "entry"), ENTRIES)
+def test_more_that_is_kept_never_costs_less(name: str, entry: int) -> None:
+    """One entry of a layer's thresholds, its input the same; SpAtten's first layer keeps all tokens and heads."""
+    model, layer = model_of("patches", name), 1 if name == "spatten" else 0
+    policy, scale = policy_of(model, name, seed=0), MECHANISMS[name].thresholds
+    threshold = np.array(policy.layers["threshold"])
+    if name == "spatten" and entry < 3:
+        # A key more may be a row's largest and spare its low bits: none are read.
+        threshold[:, 3] = scale.from_strength(np.ones(2), {})
+    low, high = np.broadcast_arrays(*SPREAD[name], np.zeros(len(scale.names)))[:2]
+    workloads = []
+    for strength in np.linspace(high[entry], 0.2 * low[entry], 4):
+        threshold[layer, ..., entry] = scale.from_strength(strength, ranges_of(model))
+        knob = {"threshold": jnp.asarray(threshold)}
+        changed = policy.replace(layers=policy.layers | knob)  # type: ignore[attr-defined]
+        workloads.append(run_hard(model, changed, name)[1].workload)
+    moved = []
+    for key in workloads[0].operations:
+        steps = np.diff([one.operations[key].count[:, layer] for one in workloads], axis=0)
+        assert np.all(steps >= 0.0), key
+        moved += [key] if np.any(steps) else []
+    # FACT's narrow rows are seen in its dense products alone.
+    rows = [np.sum(one.block_gemms["up"].rows[:, layer]) for one in workloads]
+    assert moved or rows == sorted(set(rows))
+
+
+OPERAND_BITS = {
+    "qk_bits": (8.0, 9.0, 10.5, 12.0),
+    "v_bits": (8.0, 9.0, 10.5, 12.0),
+    "weight_bits": (2.0, 4.0, 6.5, 8.0),
+    "activation_bits": (2.0, 4.0, 6.5, 8.0),
+    "search_bits": (3.0, 4.0, 5.5, 6.0),
+}
+
+
+@BASELINE
+def test_wider_operands_and_longer_searches_never_cost_less(name: str) -> None:
+    spec = load_preset(name)
+    accelerator = accelerator_from_spec(spec)
+    shape = ModelShape(num_layers=1, num_tokens=64, num_heads=2, head_dim=16, width=32, hidden=64)
+    start = {key: values[1] for key, values in OPERAND_BITS.items()}
+    base = dataclasses.replace(published_setting(spec), generation_bits=None, **start)
+    energy, latency = np.empty((2, len(OPERAND_BITS), 4))
+    for place, (key, values) in enumerate(OPERAND_BITS.items()):
+        for index, value in enumerate(values):
+            setting = dataclasses.replace(base, **{key: value})
+            price = cost(closed_form_workload(spec, shape, setting), accelerator)
+            energy[place, index] = price.energy_pj("end_to_end")[0]
+            latency[place, index] = price.latency_cycles("end_to_end")[0]
+    assert np.all(np.diff(energy) >= 0.0) and np.all(np.diff(latency) >= 0.0)
+    is_idle = np.asarray([key == "search_bits" and name != "a3" for key in OPERAND_BITS])
+    np.testing.assert_array_equal(energy[:, -1] > energy[:, 0], ~is_idle)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +174,7 @@ def test_simulator_counts_what_the_model_counts(name: str, variant: str, is_dens
     spec = load_preset(name)
     mechanism = dense_beside(MECHANISMS[name]) if is_dense else MECHANISMS[name]
     deployment, output = tiny_model.run_hard(
-        model, random_policy(model, name, seed=7), model.inputs, mechanism=mechanism
+        model, policy_of(model, name, seed=7), model.inputs, mechanism=mechanism
     )
     inputs = model.inputs if isinstance(model.inputs, Mapping) else {}
     batch: Any = SimpleNamespace(tensors=output.trace, inputs=inputs)

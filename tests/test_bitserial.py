@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
-from test_baselines import random_policy, run_hard
+from tiny_policies import policy_of, run_hard
 
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape, Setting
@@ -154,7 +154,7 @@ def test_more_distance_keeps_more_and_later() -> None:
 @pytest.mark.parametrize(("variant", "planes"), [("patches", 12.0), ("decoder", 7.0)])
 def test_counts_are_those_of_a_plain_loop(variant: str, planes: float) -> None:
     model = tiny_model.random_model(variant)
-    policy = random_policy(model, "bitserial", seed=5, bits=13.0, plane_bits=planes)
+    policy = policy_of(model, "bitserial", seed=5, bits=13.0, plane_bits=planes)
     deployment, output = run_hard(model, policy, "bitserial")
     shape, workload = deployment.structure, output.workload
     valid, pairs = tiny_model.existing(model)

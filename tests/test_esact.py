@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_model
 from tiny_model import existing, tensors
+from tiny_policies import policy_of, run_hard, run_soft
 
 from codesign.mechanisms import MECHANISMS
 from codesign.mechanisms.esact import (
@@ -19,8 +20,6 @@ from codesign.mechanisms.esact import (
     score_shift,
     to_strength,
 )
-from codesign.models.transformer import ModelOutput
-from codesign.policy import Policy
 from codesign.references import integers
 from codesign.references.esact import (
     reference_sources,
@@ -35,42 +34,6 @@ SOFT_VARIANTS = pytest.mark.parametrize("variant", ["patches", "decoder"])
 """Without padding and with it, all pairs and causal ones: what soft paths tell apart, at two thirds of the compilation."""
 SCALE = MECHANISMS["esact"].thresholds
 OFF = (1.0, 0.0, 1.0)
-
-
-def policy_of(
-    model: tiny_model.Model,
-    *,
-    seed: int | None = 0,
-    setting: tuple[float, ...] = OFF,
-    bits: float = 12.0,
-) -> Policy:
-    """Random strengths, or one setting for all heads."""
-    shape = model.structure
-    policy = tiny_model.shared_policy(shape, attention_bits=bits)
-    size = (shape.num_layers, shape.num_heads, 3)
-    if seed is None:
-        variable = from_setting(setting, size, {})
-    else:
-        strength = np.random.default_rng(seed).uniform(0.4, 0.7, size)
-        variable = from_strength(strength, {})
-    own = {"threshold": jnp.asarray(variable, jnp.float32)}
-    return Policy(layers=policy.layers | own, ends=policy.ends)
-
-
-def run_hard(model: tiny_model.Model, policy: Policy) -> tuple[Any, ModelOutput]:
-    return tiny_model.run_hard(model, policy, model.inputs, mechanism="esact")
-
-
-def run_soft(model: tiny_model.Model, policy: Policy, **changes: Any) -> ModelOutput:
-    return tiny_model.run_soft(
-        model.params,
-        policy,
-        model.calibration,
-        model.inputs,
-        tiny_model.relaxation(**changes),
-        setup=model.config,
-        mechanism="esact",
-    )
 
 
 # By hand
@@ -278,7 +241,9 @@ def test_integer_path_equals_the_emulator(variant: str) -> None:
     model = tiny_model.random_model(variant)
     valid, pairs = existing(model)
     for seed, bits in ((0, 16.0), (1, 9.0)):
-        deployment, output = run_hard(model, policy_of(model, seed=seed, bits=bits))
+        deployment, output = run_hard(
+            model, policy_of(model, "esact", seed=seed, bits=bits), "esact"
+        )
         got = tiny_model.emulated(model, deployment, output)
         rows = np.broadcast_to(valid[None, :, None], got["source"].shape)
         critical = (got["source"] == np.arange(got["source"].shape[-1]))[rows].mean()
@@ -295,8 +260,8 @@ def test_integer_path_equals_the_emulator(variant: str) -> None:
 def test_straight_through_decides_as_the_integer_path(variant: str) -> None:
     model = tiny_model.random_model(variant)
     valid, pairs = existing(model)
-    policy = policy_of(model, seed=3)
-    hard, soft = run_hard(model, policy)[1], run_soft(model, policy)
+    policy = policy_of(model, "esact", seed=3)
+    hard, soft = run_hard(model, policy, "esact")[1], run_soft(model, policy, "esact")
     for name, mask in (
         ("keep", pairs[None, None, :, None]),
         ("source", valid[None, :, None]),
@@ -317,9 +282,9 @@ def test_straight_through_decides_as_the_integer_path(variant: str) -> None:
 @VARIANTS
 def test_all_off_is_dense_bit_for_bit(variant: str) -> None:
     model = tiny_model.random_model(variant)
-    policy = policy_of(model, seed=None)
-    _, whole = run_hard(model, policy)
-    _, dense = tiny_model.run_hard(model, policy, model.inputs, mechanism="dense")
+    policy = policy_of(model, "esact")
+    _, whole = run_hard(model, policy, "esact")
+    _, dense = run_hard(model, policy, "dense")
     for name, value in tensors(dense).items():
         np.testing.assert_array_equal(tensors(whole)[name], value, err_msg=name)
     assert SCALE is not None
@@ -334,7 +299,7 @@ def test_identical_tokens_share_one_row_of_a_window() -> None:
     same = {"tokens": tokens, "valid": np.ones_like(model.inputs["valid"])}
     params = model.params | {"position": jnp.zeros_like(model.params["position"])}
     alike = tiny_model.Model(model.config, params, model.calibration, same)
-    output = run_hard(alike, policy_of(alike, seed=None, setting=(0.5, 0.25, 0.75)))[1]
+    output = run_hard(alike, policy_of(alike, "esact", setting=(0.5, 0.25, 0.75)), "esact")[1]
     first = np.arange(tokens.shape[1]) // WINDOW * WINDOW
     for name in ("source", "ffn_source"):
         np.testing.assert_array_equal(
@@ -349,7 +314,7 @@ def test_identical_tokens_share_one_row_of_a_window() -> None:
 @VARIANTS
 def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
     model = tiny_model.random_model(variant)
-    _, output = run_hard(model, policy_of(model, seed=5, bits=12.0))
+    _, output = run_hard(model, policy_of(model, "esact", seed=5), "esact")
     shape, trace = model.structure, output.trace
     width, depth = shape.width, shape.head_dim
     valid, pairs = existing(model)
@@ -401,7 +366,7 @@ def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
 
 def test_every_entry_of_the_knob_has_a_gradient() -> None:
     model = tiny_model.random_model("bert")
-    slopes = tiny_model.knob_slopes(model, policy_of(model, seed=6, bits=11.4), "esact")
+    slopes = tiny_model.knob_slopes(model, policy_of(model, "esact", seed=6, bits=11.4), "esact")
     for knob in ("threshold", "qk_bits", "qkv.weight_bits", "qkv.activation_bits"):
         assert np.all(np.isfinite(slopes[knob])), knob
         assert np.any(slopes[knob] != 0.0), knob

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_baselines import model_of, random_policy, run_hard
 from tiny_model import existing
+from tiny_policies import model_of, policy_of, run_hard
 
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape
@@ -107,7 +107,7 @@ def test_strengths_settings_and_codes() -> None:
 @pytest.mark.parametrize("variant", ["bert", "decoder"])
 def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
     model = model_of(variant, "fact")
-    deployment, output = run_hard(model, random_policy(model, "fact", seed=5), "fact")
+    deployment, output = run_hard(model, policy_of(model, "fact", seed=5), "fact")
     shape, workload, trace = deployment.structure, output.workload, output.trace
     valid, pairs = existing(model)
     heads, width, depth = shape.num_heads, shape.width, shape.head_dim

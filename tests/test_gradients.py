@@ -1,35 +1,35 @@
 """Gradients through the whole model and the machine's cost: finite differences, and rules written by hand."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny_model
+from noted_runs import (
+    STEP,
+    TERMS,
+    compiled,
+    doubled,
+    noted,
+    replayed,
+    small_model,
+    terms,
+)
 
-from codesign import gates
-from codesign.calibration import Calibration
 from codesign.gates import Relaxation
-from codesign.hw.accelerator import Accelerator, accelerator_from_spec
+from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.spec import load_preset
-from codesign.hw.surrogate import cost
 from codesign.mechanisms import MECHANISMS
 from codesign.mechanisms.energon_round import filter_operand
 from codesign.models.arithmetic import FloatArithmetic
-from codesign.models.config import ModelConfig
 from codesign.models.model import apply
-from codesign.models.parameters import init_params
 from codesign.policy import Policy
 
-STEP = 1e-6
-"""Step of the central difference, in the unit of the leaf; its error is O(STEP^2) + 1e-16 / STEP."""
 TOLERANCE = 1e-3
-TERMS = ("task", "workload", "energy", "latency")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,76 +38,33 @@ def _x64() -> Iterator[None]:
         yield
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Problem:
-    """Two layers, two heads of width 4, 9 tokens and two images, in float64."""
-
-    config: ModelConfig
-    params: dict[str, Any]
-    calibration: Calibration
-    pixels: jax.Array
-    labels: jax.Array
-    accelerator: Accelerator
-
-    def terms(self, params: Any, policy: Policy, relaxation: Relaxation) -> jax.Array:
-        """Task loss, mean of all counts, energy and latency, `[4]`, the last three of order 1."""
-        output = apply(
-            params,
-            policy,
-            self.calibration,
-            {"pixels": self.pixels},
-            config=self.config,
-            mechanism=MECHANISMS["energon"],
-            relaxation=relaxation,
-        )
-        task = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(output.logits, self.labels))
-        leaves = jax.tree.leaves(output.workload)
-        counts = sum((jnp.mean(jnp.log1p(leaf)) for leaf in leaves), start=jnp.zeros(()))
-        spent = cost(output.workload, self.accelerator, smoothness=relaxation.smoothness)
-        energy = jnp.mean(jnp.log(spent.energy_pj("end_to_end")))
-        latency = jnp.mean(jnp.log(spent.latency_cycles("end_to_end")))
-        return jnp.stack([task, counts, energy, latency])
-
-
-def doubled(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tree)
-
-
 @pytest.fixture(scope="module")
-def problem() -> Problem:
-    shape = tiny_model.structure(
-        head_dim=4,
-        width=8,
-        hidden=12,
-        image_size=4,
-        patch_size=2,
-        stride=1,
-        padding=0,
-        num_outputs=3,
-    )
-    setup = tiny_model.config(shape)
-    rng = np.random.default_rng(1)
-    pixels = rng.integers(0, 17, size=(2, 4, 4))
-    params = doubled(init_params(shape, key=jax.random.key(0)))
-    # Ranges that clip some activations and miss the largest of others: at its very end a range has a kink.
-    measured = tiny_model.calibrate(setup, params, pixels)
-    calibration = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf * rng.uniform(0.8, 1.2, size=leaf.shape)), measured
-    )
-    return Problem(
-        config=setup,
-        params=params,
-        calibration=calibration,
-        pixels=jnp.asarray(pixels),
-        labels=jnp.asarray([0, 2]),
-        accelerator=accelerator_from_spec(load_preset("energon")),
-    )
+def model() -> tiny_model.Model:
+    return small_model(2)
 
 
-def base_policy(problem: Problem) -> Policy:
+def energon_terms(
+    model: tiny_model.Model, params: Any, policy: Policy, relaxation: Relaxation
+) -> jax.Array:
+    """`terms` of Energon on its machine, `[4]`."""
+    output = apply(
+        params,
+        policy,
+        model.calibration,
+        tiny_model.as_inputs(model.inputs),
+        config=model.config,
+        mechanism=MECHANISMS["energon"],
+        relaxation=relaxation,
+    )
+    accelerator = accelerator_from_spec(load_preset("energon"))
+    assert model.labels is not None
+    return terms(output, model.labels, accelerator, relaxation.smoothness)
+
+
+def base_policy(model: tiny_model.Model) -> Policy:
     """Every width fractional and at least 0.1 bit from a whole or half one, thresholds off their kink at 0."""
     rng = np.random.default_rng(1)
-    start = tiny_model.energon_policy(problem.config.structure)
+    start = tiny_model.energon_policy(model.structure)
 
     def drawn(name: str, value: jax.Array) -> jax.Array:
         shape = value.shape
@@ -129,66 +86,6 @@ def base_policy(problem: Problem) -> Policy:
     )
 
 
-def python_scan(step: Callable[..., Any], carry: Any, stacked: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan` as a loop, so that every layer's constants are values of their own."""
-    outputs = []
-    for index in range(len(jax.tree.leaves(stacked)[0])):
-        layer = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-        carry, output = step(carry, layer)
-        outputs.append(output)
-    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-
-
-def recorded(run: Callable[..., jax.Array], *arguments: Any) -> tuple[jax.Array, list[jax.Array]]:
-    """Runs while noting every value held constant and every offset of a hard value, in order."""
-    tape: list[jax.Array] = []
-
-    def detach(x: jax.Array) -> jax.Array:
-        tape.append(x)
-        return x
-
-    def straight_through(hard: jax.Array, soft: jax.Array) -> jax.Array:
-        tape.append(jnp.asarray(hard, soft.dtype) - soft)
-        return jnp.asarray(hard, soft.dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gates, "detach", detach)
-        patch.setattr(gates, "straight_through", straight_through)
-        patch.setattr(jax.lax, "scan", python_scan)
-        patch.setattr(jax, "checkpoint", lambda function, **_: function)
-        return run(*arguments), tape
-
-
-def replayed(run: Callable[..., jax.Array], tape: list[jax.Array], *arguments: Any) -> jax.Array:
-    """Runs with the noted values: the smooth function whose true derivative training uses."""
-    notes = iter(tape)
-
-    def detach(x: jax.Array) -> jax.Array:
-        note = next(notes)
-        assert note.shape == x.shape
-        return note
-
-    def straight_through(hard: jax.Array, soft: jax.Array) -> jax.Array:
-        note = next(notes)
-        assert note.shape == soft.shape == jnp.shape(hard)
-        return soft + note
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gates, "detach", detach)
-        patch.setattr(gates, "straight_through", straight_through)
-        patch.setattr(jax.lax, "scan", python_scan)
-        patch.setattr(jax, "checkpoint", lambda function, **_: function)
-        result = run(*arguments)
-    assert next(notes, None) is None
-    return result
-
-
-def compiled(run: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
-    lowered = jax.jit(run).lower(*arguments)
-    executable: Callable[..., Any] = lowered.compile(compiler_options=tiny_model.FAST_COMPILE)
-    return executable
-
-
 def direction(path: str, leaf: jax.Array, rng: np.random.Generator) -> jax.Array:
     """A random direction; the largest weight of a column defines its range and stays."""
     draw = rng.normal(size=leaf.shape)
@@ -199,18 +96,18 @@ def direction(path: str, leaf: jax.Array, rng: np.random.Generator) -> jax.Array
     return jnp.asarray(draw)
 
 
-def test_gradient_against_finite_differences(problem: Problem) -> None:
+def test_gradient_against_finite_differences(model: tiny_model.Model) -> None:
     relaxation = doubled(tiny_model.relaxation(straight_through=False))
-    base = (problem.params, base_policy(problem))
+    base = (model.params, base_policy(model))
 
     def run(point: Any) -> jax.Array:
-        return problem.terms(*point, relaxation)
+        return energon_terms(model, *point, relaxation)
 
+    # Training's own, by a scan over layers; notes need a loop.
     gradient = compiled(jax.jacrev(run), base)(base)
-    record = compiled(functools.partial(recorded, run), base)
-    value, tape = record(base)
-    replay = compiled(functools.partial(replayed, run), tape, base)
-    np.testing.assert_allclose(replay(tape, base), value, rtol=1e-12)
+    value, notes = compiled(functools.partial(noted, run), base)(base)
+    replay = compiled(functools.partial(replayed, run), notes, base)
+    np.testing.assert_allclose(replay(notes, base), value, rtol=1e-12)
 
     rng = np.random.default_rng(2)
     leaves, structure = jax.tree.flatten(base)
@@ -223,7 +120,7 @@ def test_gradient_against_finite_differences(problem: Problem) -> None:
         def at(step: float, index: int = index, towards: jax.Array = towards) -> np.ndarray:
             moved = [*leaves]
             moved[index] = leaves[index] + step * towards
-            return np.asarray(replay(tape, jax.tree.unflatten(structure, moved)))
+            return np.asarray(replay(notes, jax.tree.unflatten(structure, moved)))
 
         difference = (at(STEP) - at(-STEP)) / (2.0 * STEP)
         exact = np.asarray(slopes[index]).reshape(len(TERMS), -1) @ np.asarray(towards).ravel()
@@ -237,15 +134,17 @@ def test_gradient_against_finite_differences(problem: Problem) -> None:
     assert len(flat) <= 2, flat
 
 
-def test_deployed_training_moves_every_knob(problem: Problem) -> None:
-    shape = problem.config.structure
+def test_deployed_training_moves_every_knob(model: tiny_model.Model) -> None:
+    shape = model.structure
     start = tiny_model.energon_policy(shape, linear_bits=7.5, attention_bits=15.5)
     half = {name: start.layers[name] + 0.5 for name in ("query_bits", "key_bits")}
     policy = doubled(Policy(layers=start.layers | half, ends=start.ends))
 
     def loss(policy: Policy) -> jax.Array:
-        terms = problem.terms(problem.params, policy, tiny_model.relaxation())
-        return terms[0] + terms[2] + terms[3]
+        task, _, energy, latency = energon_terms(
+            model, model.params, policy, tiny_model.relaxation()
+        )
+        return task + energy + latency
 
     gradient = compiled(jax.grad(loss), policy)(policy)
     for name, slope in [*gradient.layers.items(), *gradient.ends.items()]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_model
 from tiny_model import existing, tensors
+from tiny_policies import policy_of, run_hard, run_soft
 
 from codesign.gates import Relaxation, gate_width
 from codesign.log_codes import leading_one
@@ -28,8 +29,6 @@ from codesign.mechanisms.lapa import (
 )
 from codesign.mechanisms.on_demand import top_code
 from codesign.mechanisms.protocol import Context, Operands, Plan
-from codesign.models.transformer import ModelOutput
-from codesign.policy import Policy
 from codesign.references import integers
 from codesign.references.lapa import reference_rounds, top_planes
 
@@ -314,27 +313,8 @@ def test_codes_of_alpha() -> None:
 # Whole models
 
 
-def policy_of(model: tiny_model.Model, *, seed: int | None = 0, bits: float = 12.0) -> Policy:
-    """Random alphas, or all rounds off."""
-    shape = model.structure
-    policy = tiny_model.shared_policy(shape, attention_bits=bits)
-    size = (shape.num_layers, shape.num_heads, 3)
-    if seed is None:
-        variable = from_setting((2.0, 2.0, 2.0), size, {})
-        widths = [2.0, 4.0, 8.0]
-    else:
-        rng = np.random.default_rng(seed)
-        variable = from_strength(rng.uniform(0.25, 0.5, size), {})
-        widths = [3.0 + seed % 2, 5.0, 7.0]
-    own = {
-        "threshold": jnp.asarray(variable, jnp.float32),
-        "key_bits": jnp.broadcast_to(jnp.asarray(widths), (shape.num_layers, 3)),
-    }
-    return Policy(layers=policy.layers | own, ends=policy.ends)
-
-
-def run_hard(model: tiny_model.Model, policy: Policy) -> tuple[Any, ModelOutput]:
-    return tiny_model.run_hard(model, policy, model.inputs, mechanism="lapa")
+PLANES = (3.0, 5.0, 7.0)
+"""Bits of a key after each round."""
 
 
 def test_next_to_equal_scores_do_not_drown_the_others() -> None:
@@ -406,7 +386,8 @@ def test_integer_path_equals_the_emulator(variant: str) -> None:
     model = tiny_model.random_model(variant)
     _, pairs = existing(model)
     for seed, bits in ((0, 16.0), (1, 9.0)):
-        deployment, output = run_hard(model, policy_of(model, seed=seed, bits=bits))
+        policy = policy_of(model, "lapa", seed=seed, key_bits=(3.0 + seed, *PLANES[1:]), bits=bits)
+        deployment, output = run_hard(model, policy, "lapa")
         got = tiny_model.emulated(model, deployment, output)
         keep = got["keep"] & pairs[None, None, :, None]
         shares = np.sum(keep, axis=(0, 2, 3, 4, 5)) / (
@@ -419,17 +400,9 @@ def test_integer_path_equals_the_emulator(variant: str) -> None:
 def test_straight_through_decides_as_the_integer_path(variant: str) -> None:
     model = tiny_model.random_model(variant)
     _, pairs = existing(model)
-    policy = policy_of(model, seed=3)
-    _, hard = run_hard(model, policy)
-    soft = tiny_model.run_soft(
-        model.params,
-        policy,
-        model.calibration,
-        model.inputs,
-        tiny_model.relaxation(),
-        setup=model.config,
-        mechanism="lapa",
-    )
+    policy = policy_of(model, "lapa", seed=3, key_bits=PLANES)
+    _, hard = run_hard(model, policy, "lapa")
+    soft = run_soft(model, policy, "lapa")
     mask = np.broadcast_to(pairs[None, None, :, None], hard.trace["keep"].shape)
     agree = np.asarray(soft.trace["keep"]) == hard.trace["keep"]
     # Float32 rounds a code the other way now and then, and every layer adds to it.
@@ -445,9 +418,9 @@ def test_straight_through_decides_as_the_integer_path(variant: str) -> None:
 @VARIANTS
 def test_rounds_off_are_dense_attention_bit_for_bit(variant: str) -> None:
     model = tiny_model.random_model(variant)
-    policy = policy_of(model, seed=None)
-    _, whole = run_hard(model, policy)
-    _, dense = tiny_model.run_hard(model, policy, model.inputs, mechanism="dense")
+    policy = policy_of(model, "lapa")
+    _, whole = run_hard(model, policy, "lapa")
+    _, dense = run_hard(model, policy, "dense")
     for name, value in tensors(dense).items():
         np.testing.assert_array_equal(tensors(whole)[name], value, err_msg=name)
     assert SCALE is not None
@@ -457,7 +430,7 @@ def test_rounds_off_are_dense_attention_bit_for_bit(variant: str) -> None:
 @VARIANTS
 def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
     model = tiny_model.random_model(variant)
-    deployment, output = run_hard(model, policy_of(model, seed=5))
+    deployment, output = run_hard(model, policy_of(model, "lapa", seed=5, key_bits=PLANES), "lapa")
     shape = deployment.structure
     valid, pairs = existing(model)
     keep = output.trace["keep"] & pairs[None, None, :, None]
@@ -492,7 +465,9 @@ def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
 
 def test_every_knob_has_a_gradient() -> None:
     model = tiny_model.random_model("bert")
-    slopes = tiny_model.knob_slopes(model, policy_of(model, seed=6, bits=11.4), "lapa")
+    slopes = tiny_model.knob_slopes(
+        model, policy_of(model, "lapa", seed=6, key_bits=PLANES, bits=11.4), "lapa"
+    )
     own = "key_bits"
     for knob in ("threshold", own, "qk_bits", "qkv.weight_bits", "qkv.activation_bits"):
         assert np.all(np.isfinite(slopes[knob])), knob

@@ -291,7 +291,7 @@ def test_every_kind_of_model_deploys_as_it_trains(variant: str) -> None:
         mechanism="dense",
     )
     valid = model.inputs.get("valid")
-    real, logits = deployment.real_logits(hard.logits, valid), np.asarray(soft.logits)
+    real, logits = deployment.real_logits(hard.logits, hard.num_pooled), np.asarray(soft.logits)
     if model.structure.pooling == "all":
         real, logits = real[valid], logits[valid]
     # Codes on the other side of a rounding: steps of 1/127; a pooler's table has steps of 1/511 of its range in front.
@@ -371,7 +371,7 @@ def test_padding_changes_no_integer(variant: str, mechanism: str) -> None:
         np.testing.assert_allclose(alone.trace["probabilities"], 2**15 - 1, atol=1)
     if mechanism == "energon":
         assert np.all(alone.trace["keep"])
-    real = deployment.real_logits(alone.logits, inputs["valid"])
+    real = deployment.real_logits(alone.logits, alone.num_pooled)
     assert np.all(np.isfinite(real)) and np.ptp(real) > 0.0
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from test_baselines import model_of, random_policy, run_hard
 from tiny_model import existing
+from tiny_policies import model_of, policy_of, run_hard
 
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape
@@ -130,7 +130,7 @@ def test_strengths_settings_and_codes() -> None:
 @pytest.mark.parametrize("variant", ["patches", "decoder"])
 def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
     model = model_of(variant, "sanger")
-    deployment, output = run_hard(model, random_policy(model, "sanger", seed=5), "sanger")
+    deployment, output = run_hard(model, policy_of(model, "sanger", seed=5), "sanger")
     shape, workload = deployment.structure, output.workload
     valid, pairs = existing(model)
     keep = (output.trace["keep"] & pairs[None, None, :, None])[:, 0]

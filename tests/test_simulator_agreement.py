@@ -1,11 +1,30 @@
 """Cost model against simulators on a trained model: what `codesign reproduce simulator-agreement` measures."""
 
+import dataclasses
+from typing import get_args
+
 import numpy as np
 import pytest
 from scipy.stats import kendalltau
+from tiny_experiment import tiny
 
-from codesign.experiments.problem import Problem
-from codesign.experiments.simulator_agreement import agreements, kendall_tau, random_sizes
+from codesign.calibration import Calibration
+from codesign.errors import PresetError
+from codesign.experiments.evaluate import Point
+from codesign.experiments.problem import Problem, outline
+from codesign.experiments.reproduce import Machine
+from codesign.experiments.simulator_agreement import (
+    agreements,
+    kendall_tau,
+    random_policy,
+    random_sizes,
+)
+from codesign.hw.accelerator import spec_with_sizes
+from codesign.hw.simulator import simulate
+from codesign.hw.spec import load_preset, preset_names
+from codesign.policy import bits_range, group
+
+MACHINES = get_args(Machine)
 
 
 def test_kendalls_tau_is_that_of_scipy() -> None:
@@ -14,6 +33,33 @@ def test_kendalls_tau_is_that_of_scipy() -> None:
     other = one + rng.normal(size=40)
     assert kendall_tau(one, other) == pytest.approx(kendalltau(one, other).statistic)
     assert kendall_tau(one, one) == 1.0 and kendall_tau(one, -one) == -1.0
+
+
+def test_the_machines_are_those_that_a_simulator_has_rules_for() -> None:
+    def has_rules(name: str) -> bool:
+        """A machine without rules is refused before anything is looked at."""
+        with pytest.raises(Exception) as refusal:
+            simulate(None, load_preset(name), {})
+        return not isinstance(refusal.value, PresetError)
+
+    assert {name for name in preset_names() if has_rules(name)} == set(MACHINES)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_machine_takes_random_sizes_and_policies(machine: str) -> None:
+    problem = outline(dataclasses.replace(tiny(), mechanism=machine, preset=machine))
+    rng = np.random.default_rng(0)
+    sizes = random_sizes(problem, rng)
+    spec_with_sizes(problem.spec, sizes)
+    start = Point(params={}, policy=None, calibration=Calibration(layers={}, ends={}))
+    drawn, other = (random_policy(problem, start, rng) for _ in range(2))
+    own = problem.mechanism.knobs(2, 2)
+    assert own.keys() <= drawn.layers.keys()
+    for name in own:
+        assert np.any(np.asarray(drawn.layers[name]) != np.asarray(other.layers[name])), name
+        if group(name) == "bits":
+            low, high = bits_range(name)
+            assert np.all((drawn.layers[name] >= low) & (drawn.layers[name] <= high)), name
 
 
 def test_sizes_are_whole_but_for_the_bandwidth(tiny_problem: Problem) -> None:

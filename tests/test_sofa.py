@@ -1,7 +1,6 @@
 """SOFA: codes of prediction, whole models on the integer path against the emulator and against training, and counts."""
 
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +8,11 @@ import numpy as np
 import pytest
 import tiny_model
 from tiny_model import existing, tensors
+from tiny_policies import policy_of, run_hard, run_soft
 
 from codesign.log_codes import LEADING_ONE_GAIN, leading_one, leading_one_operand
 from codesign.mechanisms import MECHANISMS
-from codesign.mechanisms.sofa import codes, from_setting, from_strength, to_strength
-from codesign.models.transformer import ModelOutput
-from codesign.policy import Policy
+from codesign.mechanisms.sofa import codes, from_strength, to_strength
 from codesign.references import integers
 from codesign.references.sofa import reference_segments
 from codesign.segments import RADIUS_OFF, SHARE_ONE
@@ -25,40 +23,8 @@ SOFT_VARIANTS = pytest.mark.parametrize("variant", ["patches", "decoder"])
 SCALE = MECHANISMS["sofa"].thresholds
 
 
-def policy_of(
-    model: tiny_model.Model, *, seed: int | None = 0, tile_bits: float = 2.0, bits: float = 12.0
-) -> Policy:
-    """Random shares and radii, or all of both."""
-    shape = model.structure
-    policy = tiny_model.shared_policy(shape, attention_bits=bits)
-    size = (shape.num_layers, shape.num_heads, 2)
-    if seed is None:
-        variable = from_setting((1.0, 1.0), size, {})
-    else:
-        strength = np.random.default_rng(seed).uniform(0.3, 0.8, size)
-        strength[..., 1] = strength[..., 1] / 4 + 0.7
-        variable = from_strength(strength, {})
-    own = {
-        "threshold": jnp.asarray(variable, jnp.float32),
-        "tile_bits": jnp.full((shape.num_layers,), tile_bits),
-    }
-    return Policy(layers=policy.layers | own, ends=policy.ends)
-
-
-def run_hard(model: tiny_model.Model, policy: Policy) -> tuple[Any, ModelOutput]:
-    return tiny_model.run_hard(model, policy, model.inputs, mechanism="sofa")
-
-
-def run_soft(model: tiny_model.Model, policy: Policy, **changes: Any) -> ModelOutput:
-    return tiny_model.run_soft(
-        model.params,
-        policy,
-        model.calibration,
-        model.inputs,
-        tiny_model.relaxation(**changes),
-        setup=model.config,
-        mechanism="sofa",
-    )
+TILE_BITS = 2.0
+"""Segments of four keys."""
 
 
 # Codes
@@ -165,7 +131,7 @@ def test_integer_path_equals_the_emulator(variant: str) -> None:
     _, pairs = existing(model)
     for seed, bits in ((0, 16.0), (1, 9.0)):
         deployment, output = run_hard(
-            model, policy_of(model, seed=seed, tile_bits=2.0 + seed, bits=bits)
+            model, policy_of(model, "sofa", seed=seed, tile_bits=2.0 + seed, bits=bits), "sofa"
         )
         got = tiny_model.emulated(model, deployment, output)
         keep = got["keep"] & pairs[None, None, :, None]
@@ -179,8 +145,8 @@ def test_integer_path_equals_the_emulator(variant: str) -> None:
 def test_straight_through_decides_as_the_integer_path(variant: str) -> None:
     model = tiny_model.random_model(variant)
     _, pairs = existing(model)
-    policy = policy_of(model, seed=3)
-    hard, soft = run_hard(model, policy)[1], run_soft(model, policy)
+    policy = policy_of(model, "sofa", seed=3, tile_bits=TILE_BITS)
+    hard, soft = run_hard(model, policy, "sofa")[1], run_soft(model, policy, "sofa")
     mask = np.broadcast_to(pairs[None, None, :, None], hard.trace["keep"].shape)
     agree = np.asarray(soft.trace["keep"]) == hard.trace["keep"]
     # Float32 rounds a code the other way now and then, and every layer adds to it.
@@ -199,11 +165,11 @@ def test_straight_through_decides_as_the_integer_path(variant: str) -> None:
 def test_soft_tends_to_the_integer_path(variant: str) -> None:
     model = tiny_model.random_model(variant)
     _, pairs = existing(model)
-    policy = policy_of(model, seed=4)
-    _, hard = run_hard(model, policy)
+    policy = policy_of(model, "sofa", seed=4, tile_bits=TILE_BITS)
+    _, hard = run_hard(model, policy, "sofa")
     apart = []
     for temperature in (0.5, 1e-4):
-        soft = run_soft(model, policy, temperature=temperature, straight_through=False)
+        soft = run_soft(model, policy, "sofa", temperature=temperature, straight_through=False)
         count = soft.workload.operations["pv.mac"].count
         apart.append(np.abs(count / hard.workload.operations["pv.mac"].count - 1.0).mean())
         mask = np.broadcast_to(pairs[None, None, :, None], hard.trace["keep"].shape)
@@ -215,9 +181,9 @@ def test_soft_tends_to_the_integer_path(variant: str) -> None:
 @VARIANTS
 def test_all_keys_are_dense_attention_bit_for_bit(variant: str) -> None:
     model = tiny_model.random_model(variant)
-    policy = policy_of(model, seed=None, tile_bits=3.0)
-    _, whole = run_hard(model, policy)
-    _, dense = tiny_model.run_hard(model, policy, model.inputs, mechanism="dense")
+    policy = policy_of(model, "sofa", tile_bits=3.0)
+    _, whole = run_hard(model, policy, "sofa")
+    _, dense = run_hard(model, policy, "dense")
     for name, value in tensors(dense).items():
         np.testing.assert_array_equal(tensors(whole)[name], value, err_msg=name)
     valid, pairs = existing(model)
@@ -236,7 +202,9 @@ def test_all_keys_are_dense_attention_bit_for_bit(variant: str) -> None:
 @VARIANTS
 def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
     model = tiny_model.random_model(variant)
-    deployment, output = run_hard(model, policy_of(model, seed=5))
+    deployment, output = run_hard(
+        model, policy_of(model, "sofa", seed=5, tile_bits=TILE_BITS), "sofa"
+    )
     shape, layers = deployment.structure, deployment.layers
     valid, pairs = existing(model)
     keep = output.trace["keep"] & pairs[None, None, :, None]
@@ -288,13 +256,10 @@ def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
 def test_a_larger_share_never_costs_less() -> None:
     """All counts but those of the prediction; the first layer alone, since later ones see what it lets through."""
     model = tiny_model.random_model("bert")
-    policy = policy_of(model, tile_bits=4.0)
-    size = policy.layers["threshold"].shape
     counts = []
     for share in (0.1, 0.3, 0.6, 1.0):
-        knob = jnp.asarray(from_setting((share, 1.0), size, {}), jnp.float32)
-        tried = Policy(layers=policy.layers | {"threshold": knob}, ends=policy.ends)
-        workload = run_hard(model, tried)[1].workload
+        tried = policy_of(model, "sofa", setting=(share, 1.0), tile_bits=4.0)
+        workload = run_hard(model, tried, "sofa")[1].workload
         counts.append({name: one.count[:, 0] for name, one in workload.operations.items()})
     fixed = {"predict.shift_add", "encode.encode", "filter0.shift_add", "output.divide"}
     for few, more in itertools.pairwise(counts):
@@ -307,7 +272,9 @@ def test_a_larger_share_never_costs_less() -> None:
 
 def test_every_knob_has_a_gradient() -> None:
     model = tiny_model.random_model("bert")
-    slopes = tiny_model.knob_slopes(model, policy_of(model, seed=6, bits=11.4), "sofa")
+    slopes = tiny_model.knob_slopes(
+        model, policy_of(model, "sofa", seed=6, tile_bits=TILE_BITS, bits=11.4), "sofa"
+    )
     own = "tile_bits"
     for knob in ("threshold", own, "qk_bits", "qkv.weight_bits", "qkv.activation_bits"):
         assert np.all(np.isfinite(slopes[knob])), knob

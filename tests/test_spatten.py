@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_baselines import model_of, random_policy, run_hard
 from tiny_model import existing
+from tiny_policies import model_of, policy_of, run_hard
 
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape
@@ -129,7 +129,7 @@ def test_error_of_a_score_moves_probabilities_by_half_of_it_at_most(error: float
 @pytest.mark.parametrize("variant", ["bert", "decoder"])
 def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
     model = model_of(variant, "spatten")
-    deployment, output = run_hard(model, random_policy(model, "spatten", seed=5), "spatten")
+    deployment, output = run_hard(model, policy_of(model, "spatten", seed=5), "spatten")
     shape, workload, trace = deployment.structure, output.workload, output.trace
     valid, pairs = existing(model)
     heads = shape.num_heads
@@ -169,10 +169,14 @@ def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
     np.testing.assert_array_equal(workload.streams["key0"].bits, 12 - LOW_BITS)
 
 
-def test_pruned_tokens_and_heads_leave_the_linear_layers_too() -> None:
+def test_pruned_tokens_and_heads_leave_the_linear_layers_and_the_mean_too() -> None:
     model = model_of("patches", "spatten")
-    _, output = run_hard(model, random_policy(model, "spatten", seed=5), "spatten")
+    deployment, output = run_hard(model, policy_of(model, "spatten", seed=5), "spatten")
     alive = output.trace["tokens"].sum(axis=-1)
+    # Logits are sums over the tokens that are left, whose number makes a mean of them.
+    np.testing.assert_array_equal(output.num_pooled, alive[-1])
+    real = deployment.real_logits(output.logits, output.num_pooled)
+    np.testing.assert_allclose(real * alive[-1][:, None], output.logits * deployment.logit_scale)
     rows = output.trace["heads"].sum(axis=-1).mean(axis=-1)
     assert np.all(alive[0] == alive[0, 0]) and np.all(alive[1] < alive[0])
     gemms = output.workload.block_gemms

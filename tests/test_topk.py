@@ -1,5 +1,6 @@
 """Exact top-k: bisection against a sort, counts, and the machine; whole models are in test_baselines."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
-from test_baselines import random_policy, run_hard
 from tiny_model import existing
+from tiny_policies import policy_of, run_hard
 
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape, Setting
@@ -17,7 +18,7 @@ from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import cost
 from codesign.mechanisms.topk import codes, from_setting, from_strength, score_bits, to_strength
 from codesign.references.topk import reference_top
-from codesign.segments import SHARE_ONE, exact_top, soft_exact_top
+from codesign.segments import SHARE_ONE, exact_top, soft_exact_top, soft_top
 
 SPEC = load_preset("topk")
 
@@ -77,6 +78,46 @@ def test_soft_keys_tend_to_the_largest_at_any_width() -> None:
     np.testing.assert_allclose(soft, hard, atol=1e-3)
 
 
+def test_soft_keys_are_those_of_short_scores_equal_ones_included() -> None:
+    """Values and derivatives of `soft_top`, whose scores carry their places; a row without a spread has no steeper gate."""
+    rng = np.random.default_rng(2)
+    scores = jnp.asarray(rng.integers(-200, 200, (1, 2, 6, 9)), jnp.float32)
+    scores = scores.at[0, :, 0].set(0.0).at[0, :, 1].set(64.0).at[0, :, 2, ::2].set(17.0)
+    pairs, slope = jnp.ones((1, 1, 6, 9)), rng.normal(size=scores.shape)
+    share, warm = jnp.asarray([0.3, 0.8]), tiny_model.relaxation(straight_through=False)
+
+    def weights(top: Callable[..., jax.Array]) -> tuple[jax.Array, Any]:
+        def total(scores: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
+            kept = top(scores, pairs, share, 16, warm)
+            return jnp.sum(slope * kept), kept
+
+        slopes, kept = jax.grad(total, argnums=(0, 1), has_aux=True)(scores, share)
+        return kept, slopes
+
+    for wide, short in zip(
+        jax.tree.leaves(weights(soft_exact_top)), jax.tree.leaves(weights(soft_top)), strict=True
+    ):
+        np.testing.assert_allclose(wide, short, rtol=1e-4, atol=1e-5)
+        assert np.any(np.asarray(wide) != 0.0)
+
+
+@pytest.mark.parametrize("unit", [2.0**-30, 0.37, 2.0**20])
+def test_deployed_decisions_are_those_of_any_unit(unit: float) -> None:
+    """Importances are sums of probabilities, mostly below 1."""
+    scores = np.random.default_rng(3).uniform(size=(1, 2, 5, 19)).astype(np.float32)
+    share, pairs = np.asarray([300, 800]), jnp.ones((1, 1, 5, 19))
+    kept = soft_exact_top(
+        jnp.asarray(scores * np.float32(unit)),
+        pairs,
+        jnp.asarray(share / SHARE_ONE),
+        40,
+        tiny_model.relaxation(),
+    )
+    order = np.argsort(np.argsort(-scores, axis=-1), axis=-1)
+    wanted = np.ceil(share * 19 / SHARE_ONE)[None, :, None, None]
+    np.testing.assert_array_equal(kept, order < wanted)
+
+
 def test_strengths_settings_and_codes() -> None:
     strength = np.asarray([[[0.1], [0.9]]])
     np.testing.assert_allclose(to_strength(from_strength(strength, {}), {}), strength)
@@ -93,7 +134,7 @@ def test_strengths_settings_and_codes() -> None:
 @pytest.mark.parametrize("variant", ["patches", "bert", "decoder"])
 def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
     model = tiny_model.random_model(variant)
-    deployment, output = run_hard(model, random_policy(model, "topk", seed=5), "topk")
+    deployment, output = run_hard(model, policy_of(model, "topk", seed=5), "topk")
     shape = deployment.structure
     valid, pairs = existing(model)
     keep = (output.trace["keep"] & pairs[None, None, :, None])[:, 0]
