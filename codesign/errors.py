@@ -17,6 +17,10 @@ class InfeasibleBudgetError(CodesignError):
     """A budget below the cost of the cheapest legal policy."""
 
 
+class InfeasibleCapError(CodesignError):
+    """A cap on area or power that no legal machine keeps."""
+
+
 class CheckpointError(CodesignError):
     """A checkpoint that is missing, corrupted or made by another model."""
 

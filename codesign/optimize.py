@@ -1,4 +1,4 @@
-"""One compiled training step on weights and policy at once."""
+"""One compiled training step on weights, policy and the machine's sizes at once."""
 
 import dataclasses
 import math
@@ -27,9 +27,9 @@ from codesign.watch import GRADIENT_NORM, THRESHOLD_GRADIENT
 PyTree = Any
 """A nested container of arrays."""
 
-Group = Literal["params", "thresholds", "bits", "clips"]
-TRAINABLE: tuple[Group, ...] = ("params", "thresholds", "bits", "clips")
-"""Optimiser groups: the model's weights, then those of a policy."""
+Group = Literal["params", "thresholds", "bits", "clips", "sizes"]
+TRAINABLE: tuple[Group, ...] = ("params", "thresholds", "bits", "clips", "sizes")
+"""Optimiser groups: the model's weights, those of a policy, and the machine's sizes."""
 
 # Every rate ends at this fraction of its peak; that of the weights also starts there, and rises over this part of the
 # steps (ours).
@@ -42,7 +42,7 @@ class OptimizeSettings:
     """Everything static about training; values here are compiled into the step."""
 
     # Optimiser groups that are trained; the others keep their values bit for bit.
-    train: tuple[Group, ...] = TRAINABLE
+    train: tuple[Group, ...] = ("params", "thresholds", "bits", "clips")
     # Optimiser steps in all, >= 1.
     num_steps: int = 200
     # Last part of the steps, with widths rounded to whole bits and held, [0, 1).
@@ -60,6 +60,8 @@ class OptimizeSettings:
     bits_rate: float = 0.05
     # Rate of Adam on clips, in natural logarithm of the range per step, > 0.
     clip_rate: float = 1e-2
+    # Rate of Adam on the machine's sizes, octaves per step, > 0.
+    size_rate: float = 0.05
     # Largest gradient norm of a group; longer gradients are scaled down to it, > 0.
     clip_norm: float = 1.0
     # How the budgets are held: augmented Lagrangian, fixed squared penalty, or PID on the price.
@@ -104,6 +106,7 @@ class OptimizeSettings:
             "threshold_rate",
             "bits_rate",
             "clip_rate",
+            "size_rate",
             "clip_norm",
         ):
             if not 0.0 < getattr(self, name) < math.inf:
@@ -142,6 +145,7 @@ class TrainState:
       policy: The knobs; widths are whole bits from the hardened stage on.
       optimizer_state: Moments of the trained groups.
       constraint: Prices of the budgets.
+      sizes: The machine's sizes in their own units, scalars by name; empty where they are not trained.
     """
 
     step: jax.Array
@@ -149,6 +153,7 @@ class TrainState:
     policy: Policy
     optimizer_state: PyTree
     constraint: ConstraintState
+    sizes: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -168,14 +173,22 @@ LossFn = Callable[[PyTree, Policy, PyTree, PyTree, Relaxation], tuple[jax.Array,
 """`(params, policy, batch, constants, relaxation) -> (task loss, aux)`."""
 
 CostFn = Callable[[Any, PyTree, jax.Array], jax.Array]
-"""`(workload, constants, smoothness) -> ratios [C]`, cost over budget, > 0; the budgets are among the constants."""
+"""`(workload, constants, smoothness) -> ratios [C]`, cost over budget, > 0; the budgets are among the constants, and so,
+as `sizes`, are the machine's sizes where they are trained."""
+
+SizesFn = Callable[[dict[str, jax.Array], Any, PyTree, jax.Array], dict[str, jax.Array]]
+"""`(sizes, workload, constants, smoothness) -> sizes`, moved back among the legal ones."""
 
 StepFn = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.Array]]]
 """`(state, batch, constants) -> (state, metrics)`; the metrics are scalars and vectors."""
 
 
 def init_state(
-    params: PyTree, policy: Policy, settings: OptimizeSettings, num_constraints: int
+    params: PyTree,
+    policy: Policy,
+    settings: OptimizeSettings,
+    num_constraints: int,
+    sizes: dict[str, jax.Array] | None = None,
 ) -> TrainState:
     """Returns the state before the first step, on copies of its arguments.
 
@@ -184,13 +197,16 @@ def init_state(
       policy: The knobs. Widths that are not trained are used as they are, so pass whole bits.
       settings: Settings of the step.
       num_constraints: Number of budgets C.
+      sizes: The machine's sizes, scalars by name, > 0; needed where they are trained.
     """
+    sizes = {} if sizes is None else sizes
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         policy=policy,
-        optimizer_state=_optimizer(settings).init(_trained(params, policy, settings)),
+        optimizer_state=_optimizer(settings).init(_trained(params, policy, sizes, settings)),
         constraint=init_constraint(settings.method, num_constraints),
+        sizes=sizes,
     )
     # The step takes over its input's buffers, which must therefore be unshared; an explicit dtype
     # drops weak types, which would cost a second compilation.
@@ -271,7 +287,12 @@ class TrainStep:
         return hard
 
 
-def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings) -> TrainStep:
+def make_train_step(
+    loss_fn: LossFn,
+    cost_fn: CostFn,
+    settings: OptimizeSettings,
+    sizes_fn: SizesFn | None = None,
+) -> TrainStep:
     """Returns the training step.
 
     A step descends on task loss plus penalties, only through the groups that are trained, then
@@ -280,10 +301,14 @@ def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings
     are traced: the step compiles once, and the costs that the rounding compares once more. The state
     passed in is consumed. Reading which step it is, the host waits for the one before.
 
+    The machine's sizes do not touch the task. Their logarithms descend on the sum of the ratios' logarithms, whatever the
+    price of the budgets, and are held from the hardened stage on; the rest sees them as constants.
+
     Args:
       loss_fn: Task loss of a batch; must not use the metric names below.
       cost_fn: Cost over budget of a workload; may return `[0]`.
       settings: Settings, compiled in.
+      sizes_fn: Moves sizes back among the legal ones after each step; needed where they are trained.
 
     Returns:
       The step. Its metrics: the terms of `loss_fn`; `task`, `penalty`, `objective`; `ratio` and
@@ -292,7 +317,12 @@ def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings
       thresholds; `is_finite`.
     """
     optimizer = _optimizer(settings)
-    trains_bits = "bits" in settings.train
+    trains_bits, trains_sizes = "bits" in settings.train, "sizes" in settings.train
+    if trains_sizes and sizes_fn is None:
+        raise CodesignError("`train` names `sizes`: give `sizes_fn`, which keeps them legal")
+
+    def with_sizes(constants: PyTree, sizes: dict[str, jax.Array]) -> PyTree:
+        return constants | {"sizes": sizes} if sizes else constants
 
     def step_fn(
         state: TrainState, batch: PyTree, constants: PyTree
@@ -306,20 +336,35 @@ def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings
         def objective(trained: dict[str, PyTree]) -> tuple[jax.Array, Any]:
             params = trained.get("params", state.params)
             task, aux = loss_fn(params, _merged(policy, trained), batch, constants, relaxation)
-            ratios = cost_fn(aux.workload, constants, relaxation.smoothness)
+            held = with_sizes(constants, state.sizes)
+            ratios = cost_fn(aux.workload, held, relaxation.smoothness)
             penalty = price_scale * constraint_penalty(state.constraint, ratios, settings.method)
-            return task + penalty, (task, penalty, ratios, aux.terms)
+            workload = jax.lax.stop_gradient(aux.workload) if trains_sizes else None
+            return task + penalty, (task, penalty, ratios, aux.terms, workload)
 
-        trained = _trained(state.params, policy, settings)
-        (value, (task, penalty, ratios, terms)), gradients = jax.value_and_grad(
+        def size_objective(octaves: dict[str, jax.Array]) -> jax.Array:
+            moved = with_sizes(constants, _scaled(state.sizes, octaves))
+            return jnp.sum(jnp.log(cost_fn(workload, moved, relaxation.smoothness)))
+
+        trained = _trained(state.params, policy, state.sizes, settings)
+        chosen = {name: tree for name, tree in trained.items() if name != "sizes"}
+        (value, (task, penalty, ratios, terms, workload)), gradients = jax.value_and_grad(
             objective, has_aux=True
-        )(trained)
+        )(chosen)
+        if trains_sizes:
+            gradients["sizes"] = jax.grad(size_objective)(jax.tree.map(jnp.zeros_like, state.sizes))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, trained)
         if trains_bits:
             updates["bits"] = jax.tree.map(
                 lambda update: jnp.where(is_hardened, 0.0, update), updates["bits"]
             )
-        trained = optax.apply_updates(trained, updates)
+        sizes = state.sizes
+        if trains_sizes:
+            assert sizes_fn is not None
+            moved = _scaled(sizes, updates.pop("sizes"))
+            legal = sizes_fn(moved, workload, constants, relaxation.smoothness)
+            sizes = jax.tree.map(lambda new, old: jnp.where(is_hardened, old, new), legal, sizes)
+        trained = optax.apply_updates(chosen, updates)
         policy = _merged(policy, trained)
         ascended = update_constraint(state.constraint, ratios, settings.method)
 
@@ -353,13 +398,14 @@ def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings
             constraint=jax.tree.map(
                 lambda new, old: old + price_scale * (new - old), ascended, state.constraint
             ),
+            sizes=sizes,
         )
         return after, metrics
 
     def ratios_fn(state: TrainState, batch: PyTree, constants: PyTree, policy: Policy) -> jax.Array:
         relaxation = relaxation_at(state.step, settings)
         _, aux = loss_fn(state.params, policy, batch, constants, relaxation)
-        return cost_fn(aux.workload, constants, relaxation.smoothness)
+        return cost_fn(aux.workload, with_sizes(constants, state.sizes), relaxation.smoothness)
 
     return TrainStep(
         compiled=jax.jit(step_fn, donate_argnums=0),
@@ -371,7 +417,7 @@ def make_train_step(loss_fn: LossFn, cost_fn: CostFn, settings: OptimizeSettings
 def _optimizer(settings: OptimizeSettings) -> optax.GradientTransformation:
     """Returns the optimiser of the trained groups, each with its own clipping and a rate that falls along a cosine.
 
-    The widths' rate falls over stage 1, that of the weights over stage 2 (where there is one), the others' over both.
+    That of widths and sizes falls over stage 1, that of the weights over stage 2 (if there is one), the others' over both.
     """
     stage1, stage2 = settings.hardened_step, settings.num_steps - settings.hardened_step
     warmup_steps = int(WEIGHT_WARMUP_FRACTION * settings.num_steps)
@@ -397,6 +443,7 @@ def _optimizer(settings: OptimizeSettings) -> optax.GradientTransformation:
         "thresholds": optax.adam(falling(settings.threshold_rate, settings.num_steps)),
         "bits": optax.adam(falling(settings.bits_rate, stage1)),
         "clips": optax.adam(falling(settings.clip_rate, settings.num_steps)),
+        "sizes": optax.adam(falling(settings.size_rate, stage1)),
     }
     clipping = optax.clip_by_global_norm(settings.clip_norm)
     return optax.partition(
@@ -411,18 +458,25 @@ def _price_scale(step: jax.Array, settings: OptimizeSettings) -> jax.Array:
     return jnp.clip(step / warmup_steps, 0.0, 1.0) if warmup_steps > 0.0 else jnp.ones(())
 
 
-def _trained(params: PyTree, policy: Policy, settings: OptimizeSettings) -> dict[str, PyTree]:
-    """Returns what is differentiated, by optimiser group; a policy's group holds `layers` and `ends`."""
+def _trained(
+    params: PyTree, policy: Policy, sizes: dict[str, jax.Array], settings: OptimizeSettings
+) -> dict[str, PyTree]:
+    """Returns what is trained, by optimiser group; a policy's group holds `layers` and `ends`."""
 
     def chosen(knobs: dict[str, jax.Array], name: str) -> dict[str, jax.Array]:
         return {knob: value for knob, value in knobs.items() if group(knob) == name}
 
     return {
-        name: params
-        if name == "params"
+        name: {"params": params, "sizes": sizes}[name]
+        if name in ("params", "sizes")
         else {"layers": chosen(policy.layers, name), "ends": chosen(policy.ends, name)}
         for name in settings.train
     }
+
+
+def _scaled(sizes: dict[str, jax.Array], octaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns sizes times powers of two; those of octaves 0 bit for bit."""
+    return {name: value * jnp.exp2(octaves[name]) for name, value in sizes.items()}
 
 
 def _merged(policy: Policy, trained: dict[str, PyTree]) -> Policy:

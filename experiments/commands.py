@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from codesign.errors import CodesignError, RunDirectoryError
-from codesign.experiments.configs import Budget, Experiment, Metric, Mode, Scope
+from codesign.experiments.configs import Budget, BudgetMetric, Experiment, Mode, Scope
 from codesign.experiments.curve import CURVE_FILE, checked_curve, run_curve
 from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.data import Part
@@ -31,6 +31,7 @@ from codesign.experiments.tables import (
     print_table,
     result_cells,
 )
+from codesign.hw.sizing import Caps
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 
@@ -41,6 +42,7 @@ def train(
     out: Path,
     mode: Mode = "joint",
     budget: Budget = Budget(),  # noqa: B008 (frozen)
+    caps: Caps = Caps(),  # noqa: B008 (frozen)
     cache: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -56,15 +58,17 @@ def train(
     Args:
       experiment: The named experiment; every field can be overridden.
       out: Run directory, made here.
-      mode: Whether weights, thresholds and bits are trained (joint), or thresholds and bits alone (policy).
-      budget: At least one bound is needed; each is a fraction of the dense cost.
+      mode: What is trained: weights, thresholds and bits (joint), thresholds and bits alone (policy), or the first and the
+        machine's sizes (codesign).
+      budget: At least one bound is needed; each is a fraction of the dense cost on the file's machine.
+      caps: What trained sizes keep; the area is at most the file's own where none is given.
       cache: Folder of the dense models; default: `dense` beside the run.
       resume: Continue the run in `--out`.
       overwrite: Delete the run in `--out` first.
       estimate: Print the expected time and stop.
     """
     check_directory(out, resume=resume, overwrite=overwrite)
-    outlined = checked(experiment, budget)
+    outlined = checked(experiment, mode, budget, caps)
     tell_notes(outlined)
     announce(estimate_seconds(outlined))
     if estimate:
@@ -73,6 +77,7 @@ def train(
         experiment,
         mode,
         budget,
+        caps,
         out,
         cache=cache or dense_folder(out),
         resume=resume,
@@ -127,7 +132,7 @@ def curve(
     experiment: Experiment,
     out: Path,
     budgets: tuple[float, ...] = (0.7, 0.6, 0.5, 0.4, 0.35, 0.3),
-    metric: Metric = "energy",
+    metric: BudgetMetric = "energy",
     scope: Scope = "end_to_end",
     seeds: tuple[int, ...] = (0,),
     part: Part = "validation",

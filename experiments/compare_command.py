@@ -17,7 +17,7 @@ from codesign.experiments.compare import (
     reached_settings,
     run_comparison,
 )
-from codesign.experiments.configs import Experiment, Metric
+from codesign.experiments.configs import BudgetMetric, Experiment
 from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.data import Part
 from codesign.experiments.finished import DENSE_FOLDER
@@ -37,7 +37,7 @@ def compare(
     out: Path,
     mechanisms: tuple[str, ...] | None = None,
     budgets: tuple[float, ...] = (0.6, 0.45, 0.35),
-    metric: Metric = "energy",
+    metric: BudgetMetric = "energy",
     seeds: tuple[int, ...] = (0,),
     part: Part = "validation",
     num_selection: int = 32,

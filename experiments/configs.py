@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -13,12 +14,16 @@ from codesign.optimize import Group, OptimizeSettings
 from codesign.policy import BITS_RANGE
 
 Metric = Literal["energy", "latency"]
+"""What every example costs."""
+BudgetMetric = Literal["energy", "latency", "edp"]
+"""What a budget bounds: means over examples, and their product, the energy-delay product."""
 Scope = Literal["end_to_end", "attention"]
-Mode = Literal["joint", "policy"]
+Mode = Literal["joint", "policy", "codesign"]
 
 MODES: dict[Mode, tuple[Group, ...]] = {
     "joint": ("params", "thresholds", "bits", "clips"),
     "policy": ("thresholds", "bits", "clips"),
+    "codesign": ("params", "thresholds", "bits", "clips", "sizes"),
 }
 """Optimiser groups that each mode trains."""
 
@@ -110,6 +115,8 @@ class Budget:
     energy: float | None = None
     # Latency per example over that of dense, > 0.
     latency: float | None = None
+    # Mean energy times mean latency over that of dense, > 0.
+    edp: float | None = None
     # Whether the linear layers count (end_to_end) or attention alone.
     scope: Scope = "end_to_end"
 
@@ -119,17 +126,26 @@ class Budget:
         Raises:
           CodesignError: If a bound is not positive and finite.
         """
-        for name, value in (("energy", self.energy), ("latency", self.latency)):
+        for name, value in self._bounds.items():
             if value is not None and not 0.0 < value < math.inf:
                 raise CodesignError(
                     f"`budget.{name}` must be > 0 and finite (a fraction of dense), got {value}: give e.g. 0.5"
                 )
 
     @property
-    def limits(self) -> dict[Metric, float]:
+    def _bounds(self) -> dict[BudgetMetric, float | None]:
+        return {"energy": self.energy, "latency": self.latency, "edp": self.edp}
+
+    @property
+    def limits(self) -> dict[BudgetMetric, float]:
         """The bounds that are set."""
-        bounds: dict[Metric, float | None] = {"energy": self.energy, "latency": self.latency}
-        return {name: value for name, value in bounds.items() if value is not None}
+        return {name: value for name, value in self._bounds.items() if value is not None}
+
+
+def with_edp(means: Mapping[Metric, Any]) -> dict[BudgetMetric, Any]:
+    """Returns mean costs (pJ and cycles, or both over those of dense) with their product."""
+    energy, latency = means["energy"], means["latency"]
+    return {"energy": energy, "latency": latency, "edp": energy * latency}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from codesign.calibration import Calibration
-from codesign.experiments.configs import Budget, Experiment, Metric, require
+from codesign.experiments.configs import Budget, BudgetMetric, Experiment, require
 from codesign.experiments.curve_record import CurvePoint, curve_record
 from codesign.experiments.curve_settings import TRAINED_KINDS, CurveSettings
 from codesign.experiments.data import Part
@@ -156,7 +156,7 @@ def _seed_points(
         points.append(CurvePoint("uniform", seed, fraction, chosen[fraction], measured))
         report(_line(points[-1], dense))
     for kind in settings.trained_kinds:
-        metrics: tuple[Metric, ...] = () if kind == "uniform_tuned" else (settings.metric,)
+        metrics: tuple[BudgetMetric, ...] = () if kind == "uniform_tuned" else (settings.metric,)
         optimize = dataclasses.replace(problem.experiment.optimize, train=TRAINED_KINDS[kind])
         training = BudgetedTraining(problem, optimize, metrics, settings.scope)
         point = start

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codesign.experiments.comparison import bootstrap, cost_at_equal_kl, mixture_at
-from codesign.experiments.configs import Metric, Scope
+from codesign.experiments.configs import BudgetMetric, Scope
 from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.data import QualityName
 from codesign.experiments.evaluate import Measurement, summary
@@ -143,7 +143,7 @@ def _mean_costs(
 ) -> dict[str, float]:
     """Returns costs averaged over seeds, and their ratios to dense."""
 
-    def mean(measurements: list[Measurement], metric: Metric) -> float:
+    def mean(measurements: list[Measurement], metric: BudgetMetric) -> float:
         return float(np.mean([one.mean_cost(metric, scope) for one in measurements]))
 
     energy_pj, latency_cycles = mean(group, "energy"), mean(group, "latency")
@@ -152,6 +152,7 @@ def _mean_costs(
         "energy_ratio": energy_pj / mean(dense, "energy"),
         "latency_cycles": latency_cycles,
         "latency_ratio": latency_cycles / mean(dense, "latency"),
+        "edp_pj_cycles": mean(group, "edp"),
     }
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 
-from codesign.experiments.configs import Budget, Metric, Scope, require, require_at_least
+from codesign.experiments.configs import Budget, BudgetMetric, Scope, require, require_at_least
 from codesign.optimize import Group
 from codesign.policy import BITS_RANGE
 
@@ -26,7 +26,7 @@ class CurveSettings:
     # Budgets as fractions of the dense cost, falling, > 0; each point starts from the one before.
     budgets: tuple[float, ...] = (0.7, 0.6, 0.5, 0.4, 0.35, 0.3)
     # The cost under the budget, and whether linear layers count.
-    metric: Metric = "energy"
+    metric: BudgetMetric = "energy"
     scope: Scope = "end_to_end"
     # Whether to add the two ablations.
     ablations: bool = False
@@ -112,6 +112,5 @@ class CurveSettings:
 
     def budget(self, fraction: float) -> Budget:
         """Returns the budget of one point."""
-        if self.metric == "energy":
-            return Budget(energy=fraction, scope=self.scope)
-        return Budget(latency=fraction, scope=self.scope)
+        bound: dict[str, float] = {self.metric: fraction}
+        return Budget(scope=self.scope, **bound)

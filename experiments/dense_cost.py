@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codesign.experiments.batches import Inputs, chunks
-from codesign.experiments.configs import Metric, Scope
+from codesign.experiments.configs import BudgetMetric, Metric, Scope, with_edp
 from codesign.experiments.data import Examples
 from codesign.experiments.evaluate import DENSE_ATTENTION_BITS, DENSE_LINEAR_BITS, costs_of
 from codesign.hw.accelerator import Accelerator
@@ -102,13 +102,13 @@ class DenseCost:
 
     def mean(
         self, examples: Examples, buckets: tuple[int, ...], scope: Scope
-    ) -> dict[Metric, float]:
-        """Returns pJ and cycles, mean over examples."""
+    ) -> dict[BudgetMetric, float]:
+        """Returns pJ and cycles, means over examples, and their product."""
         totals: dict[Metric, float] = {"energy": 0.0, "latency": 0.0}
         for inputs, indices in chunks(examples, lambda num_tokens: len(examples), buckets):
             for metric, values in self.of(inputs)[scope].items():
                 totals[metric] += float(np.sum(values[: len(indices)]))
-        return {metric: total / len(examples) for metric, total in totals.items()}
+        return with_edp({metric: total / len(examples) for metric, total in totals.items()})
 
     def _table(self, bucket: int) -> Costs:
         """Returns costs by length, `[bucket + 1]`; images have one length only."""

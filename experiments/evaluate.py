@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from codesign.calibration import Calibration
 from codesign.experiments.batches import Inputs, chunks
-from codesign.experiments.configs import Metric, Scope
+from codesign.experiments.configs import BudgetMetric, Metric, Scope, with_edp
 from codesign.experiments.data import Examples, Part, QualityName
 from codesign.experiments.problem import Problem
 from codesign.experiments.teacher import sized
 from codesign.hw.accelerator import Accelerator
+from codesign.hw.sizing import with_sizes
 from codesign.hw.surrogate import SCOPES, Cost, cost
 from codesign.mechanisms import Mechanism, mechanism_by_name
 from codesign.models.deploy import Deployment, harden
@@ -36,11 +37,15 @@ DENSE_LINEAR_BITS, DENSE_ATTENTION_BITS = 8.0, 16.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """A model that can be deployed: parameters, policy and static ranges."""
+    """A model that can be deployed: parameters, policy and static ranges, and sizes of the machine where they are trained.
+
+    `sizes` are scalars by name, as in `Accelerator.sizes`; empty: the machine is that of the problem.
+    """
 
     params: dict[str, Any]
     policy: Policy
     calibration: Calibration
+    sizes: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,9 +94,10 @@ class Measurement:
         """Returns the mean kept fraction: of pairs, where the mechanism keeps pairs."""
         return float(np.mean(self.kept if self.kept_pairs is None else self.kept_pairs))
 
-    def mean_cost(self, metric: Metric, scope: Scope) -> float:
-        """Returns the mean cost per example, pJ or cycles."""
-        return float(np.mean(self.costs[scope][metric]))
+    def mean_cost(self, metric: BudgetMetric, scope: Scope) -> float:
+        """Returns the mean cost per example, pJ or cycles, or the product of both means."""
+        means = {name: float(np.mean(values)) for name, values in self.costs[scope].items()}
+        return float(with_edp(means)[metric])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -320,6 +326,11 @@ def quality(
     return _mean_over_tokens(nats / np.log(2.0), valid)
 
 
+def machine_of(problem: Problem, point: Point) -> Accelerator:
+    """Returns the machine of a point: the problem's, with its own sizes where they are trained."""
+    return with_sizes(problem.accelerator, point.sizes)
+
+
 def deployment(problem: Problem, point: Point, *, mechanism: Mechanism | None = None) -> Deployment:
     """Returns the integers of a point."""
     return harden(
@@ -365,7 +376,7 @@ def measure(
     for chunk in hard_chunks(
         deployed,
         examples,
-        problem.accelerator,
+        machine_of(problem, point),
         problem.buckets,
         mechanism=hooks,
         machines=machines,

@@ -11,12 +11,17 @@ from codesign import __version__
 from codesign.errors import CodesignError
 from codesign.experiments.configs import Metric
 from codesign.experiments.data import Examples, Part
-from codesign.experiments.evaluate import HardChunk, deployment, hard_chunks, measure
+from codesign.experiments.evaluate import (
+    HardChunk,
+    deployment,
+    hard_chunks,
+    machine_of,
+    measure,
+)
 from codesign.experiments.finished import FinishedRun
-from codesign.experiments.model_choice import model_shape
 from codesign.experiments.problem import Problem
 from codesign.hw import emulator
-from codesign.hw.closed_form import Setting
+from codesign.hw.accelerator import Accelerator
 from codesign.hw.export import (
     Difference,
     Export,
@@ -31,9 +36,9 @@ from codesign.hw.hardware_config import (
     IntegerPolicy,
     Scales,
 )
-from codesign.hw.operating_points import closed_form_workload
 from codesign.hw.simulator import GemmShape, Simulation, simulate
-from codesign.hw.surrogate import SCOPES, cost
+from codesign.hw.sizing import total_area_mm2
+from codesign.hw.surrogate import SCOPES
 from codesign.models.deploy import Deployment
 from codesign.references import reference_by_name
 from codesign.references.a3 import OFF as SEARCH_OFF
@@ -51,13 +56,16 @@ METRICS: tuple[tuple[Metric, str], ...] = (
 
 
 def traced_chunks(
-    problem: Problem, deployed: Deployment, examples: Examples
+    problem: Problem,
+    deployed: Deployment,
+    examples: Examples,
+    machine: Accelerator | None = None,
 ) -> Iterator[HardChunk]:
-    """Yields chunks of examples with everything the JAX hard path does on them."""
+    """Yields chunks of examples with everything the JAX hard path does on them, priced on `machine` or the problem's."""
     return hard_chunks(
         deployed,
         examples,
-        problem.accelerator,
+        machine or problem.accelerator,
         problem.buckets,
         mechanism=problem.mechanism,
         tracing=True,
@@ -110,7 +118,7 @@ def write_run_export(finished: FinishedRun, out: Path, *, num_golden: int) -> Ha
             residual_scale=residual_scale,
             logit_scale=deployed.logit_scale,
         ),
-        accelerator=problem.spec,
+        accelerator=finished.spec,
         expected=_expected(finished),
     )
     return write_export(out, config, deployed.layers, deployed.ends, chunk.inputs, chunk.tensors)
@@ -120,10 +128,7 @@ def _expected(finished: FinishedRun) -> Expected:
     """Returns what the run reached on the validation part."""
     problem = finished.problem
     measured = measure(problem, finished.point, "validation")
-    structure = problem.config.structure
-    shape = model_shape(structure, structure.max_tokens)
-    workload = closed_form_workload(problem.spec, shape, Setting())
-    area_mm2 = cost(workload, problem.accelerator).area_mm2("end_to_end")
+    area_mm2 = total_area_mm2(machine_of(problem, finished.point))
     attention, end_to_end = (
         ExpectedCost(
             energy_pj=measured.mean_cost("energy", scope),
@@ -213,10 +218,11 @@ def compare_with_simulator(finished: FinishedRun, part: Part, num_examples: int)
     modelled: dict[str, list[NDArray[np.float64]]] = {}
     simulated: dict[str, list[NDArray[np.float64]]] = {}
     differing: str | None = None
-    for batch in traced_chunks(problem, deployed, examples):
+    machine = machine_of(problem, finished.point)
+    for batch in traced_chunks(problem, deployed, examples, machine):
         simulation = simulate(
             trace_of(deployed, batch),
-            problem.spec,
+            finished.spec,
             shapes,
             is_causal=deployed.structure.is_causal,
         )

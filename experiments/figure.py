@@ -15,6 +15,7 @@ STYLE = {
     "thresholds_only": ("thresholds trained, bits uniform", "#a64d79", "D", "-."),
 }
 """Label, colour, marker and line of each kind of point."""
+METRIC_LABEL = {"energy": "Energy", "latency": "Latency", "edp": "Energy-delay product"}
 QUALITY = {"accuracy": ("Accuracy (%)", 100.0), "bits_per_token": ("Bits per token", 1.0)}
 """Label of a quality and its factor in the figure."""
 
@@ -35,6 +36,7 @@ def draw_curve(record: dict[str, Any], path: Path) -> None:
     key, factor, unit = {
         "energy": ("energy_pj", PJ_PER_UJ, "µJ"),
         "latency": ("latency_cycles", 1e3, "thousand cycles"),
+        "edp": ("edp_pj_cycles", 1e3 * PJ_PER_UJ, "µJ x thousand cycles"),
     }[metric]
     label_of_quality, percent = QUALITY[record["quality_name"]]
     figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained")
@@ -76,7 +78,7 @@ def draw_curve(record: dict[str, Any], path: Path) -> None:
     axes[1].set_ylabel("KL divergence from dense (nat)")
     where = "end to end" if scope == "end_to_end" else "attention only"
     for axis in axes:
-        axis.set_xlabel(f"{metric.capitalize()} per example, {where} ({unit})")
+        axis.set_xlabel(f"{METRIC_LABEL[metric]} per example, {where} ({unit})")
         axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
         ratio = axis.secondary_xaxis(
             "top", functions=(lambda x: x / dense_cost, lambda x: x * dense_cost)

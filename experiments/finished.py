@@ -21,23 +21,29 @@ from codesign.experiments.evaluate import (
     Point,
     dense_point,
     deployment,
+    machine_of,
     measure,
     summary,
 )
 from codesign.experiments.problem import Problem, load_problem, outline
 from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import CONFIG, RunDirectory, write_json
+from codesign.experiments.sizing import resolved_caps
 from codesign.experiments.start import start_point, start_policy
 from codesign.experiments.teacher import float_path
-from codesign.experiments.train import BudgetedTraining, finished_point
-from codesign.hw.accelerator import Accelerator
+from codesign.experiments.train import SIZES_FILE, BudgetedTraining, finished_point
+from codesign.hw.accelerator import Accelerator, spec_with_sizes
 from codesign.hw.hardware_config import IntegerPolicy
+from codesign.hw.sizing import Caps, total_area_mm2
+from codesign.hw.spec import AcceleratorSpec
 from codesign.mechanisms import dense_beside
 from codesign.models.deploy import Deployment
 from codesign.models.parameters import init_params
 from codesign.objective import BUDGET_MISS
 
 RESULT_FILE = "result.json"
+MACHINE_FILE = "machine.json"
+"""Of a run that trains sizes: the machine with those that are built, an accelerator file."""
 DATA_FILE = "data.json"
 """Digests of the parts that a run reads."""
 RECORDED_PARTS: tuple[Part, ...] = ("train", "validation")
@@ -52,6 +58,7 @@ class Settings(BaseModel):
     experiment: Experiment
     mode: Mode
     budget: Budget
+    caps: Caps = Caps()
 
     def plain(self) -> dict[str, Any]:
         """Returns the settings as plain types."""
@@ -59,6 +66,7 @@ class Settings(BaseModel):
             "experiment": self.experiment.plain(),
             "mode": self.mode,
             "budget": dataclasses.asdict(self.budget),
+            "caps": dataclasses.asdict(self.caps),
         }
 
 
@@ -71,8 +79,13 @@ class FinishedRun:
     problem: Problem
     point: Point
 
+    @property
+    def spec(self) -> AcceleratorSpec:
+        """The machine that the point runs on: the file's, with the trained sizes if there are any."""
+        return spec_of(self.problem, self.point)
+
     def dense_measurement(self, part: Part) -> Measurement:
-        """Returns what the dense model of the same machine does on a part, hard path."""
+        """Returns what the dense model of the file's machine does on a part, hard path."""
         return measure_dense(self.problem, self.point, part)
 
 
@@ -89,18 +102,34 @@ def measure_dense(
     return measure(problem, reference, part, mechanism=mechanism, machines=machines)
 
 
-def checked(experiment: Experiment, budget: Budget) -> Problem:
+def spec_of(problem: Problem, point: Point) -> AcceleratorSpec:
+    """Returns the machine of a point as a file."""
+    if not point.sizes:
+        return problem.spec
+    sizes = {name: float(value) for name, value in point.sizes.items()}
+    return spec_with_sizes(problem.spec, sizes)
+
+
+def checked(experiment: Experiment, mode: Mode, budget: Budget, caps: Caps) -> Problem:
     """Returns the outline of an experiment whose budget can be met, before anything is written.
 
     Raises:
       CodesignError: If there is no budget, or a setting or the data is wrong.
-      InfeasibleBudgetError: If no legal policy reaches the budget.
+      InfeasibleBudgetError: If no legal policy reaches the budget on the file's own sizes, and they are not trained.
+      InfeasibleCapError: If no legal machine keeps the caps.
     """
     if not budget.limits:
         raise CodesignError(
-            "no budget is given: add `--budget.energy 0.5` or `--budget.latency 0.5`, a fraction of dense"
+            "no budget is given: add `--budget.energy 0.5` (or `latency`, `edp`), a fraction of dense"
         )
     outlined = outline(experiment)
+    if "sizes" in MODES[mode]:
+        resolved_caps(outlined.spec, caps)
+        return outlined
+    if caps.names:
+        raise CodesignError(
+            f"`caps` bound sizes, which mode `{mode}` does not train: use `--mode codesign`"
+        )
     check_reachable(outlined, budget)
     return outlined
 
@@ -116,6 +145,7 @@ def train_run(
     experiment: Experiment,
     mode: Mode,
     budget: Budget,
+    caps: Caps,
     out: Path,
     *,
     cache: Path,
@@ -129,6 +159,7 @@ def train_run(
       experiment: Settings that passed `checked`.
       mode: Which optimiser groups are trained.
       budget: Bounds, at least one.
+      caps: What trained sizes keep.
       out: Run directory.
       cache: Folder of the dense models.
       resume: Continue the run that is there.
@@ -140,12 +171,15 @@ def train_run(
     """
     optimize = dataclasses.replace(experiment.optimize, train=MODES[mode])
     settings = Settings(
-        experiment=dataclasses.replace(experiment, optimize=optimize), mode=mode, budget=budget
+        experiment=dataclasses.replace(experiment, optimize=optimize),
+        mode=mode,
+        budget=budget,
+        caps=caps,
     )
     run = RunDirectory.create(out, settings.plain(), resume=resume, overwrite=overwrite)
     problem = load_problem(settings.experiment, cache=cache, progress=progress)
     record_data(run.path, problem.task)
-    training = BudgetedTraining(problem, optimize, tuple(budget.limits), budget.scope)
+    training = BudgetedTraining(problem, optimize, tuple(budget.limits), budget.scope, caps)
     point = training.train(
         start_point(problem),
         budget,
@@ -179,6 +213,11 @@ def train_run(
             one["reached"] <= one["limit"] * (1.0 + BUDGET_MISS) for one in reached.values()
         ),
     }
+    if point.sizes:
+        spec = spec_of(problem, point)
+        result["sizes"] = json.loads((run.path / SIZES_FILE).read_text())
+        result["sizes"]["area_mm2"] = float(total_area_mm2(machine_of(problem, point)))
+        (run.path / MACHINE_FILE).write_text(spec.model_dump_json(indent=2) + "\n")
     write_json(run.path / RESULT_FILE, result)
     return result
 
@@ -258,7 +297,9 @@ def load_run(path: Path, *, cache: Path | None, progress: bool) -> FinishedRun:
         )
     outlined = outline(experiment)
     check_data(path, outlined.task)
-    training = BudgetedTraining(outlined, experiment.optimize, tuple(budget.limits), budget.scope)
+    training = BudgetedTraining(
+        outlined, experiment.optimize, tuple(budget.limits), budget.scope, settings.caps
+    )
     _, tree = run.load(_blank_checkpoint(training, budget))
     return FinishedRun(
         path=path,
@@ -287,7 +328,8 @@ def _blank_checkpoint(training: BudgetedTraining, budget: Budget) -> dict[str, A
             attention_bits=problem.experiment.start_attention_bits,
         )
         calibration = Calibration(layers=ranges["layers"], ends=ranges["ends"])
-        point = Point(params=params, policy=policy, calibration=calibration)
+        sizes = {} if training.sizing is None else training.sizing.start
+        point = Point(params=params, policy=policy, calibration=calibration, sizes=sizes)
         return training.initial(point, budget)
 
     shapes: dict[str, Any] = jax.eval_shape(initial)

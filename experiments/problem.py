@@ -16,7 +16,7 @@ from codesign.experiments.batches import TrainingBatches
 from codesign.experiments.configs import Experiment
 from codesign.experiments.data import Examples, Task
 from codesign.experiments.model_choice import ChosenModel, choose_model
-from codesign.experiments.run import RunDirectory, locked, train_loop
+from codesign.experiments.run import CHECKPOINT_FORMAT, RunDirectory, locked, train_loop
 from codesign.experiments.tasks import load_task
 from codesign.experiments.teacher import Teacher
 from codesign.gates import Relaxation
@@ -207,6 +207,7 @@ def dense_params(
         "buckets": problem.buckets,
         "reach": experiment.reach,
         "seed": experiment.seed,
+        "format": CHECKPOINT_FORMAT,
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = cache / f"dense-{problem.task.name}-{digest}"

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from codesign.errors import InfeasibleBudgetError
-from codesign.experiments.configs import Budget, Metric, Scope
+from codesign.experiments.configs import Budget, BudgetMetric, Metric, Scope, with_edp
 from codesign.experiments.dense_cost import DenseCost, least_cost
 from codesign.experiments.evaluate import metrics_of
 from codesign.experiments.model_choice import model_shape
@@ -19,7 +19,7 @@ from codesign.hw.operating_points import (
 from codesign.hw.surrogate import cost
 
 
-def cheapest_ratio(problem: Problem, scope: Scope) -> dict[Metric, float]:
+def cheapest_ratio(problem: Problem, scope: Scope) -> dict[BudgetMetric, float]:
     """Returns a lower bound of every legal policy's cost over the dense cost, on lengths as in the calibration examples."""
     structure, examples = problem.config.structure, problem.calibration_examples
     dense, least = (
@@ -29,10 +29,11 @@ def cheapest_ratio(problem: Problem, scope: Scope) -> dict[Metric, float]:
             least_cost(structure, problem.accelerator, problem.machine_mechanism),
         )
     )
-    ratios: dict[Metric, float] = {metric: least[metric] / dense[metric] for metric in dense}
+    measured: tuple[Metric, ...] = ("energy", "latency")
+    ratios: dict[Metric, float] = {metric: least[metric] / dense[metric] for metric in measured}
     scale = problem.mechanism.thresholds
     if scale is None:
-        return ratios
+        return with_edp(ratios)
     # Pairs and tokens can go: in closed form, at the mean length.
     tokens = structure.max_tokens
     if "valid" in examples.inputs:
@@ -53,7 +54,9 @@ def cheapest_ratio(problem: Problem, scope: Scope) -> dict[Metric, float]:
         {name: float(value[0]) for name, value in metrics_of(price, scope).items()}
         for price in prices
     )
-    return {metric: min(ratios[metric], lowest[metric] / whole[metric]) for metric in ratios}
+    return with_edp(
+        {metric: min(ratios[metric], lowest[metric] / whole[metric]) for metric in measured}
+    )
 
 
 def check_reachable(problem: Problem, budget: Budget) -> None:

@@ -36,6 +36,8 @@ CONFIG = "config.json"
 VERSIONS = "versions.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+CHECKPOINT_FORMAT = 2
+"""Of what a checkpoint holds: leaves by path."""
 MANIFEST = "manifest.json"
 NUM_CHECKPOINTS = 2
 
@@ -134,10 +136,11 @@ class RunDirectory:
             if other.name.isdigit() and not (other / MANIFEST).exists():  # cut short
                 shutil.rmtree(other)
         with _manager(self.path / CHECKPOINTS, options) as manager:
-            manager.save(step, args=ocp.args.StandardSave(tree), force=True)
+            manager.save(step, args=ocp.args.StandardSave(_by_path(tree)), force=True)
         write_json(
             directory / MANIFEST,
             {
+                "format": CHECKPOINT_FORMAT,
                 "leaves": _leaves(tree),
                 "files": {name: _digest(directory / name) for name in _files(directory)},
             },
@@ -169,6 +172,7 @@ class RunDirectory:
         try:
             manifest = json.loads((directory / MANIFEST).read_text())
             saved, digests = manifest["leaves"], manifest["files"]
+            version = manifest.get("format", 1)
             damaged = next((n for n in digests if _digest(directory / n) != digests[n]), None)
         except (ValueError, KeyError, TypeError, AttributeError):
             damaged = MANIFEST
@@ -176,6 +180,11 @@ class RunDirectory:
             raise CheckpointError(
                 f"checkpoint '{directory}' is corrupted ({damaged}): delete that directory and "
                 "`--resume` continues from the checkpoint before it"
+            )
+        if version != CHECKPOINT_FORMAT:
+            raise CheckpointError(
+                f"checkpoint '{directory}' is of another version of codesign (format {version}, here {CHECKPOINT_FORMAT}): "
+                "use that version, or train again with `--overwrite`"
             )
         if difference := _first_difference(saved, _leaves(target)):
             raise CheckpointError(
@@ -185,9 +194,10 @@ class RunDirectory:
         with _manager(
             self.path / CHECKPOINTS, ocp.CheckpointManagerOptions(create=False)
         ) as manager:
-            abstract = jax.tree.map(_abstract, target)
+            abstract = _by_path(jax.tree.map(_abstract, target))
             restored = manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        return step, jax.tree.map(_uncommitted, restored, target)
+        tree = jax.tree.unflatten(jax.tree.structure(target), [restored[path] for path in abstract])
+        return step, jax.tree.map(_uncommitted, tree, target)
 
     def resume(self, target: PyTree) -> tuple[int, PyTree]:
         """Returns the last complete checkpoint, or step 0 and `target` itself if there is none.
@@ -340,12 +350,17 @@ def _uncommitted(restored: Any, target: Any) -> Any:
     return restored if isinstance(target, np.ndarray) else jnp.asarray(np.asarray(restored))
 
 
-def _leaves(tree: PyTree) -> dict[str, str]:
-    """Returns dtype and shape of each leaf, by path."""
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves of a tree by path: what a checkpoint holds, whatever is empty beside them."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _leaves(tree: PyTree) -> dict[str, str]:
+    """Returns dtype and shape of each leaf, by path."""
+    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in _by_path(tree).items()}
 
 
 def _first_difference(saved: dict[str, str], expected: dict[str, str]) -> str | None:

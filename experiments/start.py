@@ -9,7 +9,13 @@ from numpy.typing import NDArray
 
 from codesign.calibration import Calibration
 from codesign.experiments.configs import Metric, Scope
-from codesign.experiments.evaluate import Point, deployment, divergence, hard_chunks
+from codesign.experiments.evaluate import (
+    Point,
+    deployment,
+    divergence,
+    hard_chunks,
+    machine_of,
+)
 from codesign.experiments.problem import Problem
 from codesign.experiments.teacher import calibrate, own_ranges
 from codesign.hw.surrogate import SCOPES
@@ -119,7 +125,7 @@ def calibration_run(problem: Problem, point: Point) -> CalibrationRun:
         hard_chunks(
             deployment(problem, point),
             problem.calibration_examples,
-            problem.accelerator,
+            machine_of(problem, point),
             problem.buckets,
             mechanism=problem.mechanism,
         )

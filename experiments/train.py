@@ -1,5 +1,6 @@
 """Training of a policy (and the weights) under a budget, from a problem to a deployable point."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -13,15 +14,18 @@ from numpy.typing import NDArray
 
 from codesign.calibration import Calibration
 from codesign.experiments.batches import Inputs
-from codesign.experiments.configs import Budget, Metric, Scope
+from codesign.experiments.configs import Budget, BudgetMetric, Metric, Scope, with_edp
 from codesign.experiments.dense_cost import DenseCost
 from codesign.experiments.evaluate import Point, metrics_of
 from codesign.experiments.moves import narrowed, raised, with_spare
 from codesign.experiments.problem import Problem, mean_loss, no_cost, task_loss
 from codesign.experiments.reach import check_reachable
-from codesign.experiments.run import RunDirectory, train_loop
+from codesign.experiments.run import RunDirectory, train_loop, write_json
+from codesign.experiments.sizing import SizeTraining
 from codesign.experiments.start import CalibrationRun, calibration_run, measured_ranges, with_policy
 from codesign.gates import Relaxation
+from codesign.hw.accelerator import Accelerator
+from codesign.hw.sizing import Caps, with_sizes
 from codesign.hw.surrogate import cost
 from codesign.models.model import apply
 from codesign.optimize import (
@@ -31,9 +35,14 @@ from codesign.optimize import (
     TrainState,
     init_state,
     make_train_step,
+    relaxation_at,
 )
 from codesign.policy import Policy, deployed_bits
 
+COSTS: tuple[Metric, ...] = ("energy", "latency")
+"""What a batch says of the dense model, in this order."""
+SIZES_FILE = "sizes.json"
+"""Of a run that trains sizes: those of the file, relaxed and built."""
 BUDGET_BISECTIONS = 7
 """Halvings of the interval [0, 1] of a move that is to meet a budget: 1/128."""
 ACTIVATION_SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -64,28 +73,42 @@ class BudgetedTraining:
       settings: Settings of the step.
       metrics: What budgets bound; none: nothing.
       scope: What counts.
+      caps: What the machine's sizes keep, where they are trained.
+
+    Raises:
+      InfeasibleCapError: If no legal machine keeps the caps.
     """
 
     def __init__(
         self,
         problem: Problem,
         settings: OptimizeSettings,
-        metrics: tuple[Metric, ...],
+        metrics: tuple[BudgetMetric, ...],
         scope: Scope,
+        caps: Caps = Caps(),  # noqa: B008 (frozen)
     ):
         self.problem = problem
         self.settings = settings
         self.metrics = metrics
         self.scope: Scope = scope
-        self.step = make_train_step(self._loss, self._ratios, settings)
+        self.sizing = None
+        if "sizes" in settings.train:
+            self.sizing = SizeTraining(problem.spec, caps, self._price)
+        self.step = make_train_step(
+            self._loss,
+            self._ratios,
+            settings,
+            None if self.sizing is None else self.sizing.legal,
+        )
+        self._executed = jax.jit(lambda *arguments: self._loss(*arguments)[1].workload)
         self.dense_cost = DenseCost(
             problem.config.structure, problem.accelerator, problem.machine_mechanism
         )
         self._batches = problem.batches(problem.experiment.batch_size, problem.experiment.seed + 1)
 
     @functools.cached_property
-    def dense(self) -> dict[Metric, float]:
-        """PJ and cycles per calibration example of dense attention with 8-bit linear layers on the same machine."""
+    def dense(self) -> dict[BudgetMetric, float]:
+        """PJ, cycles and their product per calibration example of the dense model on the same machine."""
         problem = self.problem
         return self.dense_cost.mean(problem.calibration_examples, problem.buckets, self.scope)
 
@@ -123,14 +146,22 @@ class BudgetedTraining:
     def _ratios(self, costs: Any, constants: dict[str, Any], smoothness: jax.Array) -> jax.Array:
         if not self.metrics:
             return no_cost(costs, constants, smoothness)
-        price = cost(costs["workload"], constants["accelerator"], smoothness=smoothness)
+        machine = with_sizes(constants["accelerator"], constants.get("sizes", {}))
+        return self._price(costs, machine, constants, smoothness)[0]
+
+    def _price(
+        self, costs: Any, machine: Accelerator, constants: dict[str, Any], smoothness: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `codesign.experiments.sizing.PriceFn`."""
+        price = cost(costs["workload"], machine, smoothness=smoothness)
+        dense = dict(zip(COSTS, jnp.mean(costs["dense"], axis=0), strict=True))
         values = metrics_of(price, self.scope)
-        means = jnp.stack([jnp.mean(values[name]) for name in self.metrics])
-        ratios: jax.Array = means / (constants["limits"] * jnp.mean(costs["dense"], axis=0))
-        return ratios
+        reached = with_edp({name: jnp.mean(values[name]) / dense[name] for name in COSTS})
+        ratios = jnp.stack([reached[name] for name in self.metrics]) / constants["limits"]
+        return ratios, jnp.mean(values["energy"]), jnp.mean(values["latency"])
 
     def batch(self, step: int) -> dict[str, NDArray[Any]]:
-        """Returns the batch of a step, a pure function of it; `dense` `[B, C]` are the dense costs under a budget."""
+        """Returns the batch of a step, a pure function of it; `dense` `[B, 2]` are the dense `COSTS`."""
         batch = self._batches.batch(step)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         teacher = self.problem.teacher.batch_logits(self._batches.key(step), inputs)
@@ -138,15 +169,17 @@ class BudgetedTraining:
 
     def _dense_of(self, inputs: Inputs) -> NDArray[np.float32]:
         dense = self.dense_cost.of(inputs)[self.scope]
-        num_examples = len(next(iter(inputs.values())))
-        costs = [dense[name] for name in self.metrics] or [np.ones(num_examples)]
-        return np.stack(costs, axis=-1).astype(np.float32)
+        return np.stack([dense[name] for name in COSTS], axis=-1).astype(np.float32)
 
     def hardened(self, state: TrainState, constants: dict[str, Any]) -> TrainState:
         """Returns the state with whole widths that meet the budget on all calibration examples.
 
         A step's own batch would do where all examples are alike; texts of one bucket of lengths are not.
         """
+        return self.step.harden(state, self._calibration_batches(), constants)
+
+    def _calibration_batches(self) -> list[tuple[dict[str, Any], NDArray[np.float64]]]:
+        """Returns the calibration examples as batches of the loss, each with its weight in the mean of the ratios."""
         examples = self.problem.calibration_examples
         size = min(self.problem.experiment.batch_size, len(examples))
         batches = []
@@ -156,11 +189,59 @@ class BudgetedTraining:
             teacher = self.problem.teacher.part_logits("train", indices, chosen.inputs)
             dense = self._dense_of(chosen.inputs)
             batch = {"labels": chosen.labels, "teacher": teacher, "dense": dense}
-            batches.append((chosen.inputs | batch, np.sum(dense, axis=0)))
-        return self.step.harden(state, batches, constants)
+            batches.append((chosen.inputs | batch, self._weights(dense)))
+        return batches
 
-    def limits(self, budget: Budget) -> dict[Metric, float]:
-        """Returns the bounds of a budget in pJ and cycles per calibration example."""
+    def _executed_batches(
+        self, state: TrainState, constants: dict[str, Any]
+    ) -> list[tuple[Any, NDArray[np.float64]]]:
+        """Returns what a state's model executes on the calibration examples, each batch with its weight."""
+        relaxation = relaxation_at(state.step, self.settings)
+        return [
+            (self._executed(state.params, state.policy, batch, constants, relaxation), weight)
+            for batch, weight in self._calibration_batches()
+        ]
+
+    def _with_fitted_sizes(self, point: Point, budget: Budget) -> Point:
+        """Returns the point with sizes that suit what it executes, by a descent without the model."""
+        if self.sizing is None:
+            return point
+        point = dataclasses.replace(point, sizes=point.sizes or self.sizing.start)
+        tree = self.initial(point, budget)
+        state, constants = tree["state"], tree["constants"]
+        batches = self._executed_batches(state, constants)
+        smoothness = jnp.asarray(self.settings.smoothness_end)
+        sizes = self.sizing.descended(point.sizes, batches, constants, smoothness)
+        return dataclasses.replace(point, sizes=sizes)
+
+    def _with_built_sizes(
+        self, state: TrainState, constants: dict[str, Any], run: RunDirectory
+    ) -> TrainState:
+        """Returns the state with sizes that can be built; writes them beside the relaxed ones, and what the step costs."""
+        if self.sizing is None:
+            return state
+        batches = self._executed_batches(state, constants)
+        values = self.sizing.built(state.sizes, batches, constants)
+        sizes = {name: jnp.asarray(value, float) for name, value in values.items()}
+        scores = [self.sizing.score(one, batches, constants) for one in (state.sizes, sizes)]
+        record = {
+            "caps": dataclasses.asdict(self.sizing.caps),
+            "file": {name: float(value) for name, value in self.sizing.start.items()},
+            "relaxed": {name: float(value) for name, value in state.sizes.items()},
+            "built": values,
+            "gap": math.expm1(scores[1] - scores[0]),
+        }
+        write_json(run.path / SIZES_FILE, record)
+        return state.replace(sizes=sizes)  # type: ignore[attr-defined,no-any-return]
+
+    def _weights(self, dense: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Returns the weight of a batch in the mean of each ratio, `[C]`: its dense cost; of a product the root of both."""
+        energy, latency = (float(total) for total in np.sum(dense, axis=0, dtype=np.float64))
+        weights = {"energy": energy, "latency": latency, "edp": math.sqrt(energy * latency)}
+        return np.asarray([weights[name] for name in self.metrics] or [1.0])
+
+    def limits(self, budget: Budget) -> dict[BudgetMetric, float]:
+        """Returns the bounds of a budget in pJ, cycles and pJ cycles per calibration example."""
         bounds = budget.limits
         return {metric: bounds[metric] * self.dense[metric] for metric in self.metrics}
 
@@ -176,7 +257,9 @@ class BudgetedTraining:
     def initial(self, point: Point, budget: Budget) -> dict[str, Any]:
         """Returns the tree of a checkpoint before the first step."""
         policy = point.policy if "bits" in self.settings.train else deployed_bits(point.policy)
-        state = init_state(point.params, policy, self.settings, max(1, len(self.metrics)))
+        state = init_state(
+            point.params, policy, self.settings, max(1, len(self.metrics)), point.sizes
+        )
         return {"state": state, "constants": self.constants(point.calibration, budget)}
 
     def train(
@@ -191,11 +274,12 @@ class BudgetedTraining:
         """Trains from a point to a deployable one under a budget; continues where the run stopped.
 
         Before the first step, widths and thresholds are moved together until the deployed cost meets the budget, so that
-        training redistributes instead of descending. Stage 1 anneals everything that is trained. At the hardened step the
-        ranges are measured again, on the weights as they are then; widths become whole bits that meet the budget on the
-        calibration examples, and stay. Stage 2 goes on with
-        thresholds and weights on the deployed decisions, the budget still held. At last, should the deployed cost on the
-        calibration examples exceed the budget, all thresholds are raised together until it does not.
+        training redistributes instead of descending; sizes descend to suit what is executed, before and after. Stage 1
+        anneals everything that is trained. At the hardened step the ranges are measured again, on the weights as they are
+        then; sizes become values that can be built, widths whole bits that meet the budget on the calibration examples, and
+        both stay. Stage 2 goes on with thresholds and weights on the deployed decisions, the budget still held. At last,
+        should the deployed cost on the calibration examples exceed the budget, all thresholds are raised together until it
+        does not.
 
         Args:
           point: Where to start.
@@ -207,10 +291,12 @@ class BudgetedTraining:
         Raises:
           InfeasibleBudgetError: If no legal policy reaches the budget.
         """
-        check_reachable(self.problem, budget)
+        if self.sizing is None:
+            check_reachable(self.problem, budget)
         settings = self.settings
         if run.checkpoint_step() is None:
-            point = self.fitted(point, budget)
+            point = self.fitted(self._with_fitted_sizes(point, budget), budget)
+            point = self._with_fitted_sizes(point, budget)
         done, tree = run.resume(self.initial(point, budget))
         if done > settings.num_steps:
             return finished_point(tree)
@@ -238,11 +324,12 @@ class BudgetedTraining:
                 tree["constants"]["calibration"] = measured_ranges(
                     self.problem, tree["state"].params
                 )
-            tree["state"] = self.hardened(tree["state"], tree["constants"])
+            state = self._with_built_sizes(tree["state"], tree["constants"], run)
+            tree["state"] = self.hardened(state, tree["constants"])
         if done < settings.num_steps:
             tree = until(settings.num_steps, done, tree)
         final = self.repaired(finished_point(tree), budget)
-        state: TrainState = tree["state"].replace(policy=final.policy)
+        state = tree["state"].replace(policy=final.policy)
         run.save(settings.num_steps + 1, {"state": state, "constants": tree["constants"]})
         return final
 
@@ -259,7 +346,7 @@ class BudgetedTraining:
             "thresholds": lambda point, budget: self._moved(point, budget, self._raised),
         }
         order: tuple[Group, ...] = ("bits", "thresholds")
-        for name in order if "energy" in self.metrics else order[::-1]:
+        for name in order[::-1] if self.metrics == ("latency",) else order:
             if name not in self.settings.train or self.excess(point, budget) <= 1.0:
                 continue
             point = moves[name](point, budget)
@@ -280,7 +367,7 @@ class BudgetedTraining:
         best = min((tried(point, share) for share in ACTIVATION_SHARES), key=lambda one: one[:2])
         if "thresholds" in self.settings.train and self.problem.mechanism.thresholds is not None:
             # Under a budget on latency alone thresholds have just been raised to meet it.
-            moves = [by for by in THRESHOLD_MOVES if by > 0.0 or "energy" in self.metrics]
+            moves = [by for by in THRESHOLD_MOVES if by > 0.0 or self.metrics != ("latency",)]
             starts = (with_policy(point, self._shifted(point, by)) for by in moves)
             others = [
                 one for one in (tried(start, best[2]) for start in starts) if one[4] >= MIN_KEYS
@@ -322,7 +409,7 @@ class BudgetedTraining:
         return self._excess(calibration_run(self.problem, point), budget)
 
     def _excess(self, run: CalibrationRun, budget: Budget) -> float:
-        costs = run.costs[self.scope]
+        costs = with_edp(run.costs[self.scope])
         return max((costs[name] / x for name, x in self.limits(budget).items()), default=0.0)
 
     def repaired(self, point: Point, budget: Budget) -> Point:
@@ -341,5 +428,8 @@ def finished_point(tree: dict[str, Any]) -> Point:
     """Returns the point that a checkpoint holds."""
     state: TrainState = tree["state"]
     return Point(
-        params=state.params, policy=state.policy, calibration=tree["constants"]["calibration"]
+        params=state.params,
+        policy=state.policy,
+        calibration=tree["constants"]["calibration"],
+        sizes=state.sizes,
     )

@@ -23,6 +23,7 @@ from codesign.hw.spec_tables import (
     OperatingPoint,
     Pipeline,
     ProcessingElements,
+    SizeBounds,
     Storage,
     Switches,
     Technology,
@@ -56,6 +57,8 @@ class AcceleratorSpec(Strict):
     area: AreaModel
     switches: Switches
     operating_point: OperatingPoint
+    sizes: dict[str, SizeBounds] = {}
+    """Legal ranges of sizes that are trained (`codesign.hw.sizing`); those not named have the default."""
     estimator: Estimator | None = None
 
     @model_validator(mode="after")

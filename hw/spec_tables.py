@@ -325,6 +325,19 @@ class OperatingPoint(Strict):
     area: Area
 
 
+class SizeBounds(Strict):
+    """Legal range of a size that is trained, as factors of the file's own."""
+
+    least: Count
+    most: Count
+
+    @model_validator(mode="after")
+    def _holds_the_own_size(self) -> Self:
+        if not 0.0 < self.least.value <= 1.0 <= self.most.value:
+            raise ValueError("`least` must lie in (0, 1] and `most` be at least 1: correct them")
+        return self
+
+
 class MainMemoryOption(Strict):
     """A main memory as the closed-form estimator prices it."""
 
