@@ -18,6 +18,8 @@ from codesign.experiments.cli import main
 from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.finished import dense_folder, load_run
 from codesign.experiments.problem import Problem
+from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.spec import load_preset
 
 
 @pytest.fixture(scope="module")
@@ -379,3 +381,38 @@ def test_quickstart_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     for name in ("curve.json", "curve.png", "export"):
         assert (out / name).exists() and str(out / name) in text
     assert go(resume=True).splitlines()[-6:] == text.splitlines()[-6:]
+
+
+def test_sizes_are_trained_built_exported_and_simulated(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The machine that comes out is a file, as large as the one that went in, and what is exported runs on it."""
+    run = folder / "sized"
+    budget = ("--mode", "codesign", "--budget.edp", "0.7")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(configs.EXPERIMENTS, "tiny", tiny)
+        assert call("train", "tiny", "--out", run, *budget) == 0
+        assert "bound sizes, which mode `joint` does not train" in refusal(
+            capsys, "train", "tiny", "--out", folder / "x", *budget[2:], "--caps.power-w", "1"
+        )
+        assert "below the smallest legal machine" in refusal(
+            capsys, "train", "tiny", "--out", folder / "x", *budget, "--caps.area-mm2", "0.01"
+        )
+    result = json.loads((run / "result.json").read_text())
+    sizes = result["sizes"]
+    assert result["is_met"] and result["budget"]["edp"]["limit"] == 0.7
+    assert sizes["built"] != sizes["file"] and sizes["relaxed"].keys() == sizes["built"].keys()
+    assert sizes["area_mm2"] <= sizes["caps"]["area_mm2"] * (1.0 + 1e-6)
+    machine = accelerator_from_spec(load_preset(run / "machine.json"))
+    for name, value in sizes["built"].items():
+        assert float(machine.sizes[name]) == pytest.approx(value, rel=1e-6), name
+    finished = load_run(run, cache=folder / "dense", progress=False)
+    assert finished.spec == load_preset(run / "machine.json")
+    record = answer(capsys, "simulate", run, "--num-examples", "8")
+    assert record["counts_equal"]
+    for scope in ("attention", "end_to_end"):
+        for metric in ("energy_pj", "latency_cycles"):
+            assert record[scope][metric]["largest_relative_error"] < 0.2
+    assert call("export", run, "--out", folder / "sized-export") == 0
+    config = json.loads((folder / "sized-export" / "config.json").read_text())
+    assert load_preset(run / "machine.json").model_dump(mode="json") == config["accelerator"]

@@ -372,3 +372,58 @@ def test_threshold_gradients_are_logged_by_layer() -> None:
 def test_settings_outside_their_range_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"`{field}`"):
         dataclasses.replace(OptimizeSettings(), **{field: value})
+
+
+def sized_cost(workload: Any, constants: Any, smoothness: jax.Array) -> jax.Array:
+    """The toy's cost on a machine: shorter with lanes up to a point, dearer with bytes."""
+    sizes = constants["sizes"]
+    factor = 4.0 / sizes["lanes"] + sizes["lanes"] / 16.0 + sizes["bytes"] / 100.0
+    return toy_cost(workload, constants, smoothness) * factor
+
+
+def capped(sizes: Any, workload: Any, constants: Any, smoothness: Any) -> dict[str, jax.Array]:
+    assert workload["bits"].shape and "budget" in constants
+    return {"lanes": sizes["lanes"], "bytes": jnp.maximum(sizes["bytes"], 10.0)}
+
+
+def test_sizes_descend_on_the_ratios_and_stay_legal_and_whole_once_hardened() -> None:
+    """Least cost at 8 lanes, where 4 / n + n / 16 has its minimum, and at the fewest bytes, whatever the price is."""
+    settings = OptimizeSettings(
+        train=("params", "thresholds", "bits", "clips", "sizes"), num_steps=120, size_rate=0.1
+    )
+    step_fn = make_train_step(toy_loss, sized_cost, settings, capped)
+    start = {"lanes": jnp.asarray(3.0), "bytes": jnp.asarray(50.0)}
+    state = init_state(toy_params(), toy_policy(), settings, 1, start)
+    held = None
+    for step in range(settings.num_steps):
+        if step == settings.hardened_step:
+            assert float(state.sizes["lanes"]) == pytest.approx(8.0, rel=0.05)
+            assert float(state.sizes["bytes"]) == 10.0
+            held = {"lanes": jnp.asarray(7.0, float), "bytes": jnp.asarray(33.3, float)}
+            state = state.replace(sizes=jax.tree.map(jnp.copy, held))  # type: ignore[attr-defined]
+        state, metrics = step_fn(state, toy_batch(step), toy_constants(2.0))
+    assert "gradient_norm.sizes" in metrics
+    chex.assert_trees_all_equal(state.sizes, held)
+    assert step_fn.compiled._cache_size() == 1  # type: ignore[attr-defined]
+
+
+def test_the_policy_trains_as_if_the_sizes_were_constants() -> None:
+    """A step with trained sizes moves everything else as one with the same sizes held, bit for bit."""
+    groups: Any = ("params", "thresholds", "bits", "clips")
+    start = {"lanes": jnp.asarray(3.0), "bytes": jnp.asarray(50.0)}
+    after = []
+    for train_groups in (groups, (*groups, "sizes")):
+        settings = OptimizeSettings(train=train_groups, num_steps=10)
+        step_fn = make_train_step(toy_loss, sized_cost, settings, capped)
+        state = init_state(toy_params(), toy_policy(), settings, 1, start)
+        state, _ = step_fn(state, toy_batch(0), toy_constants(2.0))
+        after.append(state)
+    chex.assert_trees_all_equal(after[0].params, after[1].params)
+    chex.assert_trees_all_equal(after[0].policy, after[1].policy)
+    chex.assert_trees_all_equal(after[0].sizes, start)
+    assert float(after[1].sizes["lanes"]) > 3.0
+
+
+def test_trained_sizes_need_a_function_that_keeps_them_legal() -> None:
+    with pytest.raises(CodesignError, match="give `sizes_fn`"):
+        make_train_step(toy_loss, sized_cost, OptimizeSettings(train=("sizes",)))
