@@ -27,8 +27,7 @@ class Buffer:
       peak: The most of them so far.
       held: Elements by data, the oldest first.
       available: The cycle from which data can be read.
-      load_cycles: Cycles of loads so far.
-      store_cycles: Cycles of stores so far.
+      transfer_cycles: Cycles of transfers so far.
     """
 
     name: str
@@ -41,10 +40,9 @@ class Buffer:
     peak: float = 0.0
     held: dict[str, int] = field(default_factory=dict)
     available: dict[str, int] = field(default_factory=dict)
-    load_cycles: int = 0
-    store_cycles: int = 0
+    transfer_cycles: int = 0
 
-    def has_room(self, elements: int, is_required: Callable[[str], bool]) -> bool:
+    def has_room(self, data: str, elements: int, is_required: Callable[[str], bool]) -> bool:
         """Returns whether data may enter, if need be in place of what is not required.
 
         The second test compares with the data that came last, not with those that want to enter: a slip kept.
@@ -55,7 +53,7 @@ class Buffer:
         wanted = elements * self.element_bits
         if self.capacity < wanted:
             raise CodesignError(
-                f"data of {wanted / units.BITS_PER_BYTE:,.0f} bytes do not fit the {self.name} buffer of "
+                f"`{data}` of {wanted / units.BITS_PER_BYTE:,.0f} bytes does not fit the {self.name} buffer of "
                 f"{self.capacity / units.BITS_PER_BYTE:,.0f} bytes: enlarge it, or lower sizes or batch"
             )
         if self.capacity - self.used >= wanted:
@@ -65,7 +63,13 @@ class Buffer:
         return self.capacity - required * self.element_bits > last * self.element_bits
 
     def enter(
-        self, data: str, elements: int, now: int, is_required: Callable[[str], bool], *, is_load: bool
+        self,
+        data: str,
+        elements: int,
+        now: int,
+        is_required: Callable[[str], bool],
+        *,
+        is_load: bool,
     ) -> int:
         """Starts a transfer and returns its cycles; 0 if the data are there.
 
@@ -87,10 +91,7 @@ class Buffer:
                 "simulator stops too: enlarge it"
             )
         cycles = math.ceil(wanted / (self.load_bandwidth if is_load else self.store_bandwidth))
-        if is_load:
-            self.load_cycles += cycles
-        else:
-            self.store_cycles += cycles
+        self.transfer_cycles += cycles
         self.used += wanted
         self.peak = max(self.peak, self.used)
         self.held[data] = elements

@@ -42,7 +42,12 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Sizes of a machine; memories in MB. `spec` holds the constants."""
+    """Sizes of a machine; memories in MB. `spec` holds the constants.
+
+    Attributes:
+      issue_group: Tile operations that a head starts in a cycle of the cycle-level simulator; None: not known.
+      bandwidth: Of main memory, bit/cycle; None: that of `memory`.
+    """
 
     spec: AcceleratorSpec = field(repr=False)
     processing_elements: int
@@ -57,10 +62,9 @@ class Machine:
     weight_mb: float
     mask_mb: float
     memory: str
-    issue_group: int
+    issue_group: int | None
     non_linearity: Literal["gelu", "relu"] = "gelu"
     bandwidth: float | None = None
-    """Of main memory, bit/cycle; None: that of `memory`."""
 
     @classmethod
     def from_spec(cls, spec: AcceleratorSpec) -> Self:
@@ -105,7 +109,7 @@ class Machine:
             weight_mb=weight,
             mask_mb=mask,
             memory=table.memory,
-            issue_group=int(table.issue_group.value),
+            issue_group=None if table.issue_group is None else int(table.issue_group.value),
         )
 
     @property

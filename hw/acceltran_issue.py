@@ -33,6 +33,7 @@ class Pool:
     _releases: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        """Starts with all units free."""
         self.free = self.size
 
     def advance(self, now: int) -> None:
@@ -85,7 +86,7 @@ class Group:
       count: How many.
       service: Cycles of each.
       needs: Data that all of them need.
-      pieces: Of each operation: its index, and the first and last but one tile operations, counted along the stream.
+      pieces: For each operation that has a part in it: its index, and where the part starts and stops along the stream.
     """
 
     kind: Kind
@@ -104,6 +105,7 @@ class Pointer:
       issued_at: The cycle of the last issue.
       issued: The group of it.
       is_broken: Whether tile operations have been passed over.
+      ready_at: The cycle from which the data of `group` can be read, as of so many `changes` of the buffers.
     """
 
     def __init__(self, stream: Stream, *, size: int, is_head: bool, is_last: bool = False) -> None:
@@ -111,7 +113,8 @@ class Pointer:
 
         Args:
           stream: Its tile operations.
-          size: Group size B. Outside heads a group has one operation more, and the pointer moves by B all the same.
+          size: Group size B. Outside heads a group of B > 1 has one operation more, and the pointer moves by B all
+            the same.
           is_head: Whether this is a head.
           is_last: Whether the program ends with it: then its last tile operation is issued once more.
         """
@@ -126,7 +129,7 @@ class Pointer:
         self.issued_at = -1
         self.issued: Group | None = None
         self.is_broken = False
-        self.epoch = -1
+        self.changes = -1
         self.ready_at = NEVER
         self.group: Group | None = self._next_group()
 
@@ -135,7 +138,8 @@ class Pointer:
             self._index += 1
         start, index = self._position, self._index
         first = self._operations[index]
-        stop = min(start + self._size + (not self._is_head), self._ends[-1])
+        extra = 0 if self._is_head or self._size == 1 else 1
+        stop = min(start + self._size + extra, self._ends[-1])
         pieces = []
         needs: tuple[str, ...] = ()
         while start < stop:
@@ -186,5 +190,5 @@ class Pointer:
         else:
             self.group = self._next_group()
             if self.group.needs != group.needs:
-                self.epoch = -1
+                self.changes = -1
         return begun, has_ended

@@ -1,4 +1,4 @@
-"""What AccelTran's cycle-level simulator runs: transfers and tile operations of an encoder, in order; NumPy-free.
+"""What AccelTran's cycle-level simulator runs: transfers and tile operations of an encoder, in order; no JAX.
 
 An encoder is the load of its embedding, then for each layer a block of heads, whose streams run side by side, and a
 block of one stream for the rest. A stream has two lists, taken one by one: tile operations and transfers.
@@ -160,17 +160,14 @@ class _Writer:
 
     def feed_forward(self, layer: Layer, next_width: int) -> None:
         """Writes what follows the heads: norms, dense layers, and the step to another width."""
-        machine, tokens = self.machine, self.tokens
         self._norm(layer.width)
         inner = layer.width
-        widths = [*layer.hidden, layer.width]
-        for index, outer in enumerate(widths):
+        for index, outer in enumerate((*layer.hidden, layer.width)):
             self._dense(f"dense{index}", inner, outer)
             inner = outer
         self._norm(layer.width)
         if next_width != layer.width:
             self._dense("step", layer.width, next_width)
-        assert machine.tiles(tokens, layer.width) == self.operations[0].count
 
     def _attention(self, width: int, size: int, *, is_weighted: bool) -> None:
         batch, tokens = self.machine.batch, self.tokens
@@ -212,9 +209,7 @@ class _Writer:
 
     def _product(self, rows: int, inner: int, cols: int, needs: tuple[str, ...]) -> None:
         machine = self.machine
-        self._add(
-            "product", machine.tiles(rows, cols) * math.ceil(inner / machine.tile_x), needs
-        )
+        self._add("product", machine.tiles(rows, cols) * math.ceil(inner / machine.tile_x), needs)
 
     def _convolution(self, taps: int, width: int, needs: tuple[str, ...]) -> None:
         machine = self.machine
@@ -247,13 +242,9 @@ class _Writer:
 
     def _store(self, name: str, elements: int, *, producer: int | None = None) -> str:
         last = len(self.operations) - 1
-        return self._transfer(
-            name, "activation", elements, last if producer is None else producer
-        )
+        return self._transfer(name, "activation", elements, last if producer is None else producer)
 
-    def _transfer(
-        self, name: str, storage: Storage, elements: int, producer: int | None
-    ) -> str:
+    def _transfer(self, name: str, storage: Storage, elements: int, producer: int | None) -> str:
         data = f"{self.prefix}.{name}"
         self.transfers.append(
             Transfer(data=data, storage=storage, elements=elements, producer=producer)

@@ -346,7 +346,7 @@ class Estimator(Strict):
     memory: Text
     """The machine's main memory, a key of `memories`."""
     buffer_bandwidth: BitsPerCycle
-    issue_group: Count
-    """Tile operations that a head of the cycle-level simulator starts in a cycle (`codesign.hw.acceltran_cycle`)."""
     memories: dict[str, MainMemoryOption]
     """In the order of the published index."""
+    issue_group: Count | None = None
+    """Tile operations that a head starts in a cycle of the cycle-level simulator (`codesign.hw.acceltran_cycle`)."""
