@@ -99,8 +99,8 @@ RUN_ENERGIES = {
 """Columns of `acceltran_runs.csv`, and which of our energies each one adds up."""
 
 
-def acceltran_runs(path: Path) -> list[ValidationRow]:
-    """Compares every run in the simulator's `fast` mode: cycles, area and all energies, as printed."""
+def fast_runs(path: Path) -> list[ValidationRow]:
+    """Compares every run in the simulator's `fast` mode: cycles, area and all energies, as printed; none: no rows."""
     columns = ("model", "seq", "mem_type", "banks", "ranks", "channels", "simulator_mode")
     rest = ("act_sparsity", "wgt_sparsity", "cycles", "area_mm2")
     table = read_table(path, (*columns, *rest, *SIZES, *RUN_ENERGIES))

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from codesign.errors import DataError
+from codesign.errors import CodesignError, DataError
 from codesign.experiments.reference_tables import (
     PERCENT,
     Table,
@@ -18,8 +18,8 @@ from codesign.experiments.reference_tables import (
 from codesign.experiments.validate_acceltran import (
     MODELS,
     SIZES,
-    acceltran_runs as fast_runs,
     bert,
+    fast_runs,
     machine_of,
     memory_of,
 )
@@ -131,18 +131,21 @@ def simulated(run: Table) -> Run:
     """Returns our run with the settings of a row.
 
     Raises:
-      DataError: If a setting is none of the published ones.
+      DataError: If a setting is none of the published ones, or the run cannot end.
     """
-    machine = _machine(run)
+    layers, machine = _layers(run), _machine(run)
     weight_sparsity = run.number("wgt_sparsity")
-    activity = simulate(
-        _layers(run),
-        machine,
-        num_tokens=run.size("seq"),
-        activation_sparsity=run.number("act_sparsity"),
-        weight_sparsity=weight_sparsity,
-        word_bits=run.number("bits_total"),
-    )
+    try:
+        activity = simulate(
+            layers,
+            machine,
+            num_tokens=run.size("seq"),
+            activation_sparsity=run.number("act_sparsity"),
+            weight_sparsity=weight_sparsity,
+            word_bits=run.number("bits_total"),
+        )
+    except CodesignError as error:
+        raise DataError(f"'{run.path}', line {run.lines[0]}: {error}") from error
     energy = cycle_energy_nj(activity, machine, weight_sparsity=weight_sparsity)
     return Run(activity=activity, energy_nj=energy, area_mm2=area_mm2(machine))
 
