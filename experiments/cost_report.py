@@ -2,12 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 
 from codesign.errors import CodesignError
+from codesign.experiments.acceltran_cost import print_simulated, simulated_record
 from codesign.experiments.configs import Experiment, experiment_by_name
 from codesign.experiments.model_choice import choose_model, model_shape
 from codesign.experiments.tables import print_json, print_table
@@ -36,14 +37,21 @@ def cost_report(
     width: int | None = None,
     hidden: int | None = None,
     experiment: str | None = None,
+    simulator: Literal["acceltran"] | None = None,
+    batch: int | None = None,
+    activation_sparsity: float | None = None,
+    weight_sparsity: float | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Prints latency, energy and area of a machine at its dense, cheapest legal and published operating points.
 
-    Costs are per example. The attention engine runs in series with the host, which takes the linear layers.
+    Costs are per example. The attention engine runs in series with the host, which takes the linear layers. With
+    `--simulator acceltran`: what a batch takes in AccelTran's own cycle-level simulator, its slips included
+    (docs/validation.md), instead.
 
     Examples: `codesign cost energon --tokens 128 --layers 12 --heads 12 --head-dim 64 --width 768 --hidden 3072`;
-    `codesign cost my_machine.toml --experiment digits`
+    `codesign cost my_machine.toml --experiment digits`; BERT-Tiny: `codesign cost acceltran-edge --simulator acceltran
+    --tokens 128 --layers 2 --heads 2 --head-dim 64 --width 128 --hidden 512`
 
     Args:
       preset: Name of a shipped preset, or path of a TOML file.
@@ -54,6 +62,10 @@ def cost_report(
       width: Width of the residual stream, elements, >= 1; default 64.
       hidden: Inner width of the feed-forward network, elements, >= 1; default 128.
       experiment: Take the model's sizes, embedding and head included, from this named experiment.
+      simulator: Another tool's simulator in place of the cost model; it takes presets acceltran-*.
+      batch: Examples that the simulator runs at once, >= 1; default: the preset's.
+      activation_sparsity: Zeros among activations in the simulator, in [0, 1); default 0.5.
+      weight_sparsity: Zeros among weights in the simulator, in [0, 1); default 0.5.
       as_json: Print JSON only.
 
     Raises:
@@ -77,11 +89,31 @@ def cost_report(
         shape = dataclasses.replace(DEFAULT_SHAPE, **given)
     else:
         shape = _experiment_shape(experiment_by_name(experiment), given)
-    record = cost_record(spec, shape)
+    if simulator is None:
+        for name, value in (
+            ("batch", batch),
+            ("activation_sparsity", activation_sparsity),
+            ("weight_sparsity", weight_sparsity),
+        ):
+            if value is not None:
+                raise CodesignError(
+                    f"`{_option(name)}` goes with `--simulator acceltran` only: add it, or leave this out"
+                )
+        record = cost_record(spec, shape)
+    else:
+        record = {"model": _model_record(shape)} | simulated_record(
+            spec,
+            shape,
+            batch=batch,
+            activation_sparsity=activation_sparsity,
+            weight_sparsity=weight_sparsity,
+        )
     if as_json:
         print_json(record)
-    else:
+    elif simulator is None:
         _print_record(record)
+    else:
+        print_simulated(record)
     return 0
 
 
@@ -121,15 +153,19 @@ def cost_record(spec: AcceleratorSpec, shape: ModelShape) -> dict[str, Any]:
     return {
         "preset": spec.name,
         "clock_hz": spec.clock_hz,
-        "model": {
-            "num_tokens": shape.num_tokens,
-            "num_layers": shape.num_layers,
-            "num_heads": shape.num_heads,
-            "head_dim": shape.head_dim,
-            "width": shape.width,
-            "hidden": shape.hidden,
-        },
+        "model": _model_record(shape),
         "points": points,
+    }
+
+
+def _model_record(shape: ModelShape) -> dict[str, int]:
+    return {
+        "num_tokens": shape.num_tokens,
+        "num_layers": shape.num_layers,
+        "num_heads": shape.num_heads,
+        "head_dim": shape.head_dim,
+        "width": shape.width,
+        "hidden": shape.hidden,
     }
 
 

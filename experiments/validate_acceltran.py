@@ -54,7 +54,7 @@ def bert(name: str) -> list[Layer]:
     return [Layer(width=width, heads=operators, hidden=(hidden,))] * layers
 
 
-def _machine(row: Table, memory: str) -> Machine:
+def machine_of(row: Table, memory: str) -> Machine:
     """Returns the machine of a row."""
     return dataclasses.replace(
         Machine.from_spec(load_preset("acceltran-edge")),
@@ -71,6 +71,12 @@ def _machine(row: Table, memory: str) -> Machine:
         mask_mb=row.number("mask_buf_MB"),
         memory=memory,
     )
+
+
+def memory_of(run: Table) -> str:
+    """Returns the main memory of a run."""
+    (kind,) = run.texts("mem_type")
+    return "_".join([kind, *(str(run.size(name)) for name in ("banks", "ranks", "channels"))])
 
 
 SIZES = (
@@ -93,25 +99,23 @@ RUN_ENERGIES = {
 """Columns of `acceltran_runs.csv`, and which of our energies each one adds up."""
 
 
-def acceltran_runs(path: Path) -> list[ValidationRow]:
-    """Compares every run in the simulator's `fast` mode: cycles, area and all energies, as printed."""
+def fast_runs(path: Path) -> list[ValidationRow]:
+    """Compares every run in the simulator's `fast` mode: cycles, area and all energies, as printed; none: no rows."""
     columns = ("model", "seq", "mem_type", "banks", "ranks", "channels", "simulator_mode")
     rest = ("act_sparsity", "wgt_sparsity", "cycles", "area_mm2")
     table = read_table(path, (*columns, *rest, *SIZES, *RUN_ENERGIES))
     runs = table.where("simulator_mode", "fast")
     if not len(runs):
-        raise DataError(f"'{path}' has no run in the mode `fast`: give at least one")
+        return []
     found = []
     for run in runs:
         (model,) = run.texts("model")
         if model not in MODELS:
             raise run.fault(0, "model", f"one of {', '.join(MODELS)}")
-        (kind,) = run.texts("mem_type")
-        memory = "_".join([kind, *(str(run.size(name)) for name in ("banks", "ranks", "channels"))])
         found.append(
             estimate(
                 bert(model),
-                _machine(run, memory),
+                machine_of(run, memory_of(run)),
                 num_tokens=run.size("seq"),
                 activation_sparsity=run.number("act_sparsity"),
                 weight_sparsity=run.number("wgt_sparsity"),
@@ -146,7 +150,7 @@ def transcode_accelerators(path: Path) -> list[ValidationRow]:
         number = int(row.number("mem_idx"))
         if not 0 <= number < len(memories):
             raise row.fault(0, "mem_idx", f"a number from 0 to {len(memories) - 1}")
-        machine = _machine(row, memories[number])
+        machine = machine_of(row, memories[number])
         layers = _layers(models, row)
         word = machine.constants.word.value * (1.0 - TRANSCODE_SPARSITY)
         embedding = (machine.constants.vocabulary.value + TRANSCODE_TOKENS) * layers[0].width * word

@@ -11,7 +11,6 @@ from typing import Any
 from codesign.errors import DataError
 from codesign.experiments.reference_tables import ValidationRow
 from codesign.experiments.validate_acceltran import (
-    acceltran_runs,
     breakdown_figure,
     dataflow_figure,
     dataflow_runs,
@@ -21,6 +20,7 @@ from codesign.experiments.validate_acceltran import (
     topk_figure,
     transcode_accelerators,
 )
+from codesign.experiments.validate_acceltran_cycle import acceltran_runs
 from codesign.experiments.validate_published import sanger_latency, sofa_scaling
 from codesign.experiments.validate_tools import dense_gemm_tools
 from codesign.experiments.validation_rtl import validation_rows as firesim_gemmini

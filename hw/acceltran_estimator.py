@@ -17,7 +17,7 @@ from typing import Literal, Self
 from codesign import units
 from codesign.errors import CodesignError, PresetError, UnknownNameError
 from codesign.hw.spec import AcceleratorSpec
-from codesign.hw.spec_tables import Estimator, Module
+from codesign.hw.spec_tables import Buffer, Estimator, MainMemoryOption, Module
 
 Slot = Literal["mac", "softmax"]
 ENERGY_COLUMNS = ("buffer", "main_memory") + tuple(
@@ -42,7 +42,12 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Sizes of a machine; memories in MB. `spec` holds the constants."""
+    """Sizes of a machine; memories in MB. `spec` holds the constants.
+
+    Attributes:
+      issue_group: Tile operations that a head starts in a cycle of the cycle-level simulator; None: not known.
+      bandwidth: Of main memory, bit/cycle; None: that of `memory`.
+    """
 
     spec: AcceleratorSpec = field(repr=False)
     processing_elements: int
@@ -57,6 +62,9 @@ class Machine:
     weight_mb: float
     mask_mb: float
     memory: str
+    issue_group: int | None
+    non_linearity: Literal["gelu", "relu"] = "gelu"
+    bandwidth: float | None = None
 
     @classmethod
     def from_spec(cls, spec: AcceleratorSpec) -> Self:
@@ -101,6 +109,7 @@ class Machine:
             weight_mb=weight,
             mask_mb=mask,
             memory=table.memory,
+            issue_group=None if table.issue_group is None else int(table.issue_group.value),
         )
 
     @property
@@ -125,7 +134,26 @@ class Machine:
     @property
     def lane(self) -> Module:
         """A lane with its multipliers and non-linearity."""
-        return self.module(f"lane_{self.multipliers}")
+        suffix = "" if self.non_linearity == "gelu" else f"_{self.non_linearity}"
+        return self.module(f"lane_{self.multipliers}{suffix}")
+
+    @property
+    def main_memory(self) -> MainMemoryOption:
+        """The main memory.
+
+        Raises:
+          UnknownNameError: If the file has none of this name.
+        """
+        memories = self.constants.memories
+        if self.memory not in memories:
+            known = ", ".join(memories)
+            raise UnknownNameError(f"unknown main memory `{self.memory}`: use one of {known}")
+        return memories[self.memory]
+
+    @property
+    def main_bandwidth(self) -> float:
+        """Bits that main memory delivers per cycle."""
+        return self.main_memory.bandwidth.value if self.bandwidth is None else self.bandwidth
 
     @property
     def softmax(self) -> Module:
@@ -136,6 +164,20 @@ class Machine:
     def norm(self) -> Module:
         """A layer-norm unit for this tile."""
         return self.module(f"layer_norm_tile_{self.tile_x}")
+
+    @property
+    def buffers(self) -> dict[str, tuple[Buffer, float]]:
+        """Constants and size in MB of the buffers of activations, weights and masks."""
+        storage = self.spec.storage
+        assert storage is not None and storage.masks is not None and storage.activations is not None
+        return {
+            role: (self.spec.memories[name], megabytes)
+            for role, name, megabytes in (
+                ("activation", storage.activations, self.activation_mb),
+                ("weight", storage.weights, self.weight_mb),
+                ("mask", storage.masks, self.mask_mb),
+            )
+        }
 
     def tiles(self, rows: int, cols: int) -> int:
         """Returns the two-dimensional tiles of a batch of `rows` by `cols`."""
@@ -183,19 +225,9 @@ def area_mm2(machine: Machine) -> float:
     element = machine.lanes * of_lane + machine.softmax_units * um2["softmax"]
     element += um2["dataflow"] + um2["dma"] + um2["norm"]
     total = machine.processing_elements * element
-    for name, size in _memory_sizes(machine).items():
-        total += size * machine.spec.memories[name].area.value
+    for memory, megabytes in machine.buffers.values():
+        total += megabytes * memory.area.value
     return total / units.UM2_PER_MM2
-
-
-def _memory_sizes(machine: Machine) -> dict[str, float]:
-    storage = machine.spec.storage
-    assert storage is not None and storage.masks is not None and storage.activations is not None
-    return {
-        storage.activations: machine.activation_mb,
-        storage.weights: machine.weight_mb,
-        storage.masks: machine.mask_mb,
-    }
 
 
 def estimate(
@@ -220,9 +252,6 @@ def estimate(
       CodesignError: If the embedding does not fit the weight buffer, where the published runs end too.
     """
     table = machine.constants
-    if machine.memory not in table.memories:
-        known = ", ".join(table.memories)
-        raise UnknownNameError(f"unknown main memory `{machine.memory}`: use one of {known}")
     embedding = (table.vocabulary.value + num_tokens) * layers[0].width
     weight_bits = table.word.value * (1.0 - weight_sparsity)
     capacity_bits = machine.weight_mb * units.BYTES_PER_MIB * units.BITS_PER_BYTE
@@ -251,7 +280,7 @@ class _Run:
         self.num_tokens = num_tokens
         self.density = activation_density
         self.weight_bits = weight_bits
-        self.memory = machine.constants.memories[machine.memory]
+        self.bandwidth = machine.main_bandwidth
         self.mac_cycles = 0
         self.softmax_cycles = 0
         self.norm_cycles = 0
@@ -261,7 +290,7 @@ class _Run:
 
     def load_cycles(self, elements: float) -> int:
         """Returns the cycles in which main memory delivers weights."""
-        return math.ceil(elements * self.weight_bits / self.memory.bandwidth.value)
+        return math.ceil(elements * self.weight_bits / self.bandwidth)
 
     def layer_cycles(self, layer: Layer, after: Layer) -> int:
         """Returns the cycles of a layer, with the step to the next one's width."""
@@ -281,16 +310,14 @@ class _Run:
         table = machine.constants
         elements = machine.processing_elements
         lanes = elements * machine.lanes
-        storage = machine.spec.storage
-        assert storage is not None and storage.activations is not None
-        activation = machine.spec.memories[storage.activations].energy.value
+        activation, megabytes = machine.buffers["activation"]
         blocks = self.loaded * weight_density / table.block.value
         result = {
-            "buffer": activation
-            * math.sqrt(machine.activation_mb)
+            "buffer": activation.energy.value
+            * math.sqrt(megabytes)
             * self.stored
             / table.block.value,
-            "main_memory": self.memory.energy.value * blocks,
+            "main_memory": machine.main_memory.energy.value * blocks,
         }
         # Milliwatt by megahertz is nanojoule per cycle.
         megahertz = machine.spec.clock_hz / units.HZ_PER_MHZ

@@ -361,3 +361,5 @@ class Estimator(Strict):
     buffer_bandwidth: BitsPerCycle
     memories: dict[str, MainMemoryOption]
     """In the order of the published index."""
+    issue_group: Count | None = None
+    """Tile operations that a head starts in a cycle of the cycle-level simulator (`codesign.hw.acceltran_cycle`)."""

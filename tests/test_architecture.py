@@ -72,6 +72,8 @@ LIBRARIES = {
 JAX_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "chex"}
 NUMPY_ONLY = [
     "codesign.references",
+    "codesign.hw.acceltran_cycle",
+    "codesign.hw.acceltran_cycle_energy",
     "codesign.hw.acceltran_estimator",
     "codesign.hw.emulator",
     "codesign.hw.export",

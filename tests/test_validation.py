@@ -96,10 +96,10 @@ def only(folder: Path, name: str, copy: Path) -> Path:
     return copy
 
 
-def change(path: Path, column: str, value: str) -> None:
+def change(path: Path, column: str, value: str, *, row: int = 0) -> None:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    rows[0][column] = value
+    rows[row][column] = value
     write_csv(path, rows)
 
 
@@ -117,6 +117,8 @@ def test_excerpts_are_within_their_limits(folder: Path, capsys: pytest.CaptureFi
     assert of["AccelForge 1.0.467, weight stationary", "energy, largest error"]["value"] < 1e-4
     # The run in the mode `cycle` is no row of the closed form.
     assert of["AccelTran's closed form, runs", "cycles, largest difference"]["rows"] == 2
+    simulated = of["AccelTran's simulator, cycle by cycle", "cycles, largest error"]
+    assert simulated["value"] == 0.0 and simulated["rows"] == 1
     assert of["TransCODE", "12 energies, largest relative error"]["rows"] == 3
     assert of["AccelTran's loop orders, figure", "dynamic energy, largest error"]["value"] < 0.1
 
@@ -157,6 +159,33 @@ def test_a_figure_beyond_its_limit_ends_with_1(
     assert sum(row["value"] > row["limit"] for row in limited) == 1
     assert main(["validate", "--data", str(copy)]) == 1
     assert capsys.readouterr().out.count("MISSED") == 2  # in the title, and once
+
+
+def test_runs_cycle_by_cycle_have_limits_and_settings(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def changed(column: str, value: str) -> Path:
+        copy = only(folder, RUNS, folder / column)
+        change(copy / RUNS, column, value, row=1)
+        return copy
+
+    for column, value in (("cycles", "75000.0"), ("E_total_nJ", "1600000.0")):
+        rows = answer(capsys, changed(column, value), 1)
+        (missed,) = (
+            row for row in rows if row["limit"] is not None and row["value"] > row["limit"]
+        )
+        assert missed["limit"] == 5.0 and missed["unit"] == "%"
+    for column, value, words in (
+        ("mem_mode", "mb", "one of lb, hb"),
+        ("non_linearity", "tanh", "gelu or relu"),
+        ("model", "bert_giant", "with or without _1layer"),
+        ("wgt_buf_MB", "4", "line 3: `embedding` of 4,904,000 bytes does not fit"),
+    ):
+        assert words in refusal(capsys, changed(column, value))
+    copy = changed("simulator_mode", "slow")
+    for row in (0, 2):
+        change(copy / RUNS, "simulator_mode", "slow", row=row)
+    assert "no run in the modes `fast` and `cycle`" in refusal(capsys, copy)
 
 
 def test_faulty_files_are_named(
