@@ -201,23 +201,39 @@ def test_loops_with_one_iteration_may_stand_anywhere(dims: tuple[str, ...]):
     )
 
 
-def scaled(machine: Machine, level: str, factor: float) -> Machine:
-    levels = tuple(
-        dataclasses.replace(one, base_pj=one.base_pj * factor, slope_pj=one.slope_pj * factor)
-        if one.name == level
-        else one
-        for one in machine.structure.levels
-    )
-    return machine.replace(structure=dataclasses.replace(machine.structure, levels=levels))
+def repriced(machine: Machine, level: str | None, constant: str, factor: float) -> Machine:
+    """The machine with a constant of a level, or of the multipliers, times a factor."""
+    structure, old = machine.structure, machine.structure.multiplier
+    levels, multiplier = list(structure.levels), old
+    if level is None:
+        multiplier = dataclasses.replace(old, **{constant: getattr(old, constant) * factor})
+    else:
+        place = structure.index(level)
+        price = getattr(levels[place], constant) * factor
+        levels[place] = dataclasses.replace(levels[place], **{constant: price})
+    changed = dataclasses.replace(structure, levels=tuple(levels), multiplier=multiplier)
+    return machine.replace(structure=changed)
 
 
 def test_energy_is_linear_in_every_constant():
+    """Twice a constant more is twice its share more, and all shares together are the whole energy."""
     layer, mapping, machine = golden()
     before = cost(layer, mapping, machine)
+    constants = [(None, "constant_pj"), (None, "product_pj")]
     for level in machine.structure.levels:
-        after = cost(layer, mapping, scaled(machine, level.name, 3.0))
-        gained = float(after.total_pj - before.total_pj)
-        assert gained == pytest.approx(2.0 * float(before.energy_pj[level.name]), rel=1e-4)
+        constants += [(level.name, "base_pj"), (level.name, "slope_pj")]
+    shares = []
+    for level, constant in constants:
+        gained = [
+            float(cost(layer, mapping, repriced(machine, level, constant, factor)).total_pj)
+            - float(before.total_pj)
+            for factor in (2.0, 3.0)
+        ]
+        # Float32 sums of 5e8 pJ.
+        assert gained[1] == pytest.approx(2.0 * gained[0], rel=FLOAT32, abs=200.0)
+        shares.append(gained[0])
+    assert sum(shares) == pytest.approx(float(before.total_pj), rel=FLOAT32)
+    assert sum(share > 0.0 for share in shares) == 2 + 4 + 2  # two memories grow dearer
 
 
 @pytest.mark.parametrize("dims", [MATMUL, CONVOLUTION], ids=["matmul", "convolution"])
