@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from codesign.errors import UnknownNameError
 from codesign.experiments.bench_cost import bench_cost
+from codesign.experiments.bench_dense import bench_dense
 from codesign.experiments.bench_deployed import bench_hard_path, bench_simulator
 from codesign.experiments.bench_peers import bench_optuna, bench_qwix
 from codesign.experiments.bench_sizes import FULL, QUICK, BenchSizes
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Callable[[BenchSizes], list[Record]]] = {
     "qwix": bench_qwix,
     "optuna": bench_optuna,
     "tools": bench_tools,
+    "dense": bench_dense,
 }
 DEFAULT_NAMES = tuple(name for name in BENCHMARKS if name != "parts")
 """All but `parts`, which only explains `training`."""
@@ -50,6 +52,7 @@ SECONDS = {
     "qwix": 60.0,
     "optuna": 40.0,
     "tools": 15.0,
+    "dense": 40.0,
 }
 """Wall time of each on two CPU cores, compilation included: rounded estimates, s, for people who plan."""
 

@@ -86,13 +86,13 @@ def cost_functions(accelerator: Accelerator) -> dict[str, Callable[[DesignPoints
     }
 
 
-def batched(function: Callable[[DesignPoints], Any]) -> Callable[[DesignPoints], Any]:
-    """Returns the compiled function of design points `[num_chunks, chunk, ...]`.
+def batched(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Returns the compiled function of design points, leaves `[num_chunks, chunk, ...]`.
 
     Chunk by chunk, what passes between operations stays in the processor's cache.
     """
 
-    def mapped(points: DesignPoints) -> Any:
+    def mapped(points: Any) -> Any:
         return jax.lax.map(jax.vmap(function), points)
 
     return jax.jit(mapped)

@@ -61,17 +61,30 @@ def bench_tools(sizes: BenchSizes) -> list[Record]:
 
     Baseline: the tool itself, or its quoted figure. It is called `sizes.repeats` times, three at most, and once before.
     """
-    return [_beside(tool, sizes.repeats) for tool in TOOLS]
+    records = []
+    for tool, model in TOOLS.items():
+        products = np.array(products_of(tool))
+        sides = np.full(len(products), SIDE)
+        ours = functools.partial(gemm_cost, model, products, sides, "weight_stationary")
+        records.append(beside(f"{tool}_switches", tool, ours, sizes.repeats))
+    return records
 
 
-def _beside(tool: str, repeats: int) -> Record:
-    """Returns the record of one tool."""
-    model, products = TOOLS[tool], np.array(products_of(tool))
-    sides = np.full(len(products), SIDE)
-    ours = functools.partial(gemm_cost, model, products, sides, "weight_stationary")
-    record = functools.partial(
-        make_record, f"{tool}_switches", unit="product/s" if tool == "scale_sim" else "layer/s"
-    )
+def beside(
+    name: str, tool: str, ours: Callable[[], Any], repeats: int, *, layers: int | None = None
+) -> Record:
+    """Returns the record of a function of ours beside a tool, by turns; the tool's figure is quoted if it does not run.
+
+    Args:
+      name: Name of the record.
+      tool: Key of `TOOLS`.
+      ours: What of ours is timed.
+      repeats: Timed calls, of the tool three at most.
+      layers: Layers that `ours` prices in a call; None: the products that the tool is timed on.
+    """
+    model, is_layer = TOOLS[tool], products_of(tool) is LAYER
+    done = 1 if layers is None else layers if is_layer else layers * len(LAYER)
+    record = functools.partial(make_record, name, unit="layer/s" if is_layer else "product/s")
     with TemporaryDirectory() as folder:
         calls: list[Callable[[], Any]] = [ours, tool_call(tool, Path(folder))]
         try:
@@ -82,7 +95,7 @@ def _beside(tool: str, repeats: int) -> Record:
                 file=sys.stderr,
             )
         else:
-            return record(1.0 / own, baseline=model.name, baseline_value=1.0 / theirs)
+            return record(done / own, baseline=model.name, baseline_value=1.0 / theirs)
     (own,) = interleaved_seconds([ours], repeats)
     quoted = f"{model.name}, quoted"
-    return record(1.0 / own, baseline=quoted, baseline_value=QUOTED_PER_S[tool])
+    return record(done / own, baseline=quoted, baseline_value=QUOTED_PER_S[tool])

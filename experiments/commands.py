@@ -172,7 +172,9 @@ def curve(
         ablations=ablations,
     )
     check_directory(out, resume=resume, overwrite=overwrite)
-    announce(curve_seconds(experiment, settings, seeds, part))
+    outlined = checked_curve(experiment, settings, seeds)
+    tell_notes(outlined)
+    announce(curve_seconds(outlined, settings, seeds, part))
     if estimate:
         return 0
     path = run_curve(
@@ -194,15 +196,22 @@ def curve(
 
 
 def curve_seconds(
-    experiment: Experiment, settings: CurveSettings, seeds: tuple[int, ...], part: Part
+    outlined: Problem,
+    settings: CurveSettings,
+    seeds: tuple[int, ...],
+    part: Part,
+    *,
+    dense_is_cached: bool = False,
 ) -> float:
-    """Returns the expected time of a curve whose settings hold, s, after telling what was done to its checkpoint.
+    """Returns the expected time of a curve whose settings hold (`checked_curve`), s.
 
-    Raises:
-      CodesignError: As `checked_curve` does.
+    Args:
+      outlined: The outline of its experiment.
+      settings: Budgets and the uniform grid.
+      seeds: Seeds of the dense model and its fine-tuning.
+      part: Part of the data on which points are measured.
+      dense_is_cached: Whether another curve trains the dense models before.
     """
-    outlined = checked_curve(experiment, settings, seeds)
-    tell_notes(outlined)
     scale = outlined.mechanism.thresholds
     assert scale is not None
     chosen = min(settings.num_selection, len(outlined.task.part("validation")))
@@ -214,6 +223,7 @@ def curve_seconds(
         num_runs=grid + measured,
         num_measured=grid * chosen + measured * len(outlined.task.part(part)),
         num_seeds=len(seeds),
+        dense_is_cached=dense_is_cached,
     )
 
 

@@ -18,6 +18,7 @@ from codesign.experiments.compare import (
     run_comparison,
 )
 from codesign.experiments.configs import BudgetMetric, Experiment
+from codesign.experiments.curve import checked_curve
 from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.data import Part
 from codesign.experiments.finished import DENSE_FOLDER
@@ -78,14 +79,7 @@ def compare(
     chosen = checked_names(mechanisms)
     check_limits(loss, kl)
     if not as_json:
-        with TemporaryDirectory() as folder:
-            framed = framed_experiments(experiment, chosen, Path(folder)).values()
-            announce(
-                sum(
-                    curve_seconds(one, reached_settings(one, settings), seeds, part)
-                    for one in framed
-                )
-            )
+        announce(_seconds(experiment, settings, chosen, seeds, part))
     if estimate:
         return 0
     path = run_comparison(
@@ -111,6 +105,31 @@ def compare(
     print(path)
     print(path.with_suffix(".png"))
     return 0
+
+
+def _seconds(
+    experiment: Experiment,
+    settings: CurveSettings,
+    chosen: dict[str, str],
+    seeds: tuple[int, ...],
+    part: Part,
+) -> float:
+    """Returns the expected time of a comparison, s, after telling once what was done to checkpoint and settings.
+
+    Dense models do not depend on the mechanism: the first curve trains them for all.
+    """
+    seconds = 0.0
+    told = set[str]()
+    with TemporaryDirectory() as folder:
+        for framed in framed_experiments(experiment, chosen, Path(folder)).values():
+            reached = reached_settings(framed, settings)
+            outlined = checked_curve(framed, reached, seeds)
+            for note in outlined.notes:
+                if note not in told:
+                    say(note)
+            told |= set(outlined.notes)
+            seconds += curve_seconds(outlined, reached, seeds, part, dense_is_cached=seconds > 0.0)
+    return seconds
 
 
 def print_comparison(rows: list[dict[str, Any]]) -> None:

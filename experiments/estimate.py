@@ -40,8 +40,9 @@ def estimate_seconds(
     num_runs: int = 2,
     num_measured: int = 0,
     num_seeds: int = 1,
+    dense_is_cached: bool = False,
 ) -> float:
-    """Returns the expected time on two cores, s, the dense models included.
+    """Returns the expected time on two cores, s, the dense models included unless they are there.
 
     Args:
       problem: Sizes of the model, steps and examples per step; its outline is enough.
@@ -50,12 +51,14 @@ def estimate_seconds(
       num_runs: Settings measured with one seed.
       num_measured: Examples measured with one seed, all settings together; 0: the validation part in each run.
       num_seeds: Seeds.
+      dense_is_cached: Whether the dense model of every seed has been trained before.
     """
     experiment = problem.experiment
     dense, budgeted = experiment.dense, experiment.optimize
     num_training = len(problem.task.part("train"))
     num_calibration = min(experiment.num_calibration, num_training)
-    dense_steps = dense.num_steps * (
+    dense_steps = 0 if dense_is_cached else dense.num_steps
+    dense_seconds = dense_steps * (
         SECONDS_STEP + min(dense.batch_size, num_training) * example_seconds(problem, DENSE_STEP)
     )
     steps = budgeted.num_steps * (
@@ -68,4 +71,4 @@ def estimate_seconds(
     examples = fitting * num_calibration + measured
     integer_path = (num_runs + fitting) * SECONDS_RUN
     integer_path += examples * example_seconds(problem, INTEGER_PATH)
-    return num_seeds * (SECONDS_SETUP + dense_steps + num_points * steps + integer_path)
+    return num_seeds * (SECONDS_SETUP + dense_seconds + num_points * steps + integer_path)

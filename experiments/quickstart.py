@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from codesign.experiments.commands import announce, curve_seconds, print_curve, say
+from codesign.experiments.commands import announce, curve_seconds, print_curve, say, tell_notes
 from codesign.experiments.configs import Experiment, digits
-from codesign.experiments.curve import FIGURE_FILE, point_directory, run_curve
+from codesign.experiments.curve import FIGURE_FILE, checked_curve, point_directory, run_curve
 from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.deploy_commands import export, print_verification, verification
 from codesign.experiments.finished import DENSE_FOLDER
@@ -43,7 +43,9 @@ def run_quickstart(
 ) -> int:
     """Draws a curve on the test part, exports the trained point of one of its budgets, and verifies the export."""
     seeds = (experiment.seed,)
-    announce(curve_seconds(experiment, settings, seeds, "test"))
+    outlined = checked_curve(experiment, settings, seeds)
+    tell_notes(outlined)
+    announce(curve_seconds(outlined, settings, seeds, "test"))
     path = run_curve(
         experiment,
         settings,

@@ -18,7 +18,7 @@ from codesign.errors import DataError
 from codesign.experiments.reference_tables import ValidationRow
 from codesign.hw.gemm.cost import MULTIPLIERS, GemmCost, cost
 from codesign.hw.gemm.layer import Layer, widths
-from codesign.hw.gemm.machine import Machine, machine_from_file, with_sizes
+from codesign.hw.gemm.machine import Machine, machine_from_file, with_sizes, with_switches
 from codesign.hw.gemm.machine_file import load_machine
 from codesign.hw.gemm.mapping import Mapping
 from codesign.hw.gemm.names import CONVOLUTION
@@ -100,10 +100,10 @@ def priced(layer: Layer, mapping: Mapping, machine: Machine) -> GemmCost:
     return cost(layer, mapping, machine)
 
 
-def timeloop_cost(points: TimeloopPoints) -> GemmCost:
-    """Returns the model's cost of every point, in float64."""
+def timeloop_cost(points: TimeloopPoints, **switches: bool) -> GemmCost:
+    """Returns the model's cost of every point, in float64, with the switches of Timeloop or some of another's."""
     with jax.enable_x64(True):
-        machine = machine_from_file(load_machine("gemmini"))
+        machine = with_switches(machine_from_file(load_machine("gemmini")), **switches)
         sizes = {name: jnp.asarray(size) for name, size in points.sizes.items()}
         inputs = jax.tree.map(jnp.asarray, (points.layer, points.mapping))
         result: GemmCost = priced(*inputs, with_sizes(machine, sizes))

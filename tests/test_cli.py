@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from codesign.errors import CodesignError
-from codesign.experiments import commands, finished, tasks
+from codesign.experiments import commands, compare_command, finished, tasks
 from codesign.experiments.cli import COMMANDS, main
 from codesign.experiments.configs import (
     Budget,
@@ -26,7 +26,13 @@ from codesign.experiments.curve import checked_curve
 from codesign.experiments.curve_record import SCHEMA_VERSION
 from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.data import DataSettings, Task
-from codesign.experiments.estimate import STEP, estimate_seconds, example_seconds
+from codesign.experiments.estimate import (
+    DENSE_STEP,
+    SECONDS_STEP,
+    STEP,
+    estimate_seconds,
+    example_seconds,
+)
 from codesign.experiments.problem import outline
 from codesign.experiments.run import RunDirectory
 from codesign.hw.spec import PRESET_FOLDER
@@ -414,6 +420,26 @@ def test_estimate_grows_with_the_work_and_runs_nothing(
     growth = estimate_seconds(larger) - estimate_seconds(problem)
     assert growth == pytest.approx(100 * 32 * example_seconds(problem, STEP))
     assert estimate_seconds(problem, num_seeds=3) == pytest.approx(3 * estimate_seconds(problem))
+    # A dense model that is there is not trained again: 500 steps of 32 images in each seed.
+    dense = 500 * (SECONDS_STEP + 32 * example_seconds(problem, DENSE_STEP))
+    saved = estimate_seconds(problem, num_seeds=3) - estimate_seconds(
+        problem, num_seeds=3, dense_is_cached=True
+    )
+    assert saved == pytest.approx(3 * dense)
+
+
+def test_a_comparison_trains_the_dense_model_of_a_seed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced: list[float] = []
+    monkeypatch.setattr(compare_command, "announce", announced.append)
+    command = ("compare", "digits", "--out", tmp_path / "run", "--estimate", "--seeds", "0", "1")
+    for names in (("sofa",), ("topk",), ("sofa", "topk")):
+        assert run(*command, "--mechanisms", *names) == 0
+    problem = outline(digits())
+    dense = estimate_seconds(problem) - estimate_seconds(problem, dense_is_cached=True)
+    alone, other, both = announced
+    assert both == pytest.approx(alone + other - 2 * dense)
 
 
 def point(quality: Any, energy_pj: float) -> dict[str, Any]:

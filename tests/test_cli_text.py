@@ -153,6 +153,12 @@ def test_good_text_has_an_estimate(text: Path, capsys: pytest.CaptureFixture[str
     assert "checkpoint: the task's classes are blame, praise" in notes
     assert expected.startswith("expected time: ")
     assert not (text / "run").exists()
+    # A comparison says it once, not once a mechanism.
+    options = [str(word) for word in (*own, *model)]
+    compared = ["compare", "user_text", *options, "--max-tokens", "12", "--budgets", "0.9"]
+    several = ["--mechanisms", "sofa", "topk", "a3", "--out", str(text / "all"), "--estimate"]
+    assert main([*compared, *several]) == 0
+    assert capsys.readouterr().out.splitlines()[:-1] == notes
 
 
 def test_labels_of_a_known_task_are_checked(

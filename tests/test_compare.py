@@ -76,6 +76,30 @@ def test_machines_fill_the_area(name: str) -> None:
     assert float(price.area_mm2("end_to_end")) == pytest.approx(AREA_MM2, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_machine_on_its_own_area_keeps_its_sizes(name: str) -> None:
+    """At a factor of 1; all but the bandwidth, which is the frame's."""
+    own, framed = (
+        {key: float(size) for key, size in accelerator_from_spec(spec).sizes.items()}
+        for spec in (load_preset(name), common_frame(load_preset(name), factor=1.0))
+    )
+    assert framed == pytest.approx(own | {"dram.bytes_per_cycle": 59.8})
+
+
+@pytest.mark.parametrize("name", ["sofa", "lapa", "topk"])
+def test_a_machine_of_the_frame_keeps_its_area_and_speed(name: str) -> None:
+    """At 28 nm, 1 GHz and 59.8 GB/s already; energies are those of the one table."""
+    spec = load_preset(name)
+    workload = closed_form_workload(spec, SHAPE, published_setting(spec))
+    before, after = (
+        cost(workload, accelerator_from_spec(one)) for one in (spec, common_frame(spec, factor=1.0))
+    )
+    for scope in ("attention", "end_to_end"):
+        np.testing.assert_array_equal(after.latency_cycles(scope), before.latency_cycles(scope))
+        # Published areas have three or four digits.
+        np.testing.assert_allclose(after.area_mm2(scope), before.area_mm2(scope), rtol=2e-4)
+
+
 def test_one_table_prices_all() -> None:
     """The same operation costs the same on every machine: 16 x 16 MAC, exponential, byte of main memory."""
     seen: dict[str, set[float]] = {"dram": set(), "clock": set(), "bandwidth": set()}

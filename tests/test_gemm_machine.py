@@ -1,6 +1,7 @@
 """Files of dense machines: parsed strictly, faults in one line; mappings in Timeloop's form."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from codesign.hw.gemm.machine_file import (
     MACHINE_FOLDER,
     GemmSwitches,
     MachineFile,
+    json_schema,
     load_machine,
     machine_names,
     parse_machine,
@@ -112,6 +114,12 @@ def test_every_number_has_a_source():
         )
     ]
     assert len(sources) > 25 and all(len(source) > 8 for source in sources)
+
+
+def test_schema_names_units_and_refuses_other_keys():
+    text = json.dumps(json_schema())
+    for part in ('"word/cycle/child"', '"pJ/word/KB"', '"mm2/KB"', '"additionalProperties": false'):
+        assert part in text
 
 
 def walk(tables: object) -> list[dict[str, str]]:

@@ -84,6 +84,14 @@ def test_example_of_the_readme_runs(
         assert quantity in printed
 
 
+@pytest.mark.parametrize("name", ["dense_layers", "validation"])
+def test_examples_of_the_documents_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks((ROOT / "docs" / f"{name}.md").read_text(), "python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= MAX_EXAMPLE_LINES
+    exec(compile(code, f"docs/{name}.md", "exec"), {"__name__": "__main__"})
+    assert re.search(r"\d", capsys.readouterr().out)
+
+
 def test_commands_of_the_documents_exist() -> None:
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     found = {path.name: commands(path.read_text()) for path in documents}

@@ -6,13 +6,18 @@ from pathlib import Path
 import pytest
 
 from codesign.hw import hardware_config, spec
+from codesign.hw.gemm import machine_file
 
 SCHEMAS = Path(__file__).resolve().parent.parent / "docs" / "schema"
 
 
 @pytest.mark.parametrize(
     ("name", "schema_fn"),
-    [("accelerator", spec.json_schema), ("export", hardware_config.json_schema)],
+    [
+        ("accelerator", spec.json_schema),
+        ("dense_machine", machine_file.json_schema),
+        ("export", hardware_config.json_schema),
+    ],
 )
 def test_published_schema_is_current(name, schema_fn):
     if not SCHEMAS.is_dir():

@@ -62,6 +62,19 @@ def test_matrix_products_agree_to_the_cycle():
     assert energy.mean() < 2.5e-4 and energy.max() < 5e-3
 
 
+def test_switches_of_dosas_model():
+    """Without whole blocks and cycles, as DOSA counts: 0.0048 % and 0.163 % are known of its equations on all points."""
+    points = read_points(folder(), num_rows=2000)
+    result = timeloop_cost(points, whole_blocks=False, whole_cycles=False)
+    latency = 100.0 * np.abs(result.latency_cycles / points.cycles - 1.0)
+    energy = 100.0 * np.abs(result.total_pj / 1e6 / points.energy_uj - 1.0)
+    assert latency.mean() < 0.01 and energy.mean() == pytest.approx(0.163, rel=0.1)
+    assert np.mean(energy > 1.0) == pytest.approx(0.015, abs=0.005)
+    assert energy.mean() > 3.0 * np.mean(
+        np.abs(100.0 * (timeloop_cost(points).total_pj / 1e6 / points.energy_uj - 1.0))
+    )
+
+
 def test_ranks_share_ties():
     assert spearman(
         np.asarray([1.0, 2.0, 2.0, 3.0]), np.asarray([1.0, 5.0, 5.0, 9.0])

@@ -6,7 +6,7 @@ none. Imports no JAX.
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import ValidationError, model_validator
 
@@ -232,3 +232,8 @@ def load_machine(name_or_path: str | Path) -> MachineFile:
     except UnicodeDecodeError as error:
         raise PresetError(f"{path.name}: not UTF-8 text: save it as UTF-8 TOML") from error
     return parse_machine(text, origin=path.name)
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON Schema of a dense machine's file."""
+    return MachineFile.model_json_schema()
