@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from codesign.errors import DataError
+from codesign.experiments.published_chips import validate_chips
 from codesign.experiments.reference_tables import ValidationRow
 from codesign.experiments.validate_acceltran import (
     breakdown_figure,
@@ -58,6 +59,7 @@ NOT_COMPARED = {
 BUILT_IN: dict[str, Callable[[], list[ValidationRow]]] = {
     "SOFA, Table II": sofa_scaling,
     "Sanger's formula": sanger_latency,
+    "areas and powers of the presets": validate_chips,
 }
 """Comparisons with published numbers that need no file, by name."""
 
