@@ -23,7 +23,7 @@ import numpy as np
 from flax import struct
 
 from codesign import gates
-from codesign.backward import row_spread
+from codesign.backward import kept, row_spread
 from codesign.mechanisms.protocol import (
     Carry,
     Context,
@@ -340,7 +340,8 @@ def soft_filter(
     off = is_off[None, :, None, None]
     chosen, soft, hard = [], [], []
     for steps in (power_of_two(low), power_of_two(low + 1.0)):
-        mask = candidates(searched_scores(found, steps, scores.shape[3]), exists, is_off)
+        # Kept, so that the backward pass does not search again.
+        mask = kept(candidates(searched_scores(found, steps, scores.shape[3]), exists, is_off))
         top = jnp.max(jnp.where(mask, scores, -jnp.inf), axis=-1, keepdims=True)
         above = scores - jnp.where(jnp.isfinite(top), top, 0.0) + margin
         gate = jnp.where(off, 1.0, jax.nn.sigmoid(above / width))
