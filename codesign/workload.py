@@ -35,6 +35,7 @@ __all__ = [
     "LINEAR_SITES",
     "STAGES",
     "Gemm",
+    "NonZero",
     "Operation",
     "RowStatistics",
     "Stream",
@@ -46,6 +47,7 @@ __all__ = [
     "gemm",
     "grid_levels",
     "layers_second",
+    "nonzero",
     "operation",
     "piece_statistics",
     "row_statistics",
@@ -385,6 +387,23 @@ binary_fetched_vectors.defvjp(_binary_forward, _binary_backward)
 
 
 @struct.dataclass
+class NonZero:
+    """Which elements of a tensor of every layer are not zero: `numpy.packbits` along its last axis, of `size` elements."""
+
+    packed: np.ndarray
+    size: int = struct.field(pytree_node=False)
+
+    def layer(self, index: int) -> np.ndarray:
+        """Returns one layer's, bool, the axes of the tensor without that of the layers."""
+        return np.unpackbits(self.packed[index], axis=-1, count=self.size).astype(bool)
+
+
+def nonzero(tensor: np.ndarray) -> NonZero:
+    """Returns which elements of a tensor `[L, ...]` are not zero."""
+    return NonZero(packed=np.packbits(tensor != 0, axis=-1), size=tensor.shape[-1])
+
+
+@struct.dataclass
 class Trace:
     """The keep decisions of a batch for the simulator, not differentiable.
 
@@ -393,8 +412,10 @@ class Trace:
     or `[L, R]`. Mechanisms that copy rows add the row whose attention each row takes, `source` `[L, B, H, T]`, the token
     whose feed-forward branch each token takes, `ffn_source` `[L, B, T]`. Where a head may be switched off, `compares` bool
     `[L, H]` says whether it predicts at all. Rows that copy a value are `one_hot` bool `[L, B, H, T]`, tokens whose
-    feed-forward branch has all its bits `ffn_full` bool `[L, B, T]`. `mechanism` names what decided, which says what the
-    rounds are.
+    feed-forward branch has all its bits `ffn_full` bool `[L, B, T]`. Mechanisms that skip zeros add what is not zero,
+    `nonzero`: what enters a linear layer of a block by site, `[L, B, T, K]`; `query`, `key`, `value` `[L, B, H, T, d]`,
+    `scores`, `probabilities` `[L, B, H, T, S]`; kernels, `<site>.weight` `[L, K, N]`. `mechanism` names what decided, which
+    says what the rounds are.
     """
 
     packed: np.ndarray
@@ -407,6 +428,7 @@ class Trace:
     compares: np.ndarray | None = None
     one_hot: np.ndarray | None = None
     ffn_full: np.ndarray | None = None
+    nonzero: dict[str, NonZero] = struct.field(default_factory=dict)
     mechanism: str = ""
 
     def keep(self, layer: int) -> np.ndarray:

@@ -289,6 +289,35 @@ def _enter(
     return saturate(requantise(residual, mantissa, shift), largest)
 
 
+def entering(
+    structure: ModelStructure,
+    layers: Mapping[str, Integers],
+    ends: Mapping[str, Integers],
+    tensors: Mapping[str, Array],
+) -> dict[str, Integers]:
+    """Returns what enters `qkv` and `up` of every layer, `[L, B, T, D]`, from the named tensors of a batch."""
+    streams = {
+        "qkv": (("attention_gain", "attention_bias"), [tensors["embedded"], *tensors["residual"]]),
+        "up": (("ffn_gain", "ffn_bias"), tensors["attended"]),
+    }
+    return {
+        site: np.stack(
+            [
+                _enter(
+                    structure,
+                    {name: values[index] for name, values in layers.items()},
+                    ends["norm_epsilon"],
+                    residuals[index],
+                    site,
+                    norm,
+                )
+                for index in range(structure.num_layers)
+            ]
+        )
+        for site, (norm, residuals) in streams.items()
+    }
+
+
 def _leave(
     structure: ModelStructure,
     layer: Mapping[str, Integers],
