@@ -1,7 +1,7 @@
 """When the operations of layers run on lanes that take tiles, and what main memory brings meanwhile; NumPy only.
 
-Operations are issued in order. One starts when those that it needs are done and its weights are there; its tiles go to the
-lanes that are free first. All times are cycles of a whole batch, whose examples are alike.
+An operation is issued when those that it needs are done and its weights are there, the first that is ready first; its
+tiles go to the lanes that are free first. All times are cycles of a whole batch, whose examples are alike.
 """
 
 import bisect
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from codesign.hw.lane_counts import Bytes, Operation
+from codesign.hw.lane_counts import Operation
 
 GROUPS = 8
 """Tiles are dealt to this part of the lanes at a time, those that are free first."""
@@ -68,16 +68,41 @@ class LayerRun:
 
 @dataclass
 class _State:
-    """When lanes and memories are free; what of main memory's time is taken, in order."""
+    """When lanes and memories are free, and what has been decided so far.
+
+    Attributes:
+      free: When each lane is, by unit.
+      issued: When the last tile has been issued, by unit.
+      written: When the memory of the activations is free.
+      masked: When that of their masks is.
+      taken: Times of main memory, in order.
+      loaded: When the last weights came.
+      num_loaded: Operations, in order, whose weights have a time.
+      held: Weights on chip, byte, by the operation that needs them, in order.
+      arrived: When the weights of operations are there.
+      ends: When operations are done.
+    """
 
     free: dict[str, np.ndarray]
     issued: dict[str, float]
     written: float = 0.0
     masked: float = 0.0
-    loaded: float = 0.0
     taken: list[tuple[float, float]] = field(default_factory=list)
-    # Weights held, each until its operation ends.
-    held: list[tuple[float, float]] = field(default_factory=list)
+    loaded: float = 0.0
+    num_loaded: int = 0
+    held: list[tuple[float, int]] = field(default_factory=list)
+    arrived: dict[int, float] = field(default_factory=dict)
+    ends: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Found:
+    """What a layer has taken so far; `stored`: bytes that it has written, of a batch."""
+
+    busy: dict[str, float]
+    spans: list[Span]
+    stored: float = 0.0
+    spilled: float = 0.0
 
 
 def run_layers(layers: Sequence[Sequence[Operation]], machine: LaneMachine) -> list[LayerRun]:
@@ -91,89 +116,119 @@ def run_layers(layers: Sequence[Sequence[Operation]], machine: LaneMachine) -> l
         free={name: np.zeros(lanes.number) for name, lanes in machine.units.items()},
         issued=dict.fromkeys(machine.units, 0.0),
     )
+    operations = [one for layer in layers for one in layer]
     runs: list[LayerRun] = []
-    for operations in layers:
-        runs.append(_run_layer(operations, machine, state, runs[-1].end if runs else 0.0))
+    first = 0
+    for layer in layers:
+        places = range(first, first + len(layer))
+        entry = runs[-1].end if runs else 0.0
+        runs.append(_run_layer(operations, places, machine, state, entry))
+        first = places.stop
     return runs
 
 
 def _run_layer(
-    operations: Sequence[Operation], machine: LaneMachine, state: _State, entry: float
+    operations: Sequence[Operation],
+    places: range,
+    machine: LaneMachine,
+    state: _State,
+    entry: float,
 ) -> LayerRun:
-    busy = dict.fromkeys(("dram", "activation", "mask"), 0.0)
-    spans: list[Span] = []
-    ends: list[float] = []
-    stored = spilled = 0.0
-    for one in operations:
-        ready = max((ends[need] for need in one.needs), default=entry)
-        if one.loads.total:
-            begin, arrived = _load(one.loads, machine, state)
-            spans.append(Span(unit="dram", name=one.name, start=begin, end=arrived))
-            busy["dram"] += one.loads.total / machine.dram_rate
-            busy["weight"] = busy.get("weight", 0.0) + one.loads.data / machine.weight_rate
-            busy["mask"] += one.loads.masks / machine.mask_rate
-            if machine.overlaps:
-                ready = max(ready, arrived)
-        name = machine.unit_of[one.key]
-        lanes = machine.units[name]
-        cycles = np.tile(np.maximum(np.ceil(one.effectual / lanes.per_lane), 1.0), machine.batch)
-        started = np.cumsum(np.tile(one.started, machine.batch)) / lanes.started_per_cycle
-        issued = max(ready, state.issued[name])
-        begin, end = deal(state.free[name], issued + np.append(0.0, started[:-1]), cycles, ready)
-        if len(cycles):
-            state.issued[name] = issued + started[-1]
-            end = max(end, state.issued[name])
-            spans.append(Span(unit=name, name=one.name, start=begin, end=end))
-            busy[name] = busy.get(name, 0.0) + float(cycles.sum()) / lanes.number
-            if np.isfinite(lanes.started_per_cycle):
-                issue = f"{name}.issue"
-                busy[issue] = busy.get(issue, 0.0) + float(started[-1])
-        data, masks = (machine.batch * part for part in (one.writes.data, one.writes.masks))
-        busy["activation"] += data / machine.activation_rate
-        busy["mask"] += masks / machine.mask_rate
-        if data or masks:
-            # Tiles are written as they are done.
-            state.written = max(state.written, begin) + data / machine.activation_rate
-            state.masked = max(state.masked, begin) + masks / machine.mask_rate
-            end = max(end, state.written, state.masked)
-        surplus = max(stored + data - machine.activation_bytes, 0.0) - max(
-            stored - machine.activation_bytes, 0.0
-        )
-        stored += data
-        if surplus:
-            spilled += 2.0 * surplus
-            moved = 2.0 * surplus / machine.dram_rate
-            busy["dram"] += moved
-            back = _reserve(state.taken, begin, moved)
-            spans.append(Span(unit="dram", name=one.name, start=begin, end=back))
-            end = max(end, back) if machine.overlaps else end
-        ends.append(end)
-        if one.loads.total:
-            state.held.append((one.loads.data, end))
-    last = max([entry, *ends])
+    found = _Found(busy=dict.fromkeys(("dram", "activation", "mask"), 0.0), spans=[])
+    left = list(places)
+    while left:
+        _load(operations, machine, state)
+        ready = {}
+        for place in left:
+            needs = [places.start + need for need in operations[place].needs]
+            if place in state.arrived and all(need in state.ends for need in needs):
+                times = [state.ends[need] for need in needs]
+                ready[place] = max([entry, *times, state.arrived[place]])
+        place = min(ready, key=lambda one: (ready[one], one))
+        left.remove(place)
+        state.ends[place] = _execute(operations[place], ready[place], machine, state, found)
+    last = max([entry, *(state.ends[place] for place in places)])
+    for place in places:
+        loads = operations[place].loads
+        if loads.total:
+            _add(found.busy, "dram", loads.total / machine.dram_rate)
+            _add(found.busy, "weight", loads.data / machine.weight_rate)
+            _add(found.busy, "mask", loads.masks / machine.mask_rate)
     if not machine.overlaps:
-        last += busy["dram"]
-        for free in state.free.values():
-            np.maximum(free, last, out=free)
-    return LayerRun(end=last, busy=busy, spilled=spilled, spans=spans)
+        last += found.busy["dram"]
+    return LayerRun(end=last, busy=found.busy, spilled=found.spilled, spans=found.spans)
 
 
-def _load(loads: Bytes, machine: LaneMachine, state: _State) -> tuple[float, float]:
-    """Returns when weights begin to come and are there: in order, and when those of earlier operations leave them room."""
-    room = machine.weight_bytes - loads.data
-    held = sum(size for size, _ in state.held)
-    begin = state.loaded
-    while state.held and held > room:
-        size, until = state.held.pop(0)
-        held -= size
-        begin = max(begin, until)
-    cycles = max(
-        loads.total / machine.dram_rate,
-        loads.data / machine.weight_rate,
-        loads.masks / machine.mask_rate,
-    )
-    state.loaded = _reserve(state.taken, begin, cycles)
-    return begin, state.loaded
+def _execute(
+    one: Operation, ready: float, machine: LaneMachine, state: _State, found: _Found
+) -> float:
+    """Deals the tiles of an operation and writes its result; returns when that is there."""
+    name = machine.unit_of[one.key]
+    lanes = machine.units[name]
+    cycles = np.tile(np.maximum(np.ceil(one.effectual / lanes.per_lane), 1.0), machine.batch)
+    started = np.cumsum(np.tile(one.started, machine.batch)) / lanes.started_per_cycle
+    issued = max(ready, state.issued[name])
+    begin, end = deal(state.free[name], issued + np.append(0.0, started[:-1]), cycles, ready)
+    if len(cycles):
+        state.issued[name] = issued + float(started[-1])
+        end = max(end, state.issued[name])
+        found.spans.append(Span(unit=name, name=one.name, start=begin, end=end))
+        _add(found.busy, name, float(cycles.sum()) / lanes.number)
+        if np.isfinite(lanes.started_per_cycle):
+            _add(found.busy, f"{name}.issue", float(started[-1]))
+    data, masks = (machine.batch * part for part in (one.writes.data, one.writes.masks))
+    _add(found.busy, "activation", data / machine.activation_rate)
+    _add(found.busy, "mask", masks / machine.mask_rate)
+    if data or masks:
+        # Tiles are written as they are done.
+        state.written = max(state.written, begin) + data / machine.activation_rate
+        state.masked = max(state.masked, begin) + masks / machine.mask_rate
+        end = max(end, state.written, state.masked)
+    over = max(found.stored - machine.activation_bytes, 0.0)
+    found.stored += data
+    surplus = max(found.stored - machine.activation_bytes, 0.0) - over
+    if surplus:
+        # What does not fit goes to main memory, and comes back before it is needed.
+        found.spilled += 2.0 * surplus
+        moved = 2.0 * surplus / machine.dram_rate
+        _add(found.busy, "dram", moved)
+        if machine.overlaps:
+            back = _reserve(state.taken, begin, moved)
+            found.spans.append(Span(unit="dram", name=one.name, start=begin, end=back))
+            end = max(end, back)
+    return end
+
+
+def _load(operations: Sequence[Operation], machine: LaneMachine, state: _State) -> None:
+    """Gives weights their time, in order, as far as it is known when those of earlier operations leave them room."""
+    while state.num_loaded < len(operations):
+        place = state.num_loaded
+        loads = operations[place].loads
+        begin = state.loaded
+        if not loads.total or not machine.overlaps:
+            state.arrived[place] = 0.0
+            state.num_loaded += 1
+            continue
+        held = sum(size for size, _ in state.held)
+        while state.held and held + loads.data > machine.weight_bytes:
+            size, user = state.held[0]
+            if user not in state.ends:
+                return
+            held -= size
+            state.loaded = begin = max(begin, state.ends[user])
+            state.held.pop(0)
+        cycles = max(
+            loads.total / machine.dram_rate,
+            loads.data / machine.weight_rate,
+            loads.masks / machine.mask_rate,
+        )
+        state.arrived[place] = state.loaded = _reserve(state.taken, begin, cycles)
+        state.held.append((loads.data, place))
+        state.num_loaded += 1
+
+
+def _add(busy: dict[str, float], name: str, cycles: float) -> None:
+    busy[name] = busy.get(name, 0.0) + cycles
 
 
 def _reserve(taken: list[tuple[float, float]], start: float, cycles: float) -> float:
