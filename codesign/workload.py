@@ -6,7 +6,8 @@ A `Workload` holds five kinds of facts, all per example, so that padding and the
 - `gemms`: dense matrix products, keyed by linear site;
 - `rows`: how many keys each query row sends into a stage (what lock-step lanes need);
 - `streams`: vectors moved from and to main memory, as a function of the query block;
-- `densities`: fraction of elements of a tensor that are not zero, keyed by site, for machines that skip zeros.
+- `densities`: fraction of elements of a tensor that are not zero, keyed by site, for machines that skip zeros; and how the
+  products without a zero lie in `tiles`, keyed by product.
 
 Query block and lanes are sizes of the machine, yet the union of fetched keys and the number of lane segments need the
 masks: both are carried on a grid of powers of two, and the cost model interpolates on it.
@@ -25,6 +26,7 @@ from flax import struct
 
 from codesign import gates
 from codesign.backward import kept
+from codesign.tile_statistics import TileStatistics
 from codesign.vocabulary import KINDS, LINEAR_SITES, STAGES, check_key
 
 SERIAL_BITS = 12.0
@@ -114,7 +116,8 @@ class Workload:
     """All counts of a batch; see the module's text for the five fields.
 
     `head_dim` is the width of one head; `block_gemms` run once per layer, `end_gemms` (`[B, 1]` leaves) once per model;
-    `densities` are `[B, L]`, 1 where a site is missing.
+    `densities` are `[B, L]`, 1 where a site is missing; where a product is missing in `tiles`, zeros of its operands are
+    taken as independent and even.
     """
 
     operations: dict[str, Operation]
@@ -124,6 +127,7 @@ class Workload:
     end_gemms: dict[str, Gemm]
     head_dim: int = struct.field(pytree_node=False)
     densities: dict[str, jax.Array] = struct.field(default_factory=dict)
+    tiles: dict[str, TileStatistics] = struct.field(default_factory=dict)
 
 
 def attention_macs(workload: Workload) -> jax.Array:

@@ -15,6 +15,7 @@ from codesign.hw.engine import (
     add_element_energy,
     add_to,
     buffer_pj_per_byte,
+    effectual_share,
     flat_cycles,
     passes,
     price_pj,
@@ -131,7 +132,9 @@ def _products(
         for suffix in ("", ".weight")
     )
     count = rows * (inner * outer)
-    effectual = density * weight_density if unit.skips_zeros else jnp.ones((1, 1, 1))
+    # Heads of a product are of one size.
+    shares = [jnp.mean(effectual_share(site, unit, workload), axis=2) for site in sites]
+    effectual = side_by_side(shares)
     repeats = passes(activation_bits, weight_bits, unit)
     cycles = flat_cycles(unit, count, effectual, accelerator.sizes)
     price = price_pj(unit, "mac", activation_bits, weight_bits)
