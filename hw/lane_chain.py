@@ -187,7 +187,9 @@ def _steps(workload: Workload, accelerator: Accelerator) -> dict[str, _Step]:
         name: _scaled(moved, batch)
         for name, moved in attention_parts(workload, accelerator).items()
     }
-    existing = _existing(pairs, tokens, tile)
+    # A workload may hold the sums of its heads.
+    summed = gemms["out"].inner / (head_dim * heads)
+    existing = _existing(pairs / summed, tokens, tile) * summed
 
     def elements(
         key: str, rows: Any, columns: Any, count: Any, written: Moved, **more: Any
