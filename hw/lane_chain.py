@@ -6,57 +6,28 @@ cycles of the batch.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from codesign.hw.accelerator import Accelerator, UnitStructure
-from codesign.hw.engine import buffer_bytes, effectual_share, lanes_of
+from codesign.hw.engine import lanes_of
 from codesign.hw.gemm.counting import ceil
-from codesign.hw.lane_tiles import Tiles, element_tiles, product_tiles
-from codesign.hw.traffic import Moved, attention_parts, moved_elements
-from codesign.vocabulary import LINEAR_MAC, LINEAR_SITES
-from codesign.workload import Gemm, Workload
+from codesign.hw.lane_steps import (
+    STEPS,
+    Step,
+    end_step,
+    layer_steps,
+    nothing_moved,
+    spilling,
+)
+from codesign.hw.lane_tiles import Tiles
+from codesign.vocabulary import LINEAR_SITES
+from codesign.workload import Workload
 
-_MADE = ("query", "key_rest", "value")
-"""Streams of queries, keys and values."""
-_NEEDS = {
-    "norm qkv": "",
-    "made": "norm qkv",
-    "scores": "made",
-    "softmax": "scores",
-    "attention": "softmax",
-    "out": "attention",
-    "norm up": "out",
-    "up": "norm up",
-    "activation": "up",
-    "down": "activation",
-    "end": "",
-}
-"""Steps of a layer in order (`made`: Q, K and V), and which one each waits for; `end` is a linear layer outside."""
 _BY_HEAD = ("scores", "softmax", "attention", "out")
 """Steps that wait for their own head alone; values are needed by `attention`."""
-
-
-@struct.dataclass
-class _Step:
-    """One operation of every head, a batch of it.
-
-    Attributes:
-      tiles: Its tiles; None where nothing is executed.
-      written: What it puts into the memory of the activations and that of their masks, byte.
-      loaded: Weights and their masks, byte.
-      spilled: What of the result does not fit on chip, to main memory and back, byte.
-      unit: Name of the unit.
-    """
-
-    tiles: Tiles | None
-    written: Moved
-    loaded: Moved
-    spilled: jax.Array
-    unit: str = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -82,14 +53,14 @@ def lane_latency(workload: Workload, accelerator: Accelerator) -> LaneLatency:
     """Returns the latencies of a workload on a machine that deals tiles to lanes."""
     storage = accelerator.structure.storage
     assert storage is not None
-    whole = _steps(workload, accelerator)
+    whole = layer_steps(workload, accelerator)
     alone = {
-        name: step.replace(tiles=None, loaded=_nothing()) if name == "made" else step  # type: ignore[attr-defined]
+        name: step.replace(tiles=None, loaded=nothing_moved()) if name == "made" else step  # type: ignore[attr-defined]
         for name, step in whole.items()
         if name in ("made", "scores", "softmax", "attention")
     }
-    alone = _spilling(alone, accelerator)
-    whole = _spilling(whole, accelerator)
+    alone = spilling(alone, accelerator)
+    whole = spilling(whole, accelerator)
     batch = max(leaf.shape[0] for leaf in jax.tree.leaves(whole))
     behind = jnp.zeros((batch,))
     ends = {}
@@ -111,7 +82,7 @@ def lane_latency(workload: Workload, accelerator: Accelerator) -> LaneLatency:
 
 
 def _layers(
-    steps: dict[str, _Step], behind: jax.Array, accelerator: Accelerator
+    steps: dict[str, Step], behind: jax.Array, accelerator: Accelerator
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the times of layers `[B, L]`, and when main memory is free after the end of the last, `[B]`.
 
@@ -127,7 +98,7 @@ def _layers(
         steps,
     )
 
-    def layer(behind: jax.Array, own: dict[str, _Step]) -> tuple[jax.Array, jax.Array]:
+    def layer(behind: jax.Array, own: dict[str, Step]) -> tuple[jax.Array, jax.Array]:
         end, behind = _layer(own, behind, accelerator)
         return behind, end
 
@@ -139,211 +110,13 @@ def _end(
     site: str, workload: Workload, behind: jax.Array, accelerator: Accelerator
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the same of a linear layer outside the layers, `[B]`."""
-    gemm = workload.end_gemms[site]
-    step = _linear(site, gemm, workload, accelerator, 1, 1)
-    rows = gemm.rows[..., None]
-    written = _stored(rows * float(gemm.inner), gemm.activation_bits, 1.0, accelerator)
-    step = step.replace(written=written)  # type: ignore[attr-defined]
-    times, behind = _layers(_spilling({"end": step}, accelerator), behind, accelerator)
+    step = end_step(site, workload, accelerator)
+    times, behind = _layers(spilling({"end": step}, accelerator), behind, accelerator)
     return times[:, 0], behind
 
 
-def _nothing() -> Moved:
-    none = jnp.zeros((1, 1, 1))
-    return Moved(data=none, masks=none)
-
-
-def _stored(
-    elements: jax.Array,
-    bits: jax.Array,
-    density: jax.Array | float,
-    accelerator: Accelerator,
-    *,
-    shared: bool = False,
-) -> Moved:
-    """Returns the bytes of a batch's elements; `shared`: of all its examples together."""
-    storage = accelerator.structure.storage
-    assert storage is not None
-    density = density if isinstance(density, float) else density[..., None]
-    moved = moved_elements(elements, bits[..., None], density, storage)
-    return moved if shared else _scaled(moved, storage.batch)
-
-
-def _scaled(moved: Moved, factor: float) -> Moved:
-    return Moved(data=moved.data * factor, masks=moved.masks * factor)
-
-
-def _steps(workload: Workload, accelerator: Accelerator) -> dict[str, _Step]:
-    """Returns the steps of layers in the order in which they write, not knowing what fits."""
-    structure = accelerator.structure
-    storage = structure.storage
-    assert storage is not None and structure.elements is not None
-    tile, batch = structure.elements.tile, storage.batch
-    gemms, operations = workload.block_gemms, workload.operations
-    heads, head_dim = operations["qk.mac"].count.shape[-1], float(workload.head_dim)
-    pairs = operations["softmax.exp"].count
-    tokens = gemms["out"].rows[..., None]
-    parts = {
-        name: _scaled(moved, batch)
-        for name, moved in attention_parts(workload, accelerator).items()
-    }
-    # A workload may hold the sums of its heads.
-    summed = gemms["out"].inner / (head_dim * heads)
-    existing = _existing(pairs / summed, tokens, tile) * summed
-
-    def elements(
-        key: str, rows: Any, columns: Any, count: Any, written: Moved, **more: Any
-    ) -> _Step:
-        unit = structure.unit_of(key)
-        tiles = element_tiles(
-            (rows, columns), count, tile=tile, per_lane=unit.per_lane, batch=batch, **more
-        )
-        return _Step(
-            tiles=tiles,
-            written=written,
-            loaded=_nothing(),
-            spilled=jnp.zeros((1, 1, 1)),
-            unit=unit.name,
-        )
-
-    def products(key: str, sides: Any, written: Moved) -> _Step:
-        unit = structure.unit_of(key)
-        site = key.partition(".")[0]
-        tiles = product_tiles(
-            sides,
-            operations[key].count,
-            effectual_share(key, unit, workload),
-            workload.tiles.get(site) if unit.skips_zeros else None,
-            tile=tile,
-            per_lane=unit.per_lane,
-            batch=batch,
-            existing=existing,
-        )
-        return _Step(
-            tiles=tiles,
-            written=written,
-            loaded=_nothing(),
-            spilled=jnp.zeros((1, 1, 1)),
-            unit=unit.name,
-        )
-
-    def entering(site: str) -> Moved:
-        gemm = gemms[site]
-        density = workload.densities.get(site, 1.0)
-        count = gemm.rows[..., None] * float(gemm.inner)
-        return _stored(count, gemm.activation_bits, density, accelerator)
-
-    def norm(site: str) -> _Step:
-        rows, width = gemms[site].rows[..., None], float(gemms[site].inner)
-        return elements("norm.element", rows, width, rows * width, entering(site))
-
-    steps: dict[str, _Step] = {}
-    if "qkv" in gemms:
-        steps["norm qkv"] = norm("qkv")
-        made = _linear("qkv", gemms["qkv"], workload, accelerator, 1, 3 * heads)
-        present = [parts[name] for name in _MADE]
-        # Head by head: Q, K, V.
-        written = jax.tree.map(lambda *leaves: _interleaved(leaves, heads), *present)
-        in_order = jax.tree.map(
-            lambda leaf: (
-                _interleaved(jnp.split(leaf, 3, axis=2), heads)
-                if leaf.shape[2] == 3 * heads
-                else leaf
-            ),
-            made,
-        )
-        steps["made"] = in_order.replace(written=written)
-    nothing = _nothing()
-    steps["scores"] = products("qk.mac", (tokens, head_dim, tokens), parts.get("scores", nothing))
-    steps["softmax"] = elements(
-        "softmax.exp", tokens, tokens, pairs, parts.get("probabilities", nothing), existing=existing
-    )
-    steps["attention"] = products("pv.mac", (tokens, tokens, head_dim), parts["output"])
-    steps["out"] = _linear("out", gemms["out"], workload, accelerator, heads, 1)
-    if "up" in gemms:
-        steps["norm up"] = norm("up")
-        steps["up"] = _linear("up", gemms["up"], workload, accelerator, 1, 1)
-        rows, hidden = gemms["up"].rows[..., None], float(gemms["up"].outer)
-        written = entering("down") if "down" in gemms else nothing
-        steps["activation"] = elements("activation.element", rows, hidden, rows * hidden, written)
-    if "down" in gemms:
-        steps["down"] = _linear("down", gemms["down"], workload, accelerator, 1, 1)
-    return steps
-
-
-def _interleaved(parts: Any, heads: int) -> jax.Array:
-    """Returns three arrays of heads as one in which the three of a head stand together, `[B, L, 3 H]`."""
-    shape = jnp.broadcast_shapes(*(part.shape for part in parts), (1, 1, heads))
-    stacked = jnp.stack([jnp.broadcast_to(part, shape) for part in parts], axis=3)
-    return jnp.reshape(stacked, (*shape[:2], 3 * heads))
-
-
-def _existing(pairs: jax.Array, tokens: jax.Array, tile: float) -> jax.Array:
-    """Returns the fraction of the tiles of pairs that have any: less than 1 where pairs above the diagonal are missing."""
-    blocks = jnp.maximum(ceil(tokens / tile), 1.0)
-    beyond = jnp.maximum(tokens * (tokens - 1.0) / 2.0, 1e-9)
-    is_causal = jnp.clip((tokens * tokens - pairs) / beyond, 0.0, 1.0)
-    return 1.0 - is_causal * (blocks - 1.0) / (2.0 * blocks)
-
-
-def _linear(
-    site: str,
-    gemm: Gemm,
-    workload: Workload,
-    accelerator: Accelerator,
-    heads_in: int,
-    heads_out: int,
-) -> _Step:
-    """Returns a linear layer of whose input or output heads stand side by side; it writes nothing yet."""
-    structure = accelerator.structure
-    storage, unit = structure.storage, structure.unit_of(LINEAR_MAC)
-    assert storage is not None and structure.elements is not None
-    inner, outer = gemm.inner / heads_in, gemm.outer / heads_out
-    rows = gemm.rows[..., None]
-    statistics = workload.tiles.get(site) if unit.skips_zeros else None
-    tiles = product_tiles(
-        (rows, inner, outer),
-        rows * (inner * outer) * jnp.ones((1, 1, heads_in * heads_out)),
-        effectual_share(site, unit, workload),
-        statistics,
-        tile=structure.elements.tile,
-        per_lane=unit.per_lane,
-        batch=storage.batch,
-    )
-    density = workload.densities.get(f"{site}.weight", 1.0)
-    weights = jnp.full((1, 1, heads_in * heads_out), inner * outer)
-    return _Step(
-        tiles=tiles,
-        written=_nothing(),
-        loaded=_stored(weights, gemm.weight_bits, density, accelerator, shared=True),
-        spilled=jnp.zeros((1, 1, 1)),
-        unit=unit.name,
-    )
-
-
-def _spilling(steps: dict[str, _Step], accelerator: Accelerator) -> dict[str, _Step]:
-    """Returns steps with what of their results does not fit into the memory of the activations, in the order of writing."""
-    storage = accelerator.structure.storage
-    assert storage is not None and storage.activations is not None
-    capacity = buffer_bytes(accelerator)[storage.activations]
-    before: jax.Array = jnp.zeros((1, 1, 1))
-    result = {}
-    for name in (one for one in _NEEDS if one in steps):
-        step = steps[name]
-        heads = step.written.data.shape[2] if step.tiles is None else step.tiles.number.shape[2]
-        data = jnp.broadcast_to(
-            step.written.data,
-            (*step.written.data.shape[:2], max(heads, step.written.data.shape[2])),
-        )
-        after = before + jnp.cumsum(data, axis=2)
-        over = jnp.maximum(after - capacity, 0.0) - jnp.maximum(after - data - capacity, 0.0)
-        result[name] = step.replace(spilled=2.0 * over)  # type: ignore[attr-defined]
-        before = after[..., -1:]
-    return result
-
-
 def _layer(
-    steps: dict[str, _Step], behind: jax.Array, accelerator: Accelerator
+    steps: dict[str, Step], behind: jax.Array, accelerator: Accelerator
 ) -> tuple[jax.Array, jax.Array]:
     """Returns when a layer that starts at 0 ends, and when main memory is free after that, `[B]`; leaves `[B, H]`."""
     structure, rate = accelerator.structure, accelerator.sizes["dram.bytes_per_cycle"]
@@ -357,7 +130,7 @@ def _layer(
     )
     dram, total = behind, none
     ends: dict[str, jax.Array] = {}
-    for name in (one for one in _NEEDS if one in steps):
+    for name in (one for one in STEPS if one in steps):
         step = steps[name]
         ready = _ready(name, ends, none[:, None])
         load = _load_cycles(step, accelerator)
@@ -384,7 +157,7 @@ def _layer(
 
 def _ready(name: str, ends: dict[str, jax.Array], entry: jax.Array) -> jax.Array:
     """Returns when what a step needs is there, `[B, H]`, 1 where heads wait for one another."""
-    before = ends.get(_NEEDS[name], entry)
+    before = ends.get(STEPS[name], entry)
     if name not in _BY_HEAD:
         return jnp.max(before, axis=1, keepdims=True)
     if name == "scores" and "made" in ends:
@@ -394,7 +167,7 @@ def _ready(name: str, ends: dict[str, jax.Array], entry: jax.Array) -> jax.Array
     return before
 
 
-def _load_cycles(step: _Step, accelerator: Accelerator) -> jax.Array:
+def _load_cycles(step: Step, accelerator: Accelerator) -> jax.Array:
     """Returns when main memory has moved weights through their memories, `[B, H]`, one after the other."""
     structure = accelerator.structure
     storage, loaded = structure.storage, step.loaded
@@ -408,7 +181,7 @@ def _load_cycles(step: _Step, accelerator: Accelerator) -> jax.Array:
 
 
 def _run(
-    step: _Step, ready: jax.Array, clock: _Clock, accelerator: Accelerator
+    step: Step, ready: jax.Array, clock: _Clock, accelerator: Accelerator
 ) -> tuple[jax.Array, jax.Array, _Clock]:
     """Returns when the operation of each head begins and ends, `[B, H]`, and the clock behind it."""
     structure = accelerator.structure
