@@ -305,7 +305,7 @@ def _example(
         (alone_run,) = run_layers([alone], machine.lanes)
         whole = _priced(operations, run, machine)
         attention.append(_priced(alone, alone_run, machine))
-        linear.append(_difference(whole, attention[-1]))
+        linear.append(_difference(whole, attention[-1], machine))
         attention_cycles.append(alone_run.end / batch + drain)
     end_runs = [*runs[: len(first)], *runs[inside.stop :]]
     return _Example(
@@ -320,13 +320,18 @@ def _example(
     )
 
 
-def _difference(whole: _Part, part: _Part) -> _Part:
-    """Returns what a part leaves of the whole; what neither has does not count."""
+def _difference(whole: _Part, attention: _Part, machine: _Checked) -> _Part:
+    """Returns what attention leaves of the whole, on units that linear layers use and in memories."""
+    used = {machine.lanes.unit_of[key] for key in LINEAR_OPERATIONS}
+    idle = machine.lanes.units.keys() - used
 
     def left(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
-        return {key: value - other.get(key, 0.0) for key, value in one.items()}
+        return {key: value - other.get(key, 0.0) for key, value in one.items() if key not in idle}
 
-    return _Part(busy=left(whole.busy, part.busy), energy_pj=left(whole.energy_pj, part.energy_pj))
+    return _Part(
+        busy=left(whole.busy, attention.busy),
+        energy_pj=left(whole.energy_pj, attention.energy_pj),
+    )
 
 
 def _priced(operations: Sequence[Operation], run: LayerRun, machine: _Checked) -> _Part:
