@@ -296,26 +296,18 @@ def entering(
     tensors: Mapping[str, Array],
 ) -> dict[str, Integers]:
     """Returns what enters `qkv` and `up` of every layer, `[L, B, T, D]`, from the named tensors of a batch."""
-    streams = {
-        "qkv": (("attention_gain", "attention_bias"), [tensors["embedded"], *tensors["residual"]]),
-        "up": (("ffn_gain", "ffn_bias"), tensors["attended"]),
+    norms = {"qkv": ("attention_gain", "attention_bias"), "up": ("ffn_gain", "ffn_bias")}
+    residuals = {
+        "qkv": [tensors["embedded"], *tensors["residual"]],
+        "up": list(tensors["attended"]),
     }
-    return {
-        site: np.stack(
-            [
-                _enter(
-                    structure,
-                    {name: values[index] for name, values in layers.items()},
-                    ends["norm_epsilon"],
-                    residuals[index],
-                    site,
-                    norm,
-                )
-                for index in range(structure.num_layers)
-            ]
-        )
-        for site, (norm, residuals) in streams.items()
-    }
+    found: dict[str, list[Integers]] = {site: [] for site in norms}
+    for index in range(structure.num_layers):
+        layer = {name: values[index] for name, values in layers.items()}
+        for site, norm in norms.items():
+            residual = residuals[site][index]
+            found[site].append(_enter(structure, layer, ends["norm_epsilon"], residual, site, norm))
+    return {site: np.stack(of_layers) for site, of_layers in found.items()}
 
 
 def _leave(

@@ -321,7 +321,8 @@ def product_tiles(one: np.ndarray, other: np.ndarray, tile: int) -> np.ndarray:
     """
     left = _cut(_sums(one, tile, 0).T, tile)  # [K, t, I]
     right = _cut(_sums(other, tile, 1), tile)  # [K, t, J]
-    return np.einsum("kti,ktj->ijk", left, right, optimize=True).ravel()
+    found: np.ndarray = np.einsum("kti,ktj->ijk", left, right, optimize=True).ravel()
+    return found
 
 
 def pair_tiles(query: np.ndarray, key: np.ndarray, exists: np.ndarray, tile: int) -> np.ndarray:

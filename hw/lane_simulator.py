@@ -10,7 +10,7 @@ References:
   and the spilling are reconstructions, docs/cost_model.md section 8.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,7 @@ from codesign.hw.simulation import (
     Trace,
     check_sites,
     no_host,
+    operation_energy,
     standing_pj_per_cycle,
 )
 from codesign.hw.spec import AcceleratorSpec
@@ -102,32 +103,38 @@ def simulate_lanes(
         _example(trace, index, machine, gemm_shapes, is_causal) for index in range(len(trace.valid))
     ]
 
-    def gathered(value_of: Callable[[_Example], Sequence[float]]) -> np.ndarray:
-        return np.asarray([list(value_of(one)) for one in examples], np.float64)
-
     def parts(name: str, kind: str) -> dict[str, np.ndarray]:
-        first = getattr(examples[0], name)
-        keys = getattr(first[0], kind) if first else {}
+        tables: list[list[dict[str, float]]] = [
+            [getattr(part, kind) for part in getattr(one, name)] for one in examples
+        ]
         return {
-            key: gathered(
-                lambda one, key=key: [getattr(part, kind)[key] for part in getattr(one, name)]
-            )  # type: ignore[misc]
-            for key in keys
+            key: np.asarray([[one[key] for one in layers] for layers in tables], np.float64)
+            for key in (tables[0][0] if tables[0] else {})
         }
 
-    attention_cycles = gathered(lambda one: one.attention_cycles)
+    def cycles(name: str) -> np.ndarray:
+        return np.asarray([getattr(one, name) for one in examples], np.float64)
+
+    attention_cycles = cycles("attention_cycles")
+    counts, energies = _counts(trace, is_causal), parts("attention", "energy_pj")
+    qk, v = (np.asarray(trace.bits[name], np.int64) for name in ("qk_bits", "v_bits"))
+    # What rides along takes no time, but energy where a file prices it.
+    riding = {"softmax.reciprocal": (qk, qk), "output.multiply": (qk, v)}
+    own = {key: counts[key] for key in riding}
+    for unit, spent in operation_energy(own, riding, spec).items():
+        energies[unit] = energies[unit] + spent
     return Simulation(
-        operations=_counts(trace, is_causal),
+        operations=counts,
         stream_bytes={},
         busy_cycles=parts("attention", "busy"),
         attention_cycles=attention_cycles,
-        unit_energy_pj=parts("attention", "energy_pj"),
+        unit_energy_pj=energies,
         own_busy_cycles=parts("linear", "busy"),
-        own_cycles=gathered(lambda one: one.own_cycles),
+        own_cycles=cycles("own_cycles"),
         own_energy_pj=parts("linear", "energy_pj"),
         standing_pj_per_cycle=standing_pj_per_cycle(spec),
         host=no_host(*attention_cycles.shape),
-        own_end_cycles=gathered(lambda one: one.end_cycles),
+        own_end_cycles=cycles("end_cycles"),
         own_end_energy_pj=parts("ends", "energy_pj"),
     )
 

@@ -94,7 +94,11 @@ def end_cost(workload: Workload, accelerator: Accelerator, maximum: Maximum) -> 
     products = _products(sites, gemms, workload, accelerator)
     total: _Products = jax.tree.map(lambda leaf: leaf[:, 0], products)
     busy, energy = total.busy_cycles, total.energy_pj
-    add_transfers(busy, energy, _transfers(total, _storage(accelerator)), accelerator)
+    storage = _storage(accelerator)
+    transfers = _transfers(total, storage)
+    if storage.activations is not None:
+        transfers["dram"] = transfers["dram"] + spilled_bytes(total.inputs.data, accelerator)
+    add_transfers(busy, energy, transfers, accelerator)
     add_element_energy(energy, busy, accelerator)
     return EngineCost(cycles=maximum(list(busy.values())), busy_cycles=busy, energy_pj=energy)
 
