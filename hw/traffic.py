@@ -73,7 +73,7 @@ def _by_head(density: jax.Array | float) -> jax.Array | float:
 def attention_writes(workload: Workload, accelerator: Accelerator) -> Moved:
     """Returns what attention writes to the memory of the activations: Q, K, V, output, scores, probabilities."""
     parts = [
-        jax.tree.map(lambda part: jnp.sum(part, axis=2), part)
+        Moved(data=jnp.sum(part.data, axis=2), masks=jnp.sum(part.masks, axis=2))
         for part in attention_parts(workload, accelerator).values()
     ]
     return functools.reduce(lambda one, other: one + other, parts)
