@@ -29,7 +29,7 @@ LAYERS = {
 # Inside `codesign`: a module imports from its own line or from those above, never from below.
 ORDER = [
     {"units", "errors", "vocabulary", "backward", "tables"},
-    {"quantize", "gates"},
+    {"quantize", "gates", "tile_statistics"},
     {
         "workload",
         "policy",
