@@ -17,6 +17,10 @@ class InfeasibleBudgetError(CodesignError):
     """A budget below the cost of the cheapest legal policy."""
 
 
+class MappingError(CodesignError):
+    """A layer that cannot be mapped onto a dense machine."""
+
+
 class CheckpointError(CodesignError):
     """A checkpoint that is missing, corrupted or made by another model."""
 
