@@ -84,7 +84,6 @@ def descend(
       learning_rate: Size of the first steps, in powers of two.
       penalty: Of the square of every excess in powers of two, over that of a halved objective.
     """
-    slots = problem.slots
     optimiser = optax.adam(
         optax.cosine_decay_schedule(learning_rate, num_rounds * steps_per_round, RATE_FLOOR)
     )
@@ -111,8 +110,7 @@ def descend(
         (logs, state), _ = jax.lax.scan(step, (logs, state), length=steps_per_round)
         return (logs, state, order), None
 
-    dims = jnp.arange(len(slots.dims), dtype=jnp.int32)[None, :, None, None]
-    order = jnp.broadcast_to(dims, (slots.num_levels, len(slots.dims), *logs.shape[1:]))
+    order = problem.plain_order(logs.shape[-1])
     smoothness = jnp.geomspace(*SMOOTHNESS, num_rounds, dtype=logs.dtype)
     (logs, _, order), _ = jax.lax.scan(one_round, (logs, optimiser.init(logs), order), smoothness)
     return relaxed_factors(problem, logs)[1], order

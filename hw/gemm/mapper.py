@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from codesign.errors import MappingError, UnknownNameError
 from codesign.hw.file_faults import near
 from codesign.hw.gemm.cost import GemmCost
-from codesign.hw.gemm.descent import descend, random_starts
+from codesign.hw.gemm.descent import descend, random_starts, relaxed_factors
 from codesign.hw.gemm.layer import Layer
 from codesign.hw.gemm.machine import Machine
 from codesign.hw.gemm.mapping import Mapping, tile_allowed
@@ -33,13 +33,12 @@ MAX_EXTENT = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class MapperSettings:
-    """How much is searched.
-
-    The defaults: the mean EDP of 320 products on 64 machines is within 0.1 % of the best that ten times the time finds.
-    """
+    """How much is searched; docs/dense_mapper.md has what the defaults reach and other choices do not."""
 
     # Random starts of each layer; >= 1.
     num_starts: int = 54
+    # How many of them are descended from before they are rounded; from 1 to `num_starts`.
+    num_descended: int = 18
     # Rounds of descent, at whose beginning the loop orders are chosen again; >= 1.
     num_rounds: int = 20
     # Steps of Adam in a round; >= 1.
@@ -48,8 +47,8 @@ class MapperSettings:
     learning_rate: float = 0.6
     # What the square of an excess, in powers of two, weighs against a halved objective; >= 0.
     penalty: float = 2.0
-    # Moves that each rounded mapping tries; >= 0.
-    num_moves: int = 300
+    # Moves that every rounded mapping tries; >= 0.
+    num_moves: int = 500
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -57,12 +56,17 @@ class MapperSettings:
         Raises:
           ValueError: If a number lies outside.
         """
-        least = {"num_starts": 1, "num_rounds": 1, "steps_per_round": 1, "penalty": 0}
-        for name, bound in (least | {"num_moves": 0}).items():
+        counts = ("num_starts", "num_descended", "num_rounds", "steps_per_round")
+        least = dict.fromkeys(counts, 1) | {"num_moves": 0, "penalty": 0}
+        for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(
                     f"`{name}` must be at least {bound}, got {getattr(self, name)}: raise it"
                 )
+        if self.num_descended > self.num_starts:
+            raise ValueError(
+                f"`num_descended` is {self.num_descended}, more than `num_starts`, {self.num_starts}: lower it"
+            )
         if not self.learning_rate > 0.0:
             raise ValueError(
                 f"`learning_rate` must be positive, got {self.learning_rate}: raise it"
@@ -76,7 +80,7 @@ class MappedLayers:
     Attributes:
       mapping: The best mapping of each layer, `[N]`: whole factors, within all limits of the machine.
       cost: Its cost, `[N]`, nothing smooth.
-      rounded: Objective of every start after descent and rounding, `[N, S]`.
+      rounded: Objective of every start after rounding, `[N, S]`; the first `num_descended` were descended from.
       reached: Objective of every start after its moves, `[N, S]`; the least is that of `mapping`.
     """
 
@@ -215,11 +219,9 @@ def _check_limits(problem: Problem) -> None:
 @jax.jit
 def excess_of_one(problem: Problem) -> dict[str, jax.Array]:
     """Returns by how many powers of two a single iteration of each layer breaks each limit, `[N, 1]`."""
-    slots, shape = problem.slots, problem.layer.extents.shape[:2]
-    order = jnp.arange(len(slots.dims), dtype=jnp.int32)[None, :, None, None]
-    order = jnp.broadcast_to(order, (slots.num_levels, len(slots.dims), *shape))
-    factors = jnp.ones((len(slots.places), *shape), problem.primes.dtype)
-    return problem.excess(problem.mapping(factors, order))
+    shape = (len(problem.slots.places), *problem.layer.extents.shape[:2])
+    factors = jnp.ones(shape, problem.primes.dtype)
+    return problem.excess(problem.mapping(factors, problem.plain_order(1)))
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -227,13 +229,18 @@ def search(problem: Problem, key: jax.Array, *, settings: MapperSettings) -> Map
     """Returns what a search finds."""
     start_key, move_key = jax.random.split(key)
     starts = random_starts(problem, settings.num_starts, key=start_key)
-    logs, order = descend(
+    logs, order = relaxed_factors(problem, starts)[1], problem.plain_order(settings.num_starts)
+    descended = descend(
         problem,
-        starts,
+        starts[..., : settings.num_descended],
         num_rounds=settings.num_rounds,
         steps_per_round=settings.steps_per_round,
         learning_rate=settings.learning_rate,
         penalty=settings.penalty,
+    )
+    logs, order = (
+        jnp.concatenate([new, old[..., settings.num_descended :]], axis=-1)
+        for new, old in zip(descended, (logs, order), strict=True)
     )
     placed = rounded(problem, logs, order)
     before = problem.score(placed.factors, placed.order)

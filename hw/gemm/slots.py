@@ -98,6 +98,12 @@ class Problem:
     slots: Slots = struct.field(pytree_node=False)
     objective: str = struct.field(pytree_node=False)
 
+    def plain_order(self, num_starts: int) -> jax.Array:
+        """Returns the loops of every level in the order of `dims`, `[L, D, N, S]`."""
+        slots, num_layers = self.slots, self.layer.extents.shape[0]
+        dims = jnp.arange(len(slots.dims), dtype=jnp.int32)[None, :, None, None]
+        return jnp.broadcast_to(dims, (slots.num_levels, len(slots.dims), num_layers, num_starts))
+
     def mapping(self, factors: jax.Array, order: jax.Array) -> Mapping:
         """Returns mappings from factors `[G, N, S]` and orders `[L, D, N, S]`."""
         slots = self.slots
