@@ -21,7 +21,7 @@ from codesign.hw.gemm.descent import descend, random_starts, relaxed_factors
 from codesign.hw.gemm.layer import Layer
 from codesign.hw.gemm.machine import Machine
 from codesign.hw.gemm.mapping import Mapping, tile_allowed
-from codesign.hw.gemm.moves import improved, rounded
+from codesign.hw.gemm.moves import improved, rounded, starts_at
 from codesign.hw.gemm.slots import OBJECTIVES, Problem, slots_of
 from codesign.hw.nest_search import prime_factors
 
@@ -40,15 +40,17 @@ class MapperSettings:
     # How many of them are descended from before they are rounded; from 1 to `num_starts`.
     num_descended: int = 18
     # Rounds of descent, at whose beginning the loop orders are chosen again; >= 1.
-    num_rounds: int = 20
+    descent_rounds: int = 20
     # Steps of Adam in a round; >= 1.
     steps_per_round: int = 3
     # Size of the first steps, in powers of two; > 0.
     learning_rate: float = 0.6
     # What the square of an excess, in powers of two, weighs against a halved objective; >= 0.
     penalty: float = 2.0
-    # Moves that every rounded mapping tries; >= 0.
-    num_moves: int = 500
+    # Rounds of moves, in the second half of which each begins with the better half of the mappings twice; >= 0.
+    move_rounds: int = 10
+    # Moves that every mapping tries in a round; >= 0.
+    moves_per_round: int = 100
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -56,8 +58,8 @@ class MapperSettings:
         Raises:
           ValueError: If a number lies outside.
         """
-        counts = ("num_starts", "num_descended", "num_rounds", "steps_per_round")
-        least = dict.fromkeys(counts, 1) | {"num_moves": 0, "penalty": 0}
+        counts = ("num_starts", "num_descended", "descent_rounds", "steps_per_round")
+        least = dict.fromkeys(counts, 1) | {"move_rounds": 0, "moves_per_round": 0, "penalty": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(
@@ -81,7 +83,7 @@ class MappedLayers:
       mapping: The best mapping of each layer, `[N]`: whole factors, within all limits of the machine.
       cost: Its cost, `[N]`, nothing smooth.
       rounded: Objective of every start after rounding, `[N, S]`; the first `num_descended` were descended from.
-      reached: Objective of every start after its moves, `[N, S]`; the least is that of `mapping`.
+      reached: Objective of every mapping after the moves, `[N, S]`; the least is that of `mapping`.
     """
 
     mapping: Mapping
@@ -233,7 +235,7 @@ def search(problem: Problem, key: jax.Array, *, settings: MapperSettings) -> Map
     descended = descend(
         problem,
         starts[..., : settings.num_descended],
-        num_rounds=settings.num_rounds,
+        num_rounds=settings.descent_rounds,
         steps_per_round=settings.steps_per_round,
         learning_rate=settings.learning_rate,
         penalty=settings.penalty,
@@ -244,14 +246,15 @@ def search(problem: Problem, key: jax.Array, *, settings: MapperSettings) -> Map
     )
     placed = rounded(problem, logs, order)
     before = problem.score(placed.factors, placed.order)
-    placed, reached = improved(problem, placed, num_moves=settings.num_moves, key=move_key)
+    placed, reached = improved(
+        problem,
+        placed,
+        num_rounds=settings.move_rounds,
+        moves_per_round=settings.moves_per_round,
+        key=move_key,
+    )
     best = jnp.argmin(reached, axis=1, keepdims=True)
-
-    def of_best(values: jax.Array) -> jax.Array:
-        place = best.reshape((1,) * (values.ndim - 2) + best.shape)
-        return jnp.take_along_axis(values, place, axis=-1)
-
-    mapping = problem.mapping(of_best(placed.factors), of_best(placed.order))
+    mapping = problem.mapping(starts_at(placed.factors, best), starts_at(placed.order, best))
     price = problem.cost(mapping)[0]
     return MappedLayers(
         mapping=jax.tree.map(lambda leaf: leaf[:, 0], mapping),

@@ -79,17 +79,19 @@ def with_loop_moved(
 
 
 def improved(
-    problem: Problem, start: Placed, *, num_moves: int, key: jax.Array
+    problem: Problem, start: Placed, *, num_rounds: int, moves_per_round: int, key: jax.Array
 ) -> tuple[Placed, jax.Array]:
     """Returns legal mappings after random moves that do not raise the objective, and log2 of it, `[N, S]`.
 
     A move sends one, two or three prime factors to slots of their dimension, or one of them and a loop to another place in
     its level. It is taken unless it breaks a limit or costs more. The same moves for every layer (`random_starts`).
+    In the second half of the rounds, each begins with the better half of a layer's mappings in place of the others.
 
     Args:
       problem: The layers.
       start: Legal mappings.
-      num_moves: Moves that are tried.
+      num_rounds: Rounds of moves.
+      moves_per_round: Moves that each mapping tries in a round.
       key: Random key.
     """
     num_levels, num_dims, _, num_starts = start.order.shape
@@ -116,8 +118,35 @@ def improved(
         kept = jax.tree.map(lambda new, old: jnp.where(is_taken, new, old), tried, placed)
         return (kept, jnp.minimum(reached, score)), None
 
+    def one_round(
+        current: tuple[Placed, jax.Array], given: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[Placed, jax.Array], None]:
+        keys, selects = given
+        return jax.lax.scan(try_move, _selected(*current, selects), keys)[0], None
+
     first = (start, problem.score(start.factors, start.order))
-    return jax.lax.scan(try_move, first, jax.random.split(key, num_moves))[0]
+    keys = jax.random.split(key, (num_rounds, moves_per_round))
+    selects = jnp.arange(num_rounds) >= (num_rounds + 1) // 2
+    return jax.lax.scan(one_round, first, (keys, selects))[0]
+
+
+def _selected(placed: Placed, score: jax.Array, selects: jax.Array) -> tuple[Placed, jax.Array]:
+    """Returns the better half of each layer's mappings twice, if `selects`, else all, and log2 of the objective."""
+    places = jnp.broadcast_to(jnp.arange(score.shape[1]), score.shape)
+    half = (score.shape[1] + 1) // 2
+    best_first = jnp.argsort(score, axis=1)
+    twice = jnp.where(places < half, best_first, jnp.roll(best_first, half, axis=1))
+    chosen = jnp.where(selects, twice, places)
+    taken: tuple[Placed, jax.Array] = jax.tree.map(
+        lambda values: starts_at(values, chosen), (placed, score)
+    )
+    return taken
+
+
+def starts_at(values: jax.Array, places: jax.Array) -> jax.Array:
+    """Returns the starts of each layer, `[..., N, S]`, that stand at places `[N, K]`."""
+    places = places.reshape((1,) * (values.ndim - 2) + places.shape)
+    return jnp.take_along_axis(values, places, axis=-1)
 
 
 def _sent(problem: Problem, placed: Placed, draw: jax.Array, is_sent: jax.Array) -> Placed:
