@@ -249,6 +249,7 @@ def search(problem: Problem, key: jax.Array, *, settings: MapperSettings) -> Map
     placed, reached = improved(
         problem,
         placed,
+        before,
         num_rounds=settings.move_rounds,
         moves_per_round=settings.moves_per_round,
         key=move_key,

@@ -69,6 +69,7 @@ def with_loop_moved(
     """
     num_levels, num_dims = order.shape[:2]
     places = jnp.arange(num_dims)[None, :, None, None]
+    level, dim, place = (_beside(part, 4) for part in (level, dim, place))
     before = jnp.sum(jnp.where(order == dim, places, 0), axis=1, keepdims=True)
     inner, outer = jnp.roll(order, 1, axis=1), jnp.roll(order, -1, axis=1)
     source = places - (places > place)
@@ -79,7 +80,13 @@ def with_loop_moved(
 
 
 def improved(
-    problem: Problem, start: Placed, *, num_rounds: int, moves_per_round: int, key: jax.Array
+    problem: Problem,
+    start: Placed,
+    score: jax.Array,
+    *,
+    num_rounds: int,
+    moves_per_round: int,
+    key: jax.Array,
 ) -> tuple[Placed, jax.Array]:
     """Returns legal mappings after random moves that do not raise the objective, and log2 of it, `[N, S]`.
 
@@ -90,6 +97,7 @@ def improved(
     Args:
       problem: The layers.
       start: Legal mappings.
+      score: Log2 of their objective, `[N, S]`.
       num_rounds: Rounds of moves.
       moves_per_round: Moves that each mapping tries in a round.
       key: Random key.
@@ -112,10 +120,12 @@ def improved(
             for part, number in enumerate((num_levels - 1, num_dims, num_dims))
         )
         order = with_loop_moved(tried.order, 1 + level, dim, place)
-        tried = tried.replace(order=jnp.where(kind == LOOP, order, tried.order))  # type: ignore[attr-defined]
+        tried = tried.replace(order=jnp.where(_beside(kind == LOOP, 4), order, tried.order))  # type: ignore[attr-defined]
         reached = problem.score(tried.factors, tried.order)
         is_taken = reached <= score
-        kept = jax.tree.map(lambda new, old: jnp.where(is_taken, new, old), tried, placed)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(_beside(is_taken, new.ndim), new, old), tried, placed
+        )
         return (kept, jnp.minimum(reached, score)), None
 
     def one_round(
@@ -124,10 +134,9 @@ def improved(
         keys, selects = given
         return jax.lax.scan(try_move, _selected(*current, selects), keys)[0], None
 
-    first = (start, problem.score(start.factors, start.order))
     keys = jax.random.split(key, (num_rounds, moves_per_round))
     selects = jnp.arange(num_rounds) >= (num_rounds + 1) // 2
-    return jax.lax.scan(one_round, first, (keys, selects))[0]
+    return jax.lax.scan(one_round, (start, score), (keys, selects))[0]
 
 
 def _selected(placed: Placed, score: jax.Array, selects: jax.Array) -> tuple[Placed, jax.Array]:
@@ -145,8 +154,12 @@ def _selected(placed: Placed, score: jax.Array, selects: jax.Array) -> tuple[Pla
 
 def starts_at(values: jax.Array, places: jax.Array) -> jax.Array:
     """Returns the starts of each layer, `[..., N, S]`, that stand at places `[N, K]`."""
-    places = places.reshape((1,) * (values.ndim - 2) + places.shape)
-    return jnp.take_along_axis(values, places, axis=-1)
+    return jnp.take_along_axis(values, _beside(places, values.ndim), axis=-1)
+
+
+def _beside(values: jax.Array, rank: int) -> jax.Array:
+    """Returns values `[N, S]` with axes of one before them."""
+    return values.reshape((1,) * (rank - 2) + values.shape)
 
 
 def _sent(problem: Problem, placed: Placed, draw: jax.Array, is_sent: jax.Array) -> Placed:
