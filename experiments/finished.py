@@ -215,8 +215,8 @@ def train_run(
     }
     if point.sizes:
         spec = spec_of(problem, point)
-        result["sizes"] = json.loads((run.path / SIZES_FILE).read_text())
-        result["sizes"]["area_mm2"] = float(total_area_mm2(machine_of(problem, point)))
+        sizes = json.loads((run.path / SIZES_FILE).read_text())
+        result["sizes"] = sizes | {"area_mm2": float(total_area_mm2(machine_of(problem, point)))}
         (run.path / MACHINE_FILE).write_text(spec.model_dump_json(indent=2) + "\n")
     write_json(run.path / RESULT_FILE, result)
     return result

@@ -124,7 +124,8 @@ class SizeTraining:
     def _shares(self, weights: Sequence[ArrayLike]) -> NDArray[np.float32]:
         """Returns the share of each batch in the mean of each ratio, `[N, C]`."""
         stacked = np.stack([np.atleast_1d(np.asarray(one, np.float64)) for one in weights])
-        return (stacked / np.sum(stacked, axis=0)).astype(np.float32)
+        shares: NDArray[np.float32] = (stacked / np.sum(stacked, axis=0)).astype(np.float32)
+        return shares
 
     def _score(
         self, sizes: Sizes, costs: Any, shares: jax.Array, constants: Any, smoothness: Any

@@ -236,7 +236,8 @@ class BudgetedTraining:
 
     def _weights(self, dense: NDArray[np.float32]) -> NDArray[np.float64]:
         """Returns the weight of a batch in the mean of each ratio, `[C]`: its dense cost; of a product the root of both."""
-        energy, latency = (float(total) for total in np.sum(dense, axis=0, dtype=np.float64))
+        totals = dense.sum(axis=0, dtype=np.float64)
+        energy, latency = float(totals[0]), float(totals[1])
         weights = {"energy": energy, "latency": latency, "edp": math.sqrt(energy * latency)}
         return np.asarray([weights[name] for name in self.metrics] or [1.0])
 
