@@ -10,6 +10,7 @@ from codesign.errors import UnknownNameError
 from codesign.experiments.bench_cost import bench_cost
 from codesign.experiments.bench_dense import bench_dense
 from codesign.experiments.bench_deployed import bench_hard_path, bench_simulator
+from codesign.experiments.bench_mapper import bench_mapper
 from codesign.experiments.bench_peers import bench_optuna, bench_qwix
 from codesign.experiments.bench_sizes import FULL, QUICK, BenchSizes
 from codesign.experiments.bench_steps import (
@@ -24,6 +25,7 @@ from codesign.experiments.timing import Record, device
 
 BENCHMARKS: dict[str, Callable[[BenchSizes], list[Record]]] = {
     "cost": bench_cost,
+    "mapper": bench_mapper,
     "training": bench_training,
     "parts": bench_parts,
     "minilm_8x128": bench_minilm_short,
@@ -42,6 +44,7 @@ QUICK_NAMES = ("cost", "hard_path", "simulator")
 """Those that need no training step, whose compilation takes most of a minute."""
 SECONDS = {
     "cost": 30.0,
+    "mapper": 75.0,
     "training": 45.0,
     "parts": 60.0,
     "minilm_8x128": 110.0,

@@ -24,13 +24,17 @@ from codesign.experiments.validate_acceltran import (
 from codesign.experiments.validate_acceltran_cycle import acceltran_runs
 from codesign.experiments.validate_published import sanger_latency, sofa_scaling
 from codesign.experiments.validate_tools import dense_gemm_tools
+from codesign.experiments.validation_mapper import validate_mapper
 from codesign.experiments.validation_rtl import validation_rows as firesim_gemmini
 from codesign.experiments.validation_timeloop import validate_timeloop
 
 COMPARISONS: dict[str, Callable[[Path], list[ValidationRow]]] = {
     "dense_gemm_tools.csv": dense_gemm_tools,
     "firesim_gemmini.csv.gz": firesim_gemmini,
-    "timeloop_gemmini.csv.gz": lambda path: validate_timeloop(path.parent),
+    "timeloop_gemmini.csv.gz": lambda path: [
+        *validate_timeloop(path.parent),
+        *validate_mapper(path.parent),
+    ],
     "acceltran_runs.csv": acceltran_runs,
     "transcode_accelerators.csv": transcode_accelerators,
     "acceltran_dataflow_runs.csv": dataflow_runs,

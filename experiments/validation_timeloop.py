@@ -46,19 +46,20 @@ class TimeloopPoints:
     area_mm2: NDArray[np.float64]
 
 
-def read_points(folder: Path, *, num_rows: int | None = None) -> TimeloopPoints:
+def read_points(folder: Path, *, num_rows: int | None = None, file: str = FILE) -> TimeloopPoints:
     """Returns the points of the set, or every so many of them.
 
     Args:
       folder: Where the file is.
       num_rows: How many, evenly spaced; None takes all.
+      file: Its name, if it is another one with the same columns.
 
     Raises:
       DataError: If the file is not there, or not such a set.
     """
-    path = folder / FILE
+    path = folder / file
     if not path.is_file():
-        raise DataError(f"{path} does not exist: give the folder that holds {FILE}")
+        raise DataError(f"{path} does not exist: give the folder that holds {file}")
     with gzip.open(path, "rt", encoding="utf-8", newline="") as lines:
         heading, *rows = csv.reader(lines)
     if num_rows is not None:
