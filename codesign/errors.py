@@ -17,6 +17,10 @@ class InfeasibleBudgetError(CodesignError):
     """A budget below the cost of the cheapest legal policy."""
 
 
+class InfeasibleCapError(CodesignError):
+    """A cap on area or power that no legal machine keeps."""
+
+
 class MappingError(CodesignError):
     """A layer that cannot be mapped onto a dense machine."""
 

@@ -13,6 +13,7 @@ from codesign.errors import UnknownNameError
 from codesign.experiments import (
     bench,
     bench_cost,
+    bench_mapper,
     bench_sizes,
     bench_steps,
     timing,
@@ -21,6 +22,9 @@ from codesign.experiments.configs import MODES, Experiment, ModelSettings, digit
 from codesign.experiments.evaluate import Point
 from codesign.experiments.problem import Problem
 from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.gemm.layer import Layer
+from codesign.hw.gemm.machine import Machine
+from codesign.hw.gemm.mapper import MappedLayers
 from codesign.hw.spec import load_preset
 from codesign.structure import ModelStructure, TokenInput
 
@@ -303,6 +307,24 @@ def test_records_of_deployed_benchmarks(name: str) -> None:
     records = bench.BENCHMARKS[name](TINY)
     check_records(records)
     assert [record["unit"] for record in records] == ["image/s"]
+
+
+def test_mapper_maps_the_same_products_at_once_and_by_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = []
+
+    def fake(layer: Layer, machine: Machine, *, key: jax.Array) -> MappedLayers:
+        given.append((layer.extents, machine.sizes["side"]))
+        return MappedLayers(mapping=None, cost=None, rounded=key, reached=key)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench_mapper, "map_layers", fake)
+    records = bench_mapper.bench_mapper(TINY)
+    check_records(records)
+    assert [record["unit"] for record in records] == ["layer/s"]
+    together, *singles = given[: 1 + TINY.num_single]
+    for whole, parts in zip(together, zip(*singles, strict=True), strict=True):
+        np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
 def test_calls_take_turns_after_an_untimed_round() -> None:
