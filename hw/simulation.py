@@ -22,6 +22,13 @@ END_SITES = tuple(site for site in LINEAR_SITES if site not in BLOCK_SITES)
 HOST_PARTS = ("host.mac", "host.sram", "host.dram")
 
 
+class NonZero(Protocol):
+    """What is read of a `codesign.workload.NonZero`."""
+
+    def layer(self, index: int) -> np.ndarray:
+        """Returns which elements of one layer are not zero, bool."""
+
+
 class Trace(Protocol):
     """What is read of a `codesign.workload.Trace`, which needs JAX to be imported."""
 
@@ -64,6 +71,10 @@ class Trace(Protocol):
     @property
     def mechanism(self) -> str:
         """Name of what decided, which says what the rounds are."""
+
+    @property
+    def nonzero(self) -> Mapping[str, "NonZero"]:
+        """Elements that are not zero, by site and, of weights, `<site>.weight`; empty where no zeros are skipped."""
 
     def keep(self, layer: int) -> np.ndarray:
         """Returns one layer's masks after each round, bool `[B, H, R, T, S]`."""
@@ -173,11 +184,15 @@ def check_sites(gemm_shapes: Mapping[str, GemmShape]) -> None:
 
 
 def standing_pj_per_cycle(spec: AcceleratorSpec) -> float:
-    """Returns what a machine without processing elements draws in every cycle, working or not, pJ."""
+    """Returns what a machine draws in every cycle, working or not, pJ."""
     watts = 0.0 if spec.standing_power is None else spec.standing_power.base
+    elements, number = spec.processing_elements, 1.0
+    if elements is not None:
+        number = elements.count.value
+        watts += number * sum(spec.modules[name].leakage.base for name in elements.modules)
     for unit in spec.units.values():
         leaking = sum(spec.modules[name].leakage.base for name in unit.modules)
-        watts += unit.lanes.value * leaking
+        watts += number * unit.lanes.value * leaking
     for memory in spec.memories.values():
         if memory.leakage is not None:
             watts += memory.leakage.base * memory.capacity.base

@@ -47,7 +47,9 @@ def test_the_machines_are_those_that_a_simulator_has_rules_for() -> None:
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_machine_takes_random_sizes_and_policies(machine: str) -> None:
-    problem = outline(dataclasses.replace(tiny(), mechanism=machine, preset=machine))
+    problem = outline(
+        dataclasses.replace(tiny(), mechanism=load_preset(machine).mechanism, preset=machine)
+    )
     rng = np.random.default_rng(0)
     sizes = random_sizes(problem, rng)
     spec_with_sizes(problem.spec, sizes)
