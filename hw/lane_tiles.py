@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from codesign import gates
 from codesign.hw.gemm.counting import ceil
 from codesign.tile_statistics import TileStatistics
 
@@ -82,15 +83,16 @@ def product_tiles(
     cuts = [_cut(side, tile) for side in sides]
     number = cuts[0].number * cuts[1].number * cuts[2].number * existing
     products = count * effectual / number
+    full = cuts[0].largest * cuts[1].largest * cuts[2].largest
     if statistics is None:
-        whole = cuts[0].mean * cuts[1].mean * cuts[2].mean
-        largest = cuts[0].largest * cuts[1].largest * cuts[2].largest / whole
+        most = full * effectual
         weighted = cuts[0].weighted * cuts[1].weighted * cuts[2].weighted
     else:
-        largest, weighted = statistics.largest, statistics.weighted
+        most = full * _fullest(effectual, gates.detach(products / full) * statistics.largest)
+        weighted = statistics.weighted
     empty = 0.5 * (1.0 - 1.0 / per_lane) * (1.0 - effectual)
     mean = jnp.maximum(products / per_lane + empty, 1.0)
-    longest = ceil(products * largest / per_lane * (1.0 - _ROUNDING))
+    longest = ceil(most / per_lane * (1.0 - _ROUNDING))
     return Tiles(
         number=number * batch,
         mean=mean,
@@ -98,6 +100,17 @@ def product_tiles(
         weighted=weighted,
         started=count * batch,
     )
+
+
+def _fullest(effectual: jax.Array, fullest: jax.Array) -> jax.Array:
+    """Returns the fraction without a zero of the fullest tile, with a slope to that of all.
+
+    True derivative zero (it is a constant); substituted: its zeros fall in proportion to all zeros, and it stays below 1.
+    """
+    constant, most = gates.detach(effectual), jnp.minimum(fullest, 1.0)
+    has_zeros = constant < 1.0 - _ROUNDING
+    share = jnp.where(has_zeros, (1.0 - most) / jnp.where(has_zeros, 1.0 - constant, 1.0), 1.0)
+    return 1.0 - (1.0 - effectual) * share
 
 
 def element_tiles(
