@@ -241,6 +241,8 @@ def test_faulty_preset_is_one_line(
         (("evaluate", "{}"), "is not a run directory"),
         (("export", "{}", "--out", "{}/export"), "is not a run directory"),
         (("simulate", "{}"), "is not a run directory"),
+        (("simulate", "{}", "--timeline", "{}.svg"), "must end in `.png`"),
+        (("simulate", "{}", "--timeline", "{}/in.png"), "make the folder of the figure"),
         (("verify", "{}"), "name the directory of an export"),
         (("report", "{}"), "does not exist"),
         (("report", "."), "has neither curve.json nor result.json"),
