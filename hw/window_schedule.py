@@ -4,9 +4,12 @@ Axes: H heads, W windows. All times are cycles.
 """
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from codesign.hw.timeline import Span
 
 _HEAD, _LINEAR = range(2)
 
@@ -29,6 +32,21 @@ class Passage:
     done: np.ndarray
     groups: list[Stretch]
     beside: list[list[Stretch]]
+
+    def spans(self, units: Sequence[str]) -> list[Span]:
+        """Returns what units did, those of the groups first, then the chained ones."""
+        return [
+            Span(
+                part=unit,
+                group=one.group,
+                name=f"window {one.window}",
+                start=one.start,
+                end=one.end,
+            )
+            for unit, stretches in zip(units, [self.groups, *self.beside], strict=True)
+            for one in stretches
+            if one.end > one.start
+        ]
 
 
 def chained(

@@ -446,20 +446,7 @@ def _execute(
             chained_units.append(other)
             busy[other] = float(np.sum(cycles))
     passage = run_groups(work, ready)
-    for unit, stretches in zip(
-        [name, *chained_units], [passage.groups, *passage.beside], strict=True
-    ):
-        timeline += [
-            Span(
-                part=unit,
-                group=one.group,
-                name=f"window {one.window}",
-                start=one.start,
-                end=one.end,
-            )
-            for one in stretches
-            if one.end > one.start
-        ]
+    timeline += passage.spans([name, *chained_units])
     return passage.done
 
 
