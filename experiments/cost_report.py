@@ -14,6 +14,7 @@ from codesign.experiments.model_choice import choose_model, model_shape
 from codesign.experiments.tables import print_json, print_table
 from codesign.experiments.tasks import load_task
 from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.capacity import check_capacities
 from codesign.hw.closed_form import ModelShape
 from codesign.hw.operating_points import operating_points
 from codesign.hw.spec import AcceleratorSpec, load_preset
@@ -89,6 +90,7 @@ def cost_report(
         shape = dataclasses.replace(DEFAULT_SHAPE, **given)
     else:
         shape = _experiment_shape(experiment_by_name(experiment), given)
+    check_capacities(spec, head_dim=shape.head_dim, width=shape.width)
     if simulator is None:
         for name, value in (
             ("batch", batch),

@@ -16,10 +16,12 @@ from codesign.experiments.exporting import (
     differing_array,
     write_run_export,
 )
+from codesign.experiments.figure import draw_timeline
 from codesign.experiments.finished import load_run
 from codesign.experiments.tables import print_json, print_table
 from codesign.hw.export import ReplayReport, read_export, replay
 from codesign.hw.surrogate import SCOPES
+from codesign.hw.timeline import Watched
 
 
 def export(
@@ -125,6 +127,20 @@ def verification(
     }
 
 
+def check_new_png(path: Path) -> None:
+    """Does nothing if a PNG can be made there.
+
+    Raises:
+      CodesignError: If it has another suffix, is there, or has no folder.
+    """
+    if path.suffix != ".png":
+        raise CodesignError(f"'{path}' must end in `.png`: rename it")
+    if path.exists():
+        raise CodesignError(f"'{path}' exists: choose another file for the figure")
+    if not path.parent.is_dir():
+        raise CodesignError(f"'{path.parent}' does not exist: make the folder of the figure")
+
+
 def _report(found: ReplayReport) -> dict[str, Any]:
     difference = None if found.difference is None else str(found.difference)
     return dataclasses.asdict(found) | {"difference": difference}
@@ -150,6 +166,9 @@ def simulate_run(
     *,
     part: Part = "validation",
     num_examples: int = 32,
+    timeline: Path | None = None,
+    timeline_layer: int = 0,
+    timeline_example: int = 0,
     cache: Path | None = None,
     as_json: Json = False,
 ) -> int:
@@ -163,11 +182,20 @@ def simulate_run(
       run: Run directory, or a directory in `points` of a curve.
       part: Part of the data.
       num_examples: Images, the first ones of the part, >= 1.
+      timeline: PNG to make: what every unit, main memory and the host do in one layer of one example, cycle by cycle.
+      timeline_layer: Which layer, from 0.
+      timeline_example: Which of the examples, from 0.
       cache: Folder of the dense models; default: `dense` beside the run.
-      as_json: Print JSON only.
+      as_json: Print JSON only; the timeline's spans are in it.
     """
+    watched = None
+    if timeline is not None:
+        check_new_png(timeline)
+        watched = Watched(layer=timeline_layer, example=timeline_example)
     finished = load_run(run, cache=cache, progress=not as_json)
-    record = compare_with_simulator(finished, part, num_examples)
+    record = compare_with_simulator(finished, part, num_examples, watched)
+    if timeline is not None:
+        draw_timeline(record["timeline"], timeline)
     if as_json:
         print_json(record)
         return 0 if record["counts_equal"] else 1
@@ -190,4 +218,6 @@ def simulate_run(
         print("all counts of operations agree")
     else:
         print(f"counts of `{record['first_differing_count']}` DIFFER")
+    if timeline is not None:
+        print(timeline)
     return 0 if record["counts_equal"] else 1

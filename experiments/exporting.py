@@ -1,5 +1,6 @@
 """From a finished run to an export, and what checks it: the emulator and the simulator against the JAX hard path."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from codesign.hw.hardware_config import (
 from codesign.hw.simulator import GemmShape, Simulation, simulate
 from codesign.hw.sizing import total_area_mm2
 from codesign.hw.surrogate import SCOPES
+from codesign.hw.timeline import Watched
 from codesign.mechanisms import mechanism_by_name
 from codesign.models.deploy import Deployment
 from codesign.references import reference_by_name
@@ -204,29 +206,42 @@ def _content(row: NDArray[Any]) -> bytes:
     return np.trim_zeros(np.ravel(row).astype(np.int64), "b").tobytes()
 
 
-def compare_with_simulator(finished: FinishedRun, part: Part, num_examples: int) -> dict[str, Any]:
+def compare_with_simulator(
+    finished: FinishedRun, part: Part, num_examples: int, watched: Watched | None = None
+) -> dict[str, Any]:
     """Returns latency, energy and counts of the cost model beside those of the simulator on actual masks.
 
     Args:
       finished: The run.
       part: Part of the data.
       num_examples: Images, the first ones of the part, >= 1.
+      watched: Layer and example whose timeline is added.
+
+    Raises:
+      CodesignError: If there is no such layer or example.
     """
     problem = finished.problem
     deployed = deployment(problem, finished.point)
     examples = examples_of(problem, part, num_examples)
     shapes = gemm_shapes(deployed.structure)
+    if watched is not None:
+        _check_watched(watched, deployed.structure.num_layers, len(examples))
+    timeline: dict[str, Any] | None = None
     modelled: dict[str, list[NDArray[np.float64]]] = {}
     simulated: dict[str, list[NDArray[np.float64]]] = {}
     differing: str | None = None
     machine = machine_of(problem, finished.point)
     for batch in traced_chunks(problem, deployed, examples, machine):
+        own = _watched_in(batch, watched)
         simulation = simulate(
             trace_of(deployed, batch),
             finished.spec,
             shapes,
             is_causal=deployed.structure.is_causal,
+            watched=own,
         )
+        if watched is not None and own is not None:
+            timeline = _timeline_record(simulation, finished.spec.name, watched)
         differing = differing or _differing_count(simulation, batch)
         for scope in SCOPES:
             for metric, name in METRICS:
@@ -239,6 +254,8 @@ def compare_with_simulator(finished: FinishedRun, part: Part, num_examples: int)
         "counts_equal": differing is None,
         "first_differing_count": differing,
     }
+    if timeline is not None:
+        record["timeline"] = timeline
     for scope in SCOPES:
         record[scope] = {}
         for _, name in METRICS:
@@ -250,6 +267,40 @@ def compare_with_simulator(finished: FinishedRun, part: Part, num_examples: int)
                 "largest_relative_error": float(np.max(np.abs(model / real - 1.0))),
             }
     return record
+
+
+def _check_watched(watched: Watched, num_layers: int, num_examples: int) -> None:
+    """Does nothing if there are such a layer and such an example.
+
+    Raises:
+      CodesignError: If not.
+    """
+    for name, place, number in (
+        ("layer", watched.layer, num_layers),
+        ("example", watched.example, num_examples),
+    ):
+        if not 0 <= place < number:
+            raise CodesignError(
+                f"`--timeline-{name}` must lie in [0, {number - 1}], got {place}: choose a number in it"
+            )
+
+
+def _watched_in(batch: HardChunk, watched: Watched | None) -> Watched | None:
+    """Returns what is watched by its place in a chunk; None if it is in another."""
+    if watched is None or watched.example not in batch.indices:
+        return None
+    (places,) = np.nonzero(batch.indices == watched.example)
+    return Watched(layer=watched.layer, example=int(places[0]))
+
+
+def _timeline_record(simulation: Simulation, machine: str, watched: Watched) -> dict[str, Any]:
+    """Returns the timeline of a simulation, of types that JSON can hold; times in cycles."""
+    return {
+        "machine": machine,
+        **dataclasses.asdict(watched),
+        "unit": "cycle",
+        "spans": [dataclasses.asdict(span) for span in simulation.timeline],
+    }
 
 
 def _differing_count(simulation: Simulation, batch: HardChunk) -> str | None:

@@ -146,3 +146,47 @@ def draw_comparison(records: dict[str, dict[str, Any]], path: Path) -> None:
     axes[0].legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_timeline(record: dict[str, Any], path: Path) -> None:
+    """Draws what the parts of a machine work on over the cycles of a layer into a PNG file, a row for each part.
+
+    Args:
+      record: `timeline` of what `codesign simulate --json` prints.
+      path: Where to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+
+    # Main memory on top, the host at the bottom, units in the order in which work passes them.
+    at_ends = {"dram": -1, "host": 1}
+    spans = sorted(record["spans"], key=lambda span: at_ends.get(span["part"], 0))
+    rows = list(dict.fromkeys((span["part"], span["group"]) for span in spans))
+    names = list(dict.fromkeys(span["name"] for span in spans))
+    is_split = {part for part, group in rows if group > 0}
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    figure, axis = plt.subplots(figsize=(10.0, 1.2 + 0.3 * len(rows)), layout="constrained")
+    for place, row in enumerate(rows):
+        own = [span for span in spans if (span["part"], span["group"]) == row]
+        axis.broken_barh(
+            [(span["start"], span["end"] - span["start"]) for span in own],
+            (place - 0.4, 0.8),
+            facecolors=[colours[names.index(span["name"]) % len(colours)] for span in own],
+        )
+    labels = [f"{part} {group}" if part in is_split else part for part, group in rows]
+    axis.set_yticks(range(len(rows)), labels)
+    axis.invert_yaxis()
+    axis.set_xlim(left=min(0.0, *(span["start"] for span in spans)))
+    axis.set_xlabel("Cycle")
+    axis.set_title(
+        f"{record['machine']}, layer {record['layer']} of example {record['example']}", fontsize=9
+    )
+    if len(names) <= len(colours):
+        handles = [Patch(color=colours[place], label=name) for place, name in enumerate(names)]
+        axis.legend(handles=handles, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axis.grid(True, axis="x", linewidth=0.4, alpha=0.5)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

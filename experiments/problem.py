@@ -21,6 +21,7 @@ from codesign.experiments.tasks import load_task
 from codesign.experiments.teacher import Teacher
 from codesign.gates import Relaxation
 from codesign.hw.accelerator import Accelerator, accelerator_from_spec
+from codesign.hw.capacity import check_capacities
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.mechanisms import MECHANISMS, Mechanism, dense_beside, mechanism_by_name
 from codesign.models.config import ModelConfig
@@ -105,6 +106,8 @@ def _outline(experiment: Experiment) -> tuple[Problem, ChosenModel]:
         data = dataclasses.replace(data, tokenizer=experiment.checkpoint)
     task = load_task(experiment.task, data)
     chosen = choose_model(task, experiment)
+    structure = chosen.config.structure
+    check_capacities(spec, head_dim=structure.head_dim, width=structure.width)
     scale, kept = mechanism.thresholds, experiment.start_kept
     if scale is not None and kept and len(kept) != len(scale.names):
         raise CodesignError(

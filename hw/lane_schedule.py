@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from codesign.hw.lane_counts import Operation
+from codesign.hw.timeline import DRAM, Span
 
 GROUPS = 8
 """Tiles are dealt to this part of the lanes at a time, those that are free first."""
@@ -47,19 +48,13 @@ class LaneMachine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
-    """When a part of the machine works on an operation."""
-
-    unit: str
-    name: str
-    start: float
-    end: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class LayerRun:
-    """What a layer takes: its end, working time by unit and memory, and bytes that go to main memory and back."""
+    """What a layer takes: its begin and end, working time by unit and memory, bytes that go to main memory and back.
 
+    `spans` are of units and main memory; weights may come before the layer begins.
+    """
+
+    begin: float
     end: float
     busy: dict[str, float]
     spilled: float
@@ -80,6 +75,7 @@ class _State:
       num_loaded: Operations, in order, whose weights have a time.
       held: Weights on chip, byte, by the operation that needs them, in order.
       arrived: When the weights of operations are there.
+      moving: When they move.
       ends: When operations are done.
     """
 
@@ -92,6 +88,7 @@ class _State:
     num_loaded: int = 0
     held: list[tuple[float, int]] = field(default_factory=list)
     arrived: dict[int, float] = field(default_factory=dict)
+    moving: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
     ends: dict[int, float] = field(default_factory=dict)
 
 
@@ -154,9 +151,18 @@ def _run_layer(
             _add(found.busy, "dram", loads.total / machine.dram_rate)
             _add(found.busy, "weight", loads.data / machine.weight_rate)
             _add(found.busy, "mask", loads.masks / machine.mask_rate)
+        moving = state.moving.pop(place, [])
+        found.spans += _moved(operations[place].name, moving)
     if not machine.overlaps:
+        found.spans += _moved("weights and what does not fit", [(last, last + found.busy["dram"])])
         last += found.busy["dram"]
-    return LayerRun(end=last, busy=found.busy, spilled=found.spilled, spans=found.spans)
+    return LayerRun(
+        begin=entry, end=last, busy=found.busy, spilled=found.spilled, spans=found.spans
+    )
+
+
+def _moved(name: str, times: Sequence[tuple[float, float]]) -> list[Span]:
+    return [Span(part=DRAM, name=name, start=begin, end=end) for begin, end in times if end > begin]
 
 
 def _execute(
@@ -172,7 +178,7 @@ def _execute(
     if len(cycles):
         state.issued[name] = issued + float(started[-1])
         end = max(end, state.issued[name])
-        found.spans.append(Span(unit=name, name=one.name, start=begin, end=end))
+        found.spans.append(Span(part=name, name=one.name, start=begin, end=end))
         _add(found.busy, name, float(cycles.sum()) / lanes.number)
         if np.isfinite(lanes.started_per_cycle):
             _add(found.busy, f"{name}.issue", float(started[-1]))
@@ -193,9 +199,9 @@ def _execute(
         moved = 2.0 * surplus / machine.dram_rate
         _add(found.busy, "dram", moved)
         if machine.overlaps:
-            back = _reserve(state.taken, begin, moved)
-            found.spans.append(Span(unit="dram", name=one.name, start=begin, end=back))
-            end = max(end, back)
+            times = _reserve(state.taken, begin, moved)
+            found.spans += _moved(one.name, times)
+            end = max(end, times[-1][1])
     return end
 
 
@@ -222,7 +228,8 @@ def _load(operations: Sequence[Operation], machine: LaneMachine, state: _State) 
             loads.data / machine.weight_rate,
             loads.masks / machine.mask_rate,
         )
-        state.arrived[place] = state.loaded = _reserve(state.taken, begin, cycles)
+        state.moving[place] = _reserve(state.taken, begin, cycles)
+        state.arrived[place] = state.loaded = state.moving[place][-1][1]
         state.held.append((loads.data, place))
         state.num_loaded += 1
 
@@ -231,9 +238,12 @@ def _add(busy: dict[str, float], name: str, cycles: float) -> None:
     busy[name] = busy.get(name, 0.0) + cycles
 
 
-def _reserve(taken: list[tuple[float, float]], start: float, cycles: float) -> float:
-    """Takes the first time from `start` on that is free, in parts if need be, and returns the end."""
+def _reserve(
+    taken: list[tuple[float, float]], start: float, cycles: float
+) -> list[tuple[float, float]]:
+    """Takes the first times from `start` on that are free, in parts if need be, and returns them."""
     now, left = start, cycles
+    found: list[tuple[float, float]] = []
     index = bisect.bisect_left(taken, (start, 0.0))
     if index and taken[index - 1][1] > now:
         now = taken[index - 1][1]
@@ -241,13 +251,15 @@ def _reserve(taken: list[tuple[float, float]], start: float, cycles: float) -> f
         begin, end = taken[index]
         if begin > now:
             taken.insert(index, (now, begin))
+            found.append((now, begin))
             left -= begin - now
             index += 1
         now = max(now, end)
         index += 1
+    found.append((now, now + left))
     if left > 0.0:
-        taken.insert(index, (now, now + left))
-    return now + left
+        taken.insert(index, found[-1])
+    return found
 
 
 def deal(

@@ -39,6 +39,7 @@ from codesign.hw.simulation import (
 )
 from codesign.hw.spec import AcceleratorSpec
 from codesign.hw.spec_tables import Storage
+from codesign.hw.timeline import Span, Watched, shifted
 from codesign.vocabulary import BLOCK_SITES, LINEAR_OPERATIONS
 
 _HEADS = ("query", "key", "value", "scores", "probabilities")
@@ -66,7 +67,10 @@ class _Part:
 
 @dataclass(frozen=True, kw_only=True)
 class _Example:
-    """One example: parts and latencies by layer, and of the linear layers outside, cycles per example."""
+    """One example: parts and latencies by layer, and of the linear layers outside, cycles per example.
+
+    `timelines` are by layer, in cycles of the batch.
+    """
 
     attention: list[_Part]
     linear: list[_Part]
@@ -74,6 +78,7 @@ class _Example:
     attention_cycles: list[float]
     own_cycles: list[float]
     end_cycles: list[float]
+    timelines: list[list[Span]]
 
 
 def simulate_lanes(
@@ -82,6 +87,7 @@ def simulate_lanes(
     gemm_shapes: Mapping[str, GemmShape],
     *,
     is_causal: bool = False,
+    watched: Watched | None = None,
 ) -> Simulation:
     """Runs a batch through a machine; arguments as of `codesign.hw.simulator.simulate`.
 
@@ -136,6 +142,7 @@ def simulate_lanes(
         host=no_host(*attention_cycles.shape),
         own_end_cycles=cycles("end_cycles"),
         own_end_energy_pj=parts("ends", "energy_pj"),
+        timeline=[] if watched is None else examples[watched.example].timelines[watched.layer],
     )
 
 
@@ -324,6 +331,7 @@ def _example(
         attention_cycles=attention_cycles,
         own_cycles=list(cycles[inside] + drain - np.asarray(attention_cycles)),
         end_cycles=[*cycles[: len(first)], *cycles[inside.stop :]],
+        timelines=[shifted(run.spans, -run.begin) for run in runs[inside]],
     )
 
 

@@ -6,6 +6,7 @@ the next by at most the index queue. Heads follow one another; main memory strea
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,12 +18,14 @@ from codesign.hw.simulation import (
     Simulation,
     Trace,
     check_sites,
+    host_span,
     operation_energy,
     run_host,
     standing_pj_per_cycle,
 )
 from codesign.hw.spec import AcceleratorSpec
 from codesign.hw.spec_tables import EnergyTable, Host, Unit
+from codesign.hw.timeline import DRAM, Span, Watched, spans
 from codesign.vocabulary import matches
 
 
@@ -32,6 +35,7 @@ def simulate_rows(
     gemm_shapes: Mapping[str, GemmShape],
     *,
     is_causal: bool = False,
+    watched: Watched | None = None,
 ) -> Simulation:
     """Runs a batch through a machine.
 
@@ -43,6 +47,7 @@ def simulate_rows(
       gemm_shapes: Linear layers by site.
       is_causal: Whether a token attends to itself and to those before it only; it says which pairs
         exist before anything is filtered.
+      watched: Whose timeline to keep.
 
     Raises:
       PresetError: If the simulator has no rules for this machine.
@@ -57,13 +62,28 @@ def simulate_rows(
     moved = sum(stream_bytes.values(), start=np.zeros(work.keys["attention"].shape[:3]))
     row_cycles = {name: _row_cycles(name, spec, work, trace.head_dim) for name in spec.units}
     dram_cycles = moved / spec.dram_bytes_per_cycle
-    attention = _run_pipeline(row_cycles, dram_cycles, valid, spec)
+    attention, passage = _run_pipeline(row_cycles, dram_cycles, valid, spec)
 
     busy = {name: _per_example(cycles) for name, cycles in row_cycles.items()}
     counts = {key: _per_example(count) for key, count in work.operations.items()}
     unit_energy = operation_energy(counts, work.widths, spec)
     unit_energy["dram"] = _per_example(moved) * energy.dram_pj_per_byte(spec)
     tokens = valid.sum(axis=1)
+    host_run = run_host(
+        gemm_shapes,
+        bits,
+        tokens,
+        attention.shape[0],
+        spec,
+        host,
+        table,
+        rows={site: count.T for site, count in work.linear_rows.items()},
+    )
+    timeline = []
+    if watched is not None:
+        timeline = _timeline(passage, row_cycles, watched, spec)
+        done = float(attention[watched.layer, watched.example])
+        timeline += host_span(host_run, watched, done)
     return Simulation(
         operations=counts,
         stream_bytes={name: _per_example(value) for name, value in stream_bytes.items()},
@@ -74,16 +94,8 @@ def simulate_rows(
         own_cycles=np.zeros(attention.T.shape),
         own_energy_pj={},
         standing_pj_per_cycle=standing_pj_per_cycle(spec),
-        host=run_host(
-            gemm_shapes,
-            bits,
-            tokens,
-            attention.shape[0],
-            spec,
-            host,
-            table,
-            rows={site: count.T for site, count in work.linear_rows.items()},
-        ),
+        host=host_run,
+        timeline=timeline,
     )
 
 
@@ -158,13 +170,26 @@ def _passes(unit: Unit, spec: AcceleratorSpec, widths: tuple[np.ndarray, np.ndar
     return passes[:, None, None, None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Passage:
+    """When rows enter stages, `[stages, N, L, B]`, N rows in the order `[B, N]` of `H T`; main memory's part `[N, L, B]`.
+
+    `arrival` is when what a row needs begins to come, `share` how long it takes.
+    """
+
+    starts: np.ndarray
+    order: np.ndarray
+    arrival: np.ndarray
+    share: np.ndarray
+
+
 def _run_pipeline(
     row_cycles: dict[str, np.ndarray],
     dram_cycles: np.ndarray,
     valid: np.ndarray,
     spec: AcceleratorSpec,
-) -> np.ndarray:
-    """Moves rows through the stages and returns the latency, `[L, B]`.
+) -> tuple[np.ndarray, _Passage]:
+    """Moves rows through the stages and returns the latency, `[L, B]`, and when they passed.
 
     A row enters a stage when the stage is free, the stage before has finished the row, and the row
     `index_queue` places ahead of it has entered the next stage. A row enters the first stage only
@@ -204,4 +229,23 @@ def _run_pipeline(
     latency: np.ndarray = np.maximum(free[-1], total) if overlaps else free[-1] + total
     if spec.switches.fill_and_drain.value:
         latency = latency + spec.pipeline.drain.value
-    return latency
+    # Without overlap main memory moves everything once the last row has left.
+    begin = arrival if overlaps else arrival + free[-1]
+    return latency, _Passage(starts=starts, order=order, arrival=begin, share=share)
+
+
+def _timeline(
+    passage: _Passage, row_cycles: dict[str, np.ndarray], watched: Watched, spec: AcceleratorSpec
+) -> list[Span]:
+    """Returns what units and main memory do in a layer, heads apart."""
+    layer, example = watched.layer, watched.example
+    order = passage.order[example]
+    num_rows = next(iter(row_cycles.values())).shape[3]
+    names = [f"head {head}" for head in order // num_rows]
+    arrival, share = (one[:, layer, example] for one in (passage.arrival, passage.share))
+    found = spans(DRAM, names, arrival, share)
+    for stage, units in enumerate(spec.pipeline.stages):
+        starts = passage.starts[stage, :, layer, example]
+        for unit in units:
+            found += spans(unit, names, starts, row_cycles[unit][layer, example].ravel()[order])
+    return found

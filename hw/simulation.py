@@ -15,6 +15,7 @@ from codesign.errors import UnknownNameError
 from codesign.hw import energy
 from codesign.hw.spec import AcceleratorSpec
 from codesign.hw.spec_tables import EnergyTable, Host
+from codesign.hw.timeline import HOST, Span, Watched
 from codesign.vocabulary import LINEAR_SITES
 
 BLOCK_SITES = ("qkv", "out", "up", "down")
@@ -122,6 +123,8 @@ class Simulation:
       host: The linear layers on the host.
       own_end_cycles: Latency of linear layers outside the blocks on the machine's own units, `[B, E]`; E is 0 if none are.
       own_end_energy_pj: Their energy by unit, memory and `dram`, `[B, E]`.
+      timeline: What its parts do in the layer that is watched, end to end; empty if none is. Of a whole batch where the
+        machine deals out tiles; what comes before the layer begins has times below 0.
     """
 
     operations: dict[str, np.ndarray]
@@ -136,6 +139,7 @@ class Simulation:
     host: HostRun
     own_end_cycles: np.ndarray = field(default_factory=lambda: np.zeros((1, 0)))
     own_end_energy_pj: dict[str, np.ndarray] = field(default_factory=dict)
+    timeline: list[Span] = field(default_factory=list)
 
     def latency_cycles(self, scope: str) -> np.ndarray:
         """Returns cycles per example, `[B]`, of scope `attention` or `end_to_end`."""
@@ -347,6 +351,13 @@ def run_host(
         end_cycles=side_by_side("cycles"),
         end_energy_pj={part: side_by_side(part) for part in HOST_PARTS},
     )
+
+
+def host_span(host: HostRun, watched: Watched, start: float) -> list[Span]:
+    """Returns when the host runs the linear layers of a layer, which follow what the machine does itself."""
+    cycles = float(host.cycles[watched.example, watched.layer])
+    span = Span(part=HOST, name="linear layers", start=start, end=start + cycles)
+    return [span] if cycles > 0.0 else []
 
 
 def no_host(batch: int, num_layers: int) -> HostRun:

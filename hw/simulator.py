@@ -14,6 +14,7 @@ from codesign.hw.row_simulator import simulate_rows
 from codesign.hw.simulation import GemmShape, Simulation, Trace
 from codesign.hw.spec import AcceleratorSpec
 from codesign.hw.tile_simulator import simulate_tiles
+from codesign.hw.timeline import Watched
 from codesign.hw.window_simulator import simulate_windows
 
 __all__ = ["GemmShape", "Simulation", "Trace", "simulate"]
@@ -25,6 +26,7 @@ def simulate(
     gemm_shapes: Mapping[str, GemmShape],
     *,
     is_causal: bool = False,
+    watched: Watched | None = None,
 ) -> Simulation:
     """Runs a batch through a machine.
 
@@ -36,6 +38,7 @@ def simulate(
       gemm_shapes: Linear layers by site.
       is_causal: Whether a token attends to itself and to those before it only; it says which pairs exist before
         anything is filtered.
+      watched: Whose timeline to keep.
 
     Raises:
       PresetError: If no simulator has rules for this machine.
@@ -51,4 +54,4 @@ def simulate(
         if "groups" in rules
         else simulate_rows
     )
-    return run(trace, spec, gemm_shapes, is_causal=is_causal)
+    return run(trace, spec, gemm_shapes, is_causal=is_causal, watched=watched)

@@ -98,17 +98,36 @@ class AcceleratorSpec(Strict):
         return LINEAR_OPERATIONS[: None if self.storage.activations is not None else 1]
 
     def _check_stages(self) -> None:
-        """Every unit stands in exactly one stage."""
+        """Every unit stands in exactly one stage, and rows never go back to an earlier one."""
         piped = [name for stage in self.pipeline.stages for name in stage]
         for name in piped:
-            if name not in self.units or piped.count(name) > 1:
+            if name not in self.units:
                 raise ValueError(
-                    f"`pipeline.stages`: `{name}` must be a unit, named once: {near(name, self.units)}"
+                    f"`pipeline.stages`: `{name}` must be a unit: {near(name, self.units)}"
+                )
+            if piped.count(name) > 1:
+                raise ValueError(
+                    f"`pipeline.stages`: `{name}` stands in it twice, so that rows would go round in a cycle: "
+                    "name it once"
                 )
         for name in self.units:
             if name not in piped:
                 raise ValueError(
                     f"`units.{name}` stands in no stage: add it to `pipeline.stages` or remove it"
+                )
+        if self.processing_elements is not None:
+            return  # Their units take work in any order.
+        stage_of = {
+            name: place for place, stage in enumerate(self.pipeline.stages) for name in stage
+        }
+        served = MECHANISM_OPERATIONS[self.mechanism]
+        order = [self.unit_of(key) for key in ("qk.mac", "softmax.exp", "pv.mac") if key in served]
+        # One unit for scores and attention takes the row again, inside its stage.
+        for before, after in zip(order, order[1:], strict=False):
+            if stage_of[before] > stage_of[after]:
+                raise ValueError(
+                    f"`pipeline.stages`: `{after}` stands before `{before}`, whose results it needs, so that rows would go "
+                    "round in a cycle: change their order"
                 )
 
     def _check_references(self) -> None:

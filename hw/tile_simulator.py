@@ -20,12 +20,14 @@ from codesign.hw.simulation import (
     by_example,
     check_sites,
     collected,
+    host_span,
     run_host,
     standing_pj_per_cycle,
 )
 from codesign.hw.spec import AcceleratorSpec
 from codesign.hw.spec_tables import EnergyTable, Host, Unit
 from codesign.hw.tile_counts import MADE, MADE_STREAMS, TileCounts, count_tiles, layer_widths
+from codesign.hw.timeline import DRAM, Span, Watched, spans
 from codesign.vocabulary import matches
 
 
@@ -60,6 +62,7 @@ def simulate_tiles(
     gemm_shapes: Mapping[str, GemmShape],
     *,
     is_causal: bool = False,
+    watched: Watched | None = None,
 ) -> Simulation:
     """Runs a batch through a machine; arguments as of `codesign.hw.simulator.simulate`.
 
@@ -125,6 +128,11 @@ def simulate_tiles(
     shapes["qkv"] = GemmShape(
         inner=shapes["qkv"].inner, outer=num_heads * trace.head_dim, rows=shapes["qkv"].rows
     )
+    host_run = run_host(shapes, bits, valid.sum(axis=1), num_layers, spec, host, table)
+    timeline: list[Span] = []
+    if watched is not None:
+        run = whole[watched.layer][watched.example]
+        timeline = _timeline(run, spec) + host_span(host_run, watched, run.latency_cycles)
     return Simulation(
         operations=work.operations,
         stream_bytes=work.stream_bytes,
@@ -135,16 +143,36 @@ def simulate_tiles(
         own_cycles=whole_cycles - attention_cycles,
         own_energy_pj=energies[1],
         standing_pj_per_cycle=standing_pj_per_cycle(spec),
-        host=run_host(shapes, bits, valid.sum(axis=1), num_layers, spec, host, table),
+        host=host_run,
+        timeline=timeline,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What one layer of one example takes: latency, and working time by unit, cycles."""
+    """What one layer of one example takes, cycles.
+
+    Attributes:
+      latency_cycles: Its latency.
+      busy_cycles: Working time by unit.
+      starts: When each task of a unit starts, and how long it takes, `[H, G, J]`.
+      moved: Heads of what main memory moves in turn, when each begins, and how long it takes, `[N]`.
+    """
 
     latency_cycles: float
     busy_cycles: dict[str, float]
+    starts: dict[str, tuple[np.ndarray, np.ndarray]]
+    moved: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _timeline(run: _Run, spec: AcceleratorSpec) -> list[Span]:
+    """Returns what units and main memory do in a layer, heads apart."""
+    heads, begin, cycles = run.moved
+    found = spans(DRAM, [f"head {head}" for head in heads], begin, cycles)
+    for unit, (starts, each) in run.starts.items():
+        names = [f"head {head}" for head in np.indices(each.shape)[0].ravel()]
+        found += spans(unit, names, starts.ravel(), each.ravel())
+    return found
 
 
 def _check_machine(spec: AcceleratorSpec) -> tuple[Host, EnergyTable]:
@@ -180,13 +208,14 @@ def _run(counts: TileCounts, spec: AcceleratorSpec, *, makes_keys: bool) -> _Run
     """Moves the tiles of one layer of one example through the machine."""
     tasks = _all_tasks(counts, spec, makes_keys=makes_keys)
     overlaps = spec.switches.memory_overlaps.value
-    arrivals, moved_bytes, last_bytes = _transfers(tasks, counts)
+    transfers = _transfers(tasks, counts)
+    begun = {}
     done: tuple[_Tasks, np.ndarray, np.ndarray] | None = None
     for index, unit in enumerate(tasks):
         ready = np.full(unit.cycles.shape, -np.inf)
         ready[:, unit.exists] = 0.0
         if overlaps:
-            ready = np.maximum(ready, arrivals[index] / spec.dram_bytes_per_cycle)
+            ready = np.maximum(ready, transfers.arrivals[index] / spec.dram_bytes_per_cycle)
         least = ready
         if done is not None:
             before, start, finish = done
@@ -207,16 +236,24 @@ def _run(counts: TileCounts, spec: AcceleratorSpec, *, makes_keys: bool) -> _Run
             np.maximum(ends, np.where(unit.exists, least, -np.inf).ravel())
         )
         done = unit, starts.reshape(ready.shape), ends.reshape(ready.shape)
+        begun[unit.name] = done[1], unit.cycles
     assert done is not None
     computed, rate = float(done[2].max()), spec.dram_bytes_per_cycle
-    latency = computed + moved_bytes / rate
+    moving = transfers.sizes / rate
+    begin = np.cumsum(moving) - moving
+    latency = computed + float(moving.sum())
     if overlaps:
-        latency = max(computed + last_bytes / rate, moved_bytes / rate)
+        latency = max(computed + float(moving[-1]), float(moving.sum()))
+        begin[-1] = max(computed, begin[-1])
+    else:
+        begin += computed
     if spec.switches.fill_and_drain.value:
         latency += spec.pipeline.drain.value
     return _Run(
         latency_cycles=latency,
         busy_cycles={unit.name: float(unit.cycles.sum()) for unit in tasks},
+        starts=begun,
+        moved=(transfers.heads, begin, moving),
     )
 
 
@@ -361,11 +398,25 @@ def _loads(
     return bits / units.BITS_PER_BYTE
 
 
-def _transfers(tasks: list[_Tasks], counts: TileCounts) -> tuple[list[np.ndarray], float, float]:
-    """Returns when all bytes that come before a task's own, and those, have moved, as bytes, `[H, G, J]` by unit.
+@dataclass(frozen=True, kw_only=True)
+class _Transfers:
+    """What main memory moves.
 
-    Main memory moves what tasks need in their order, ahead of time; the output of a block follows what the next one needs.
-    The other results are all bytes, and those of the last output.
+    Attributes:
+      arrivals: Bytes up to a task's own, `[H, G, J]` by unit.
+      sizes: Bytes in the order in which they move, the last output last, `[N]`.
+      heads: Heads that they are for, `[N]`.
+    """
+
+    arrivals: list[np.ndarray]
+    sizes: np.ndarray
+    heads: np.ndarray
+
+
+def _transfers(tasks: list[_Tasks], counts: TileCounts) -> _Transfers:
+    """Returns what main memory moves: what tasks need in their order, ahead of time.
+
+    The output of a block follows what the next one needs.
     """
     keys, sizes = [], []
     for index, unit in enumerate(tasks):
@@ -380,13 +431,18 @@ def _transfers(tasks: list[_Tasks], counts: TileCounts) -> tuple[list[np.ndarray
     behind = np.full((2, key.shape[1] - 1), len(tasks) + last.cycles.shape[2])
     keys.append(np.concatenate([key[:, 1:], behind]))
     sizes.append(output[blocks][:-1])
-    order = np.lexsort(np.concatenate(keys, axis=1)[::-1])
+    every = np.concatenate(keys, axis=1)
+    order = np.lexsort(every[::-1])
+    in_order = np.concatenate(sizes)[order]
     moved = np.empty(len(order))
-    moved[order] = np.cumsum(np.concatenate(sizes)[order])
+    moved[order] = np.cumsum(in_order)
     ends = np.cumsum([unit.cycles.size for unit in tasks])
     arrivals = [
         part.reshape(unit.cycles.shape)
         for part, unit in zip(np.split(moved, ends)[:-1], tasks, strict=True)
     ]
-    last_bytes = float(output[-1])
-    return arrivals, float(np.concatenate(sizes).sum()) + last_bytes, last_bytes
+    return _Transfers(
+        arrivals=arrivals,
+        sizes=np.append(in_order, output[-1]),
+        heads=np.append(every[0, order], heads[-1]),
+    )

@@ -4,11 +4,49 @@ Axes: H heads, W windows. All times are cycles.
 """
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from codesign.hw.timeline import Span
+
 _HEAD, _LINEAR = range(2)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A group, or a unit chained to the heads' work, works on a window from start to end; `head` -1: on all of it."""
+
+    group: int
+    window: int
+    head: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """How windows passed: when each has left, `[W]`, and what groups and chained units, `[U]`, did meanwhile."""
+
+    done: np.ndarray
+    groups: list[Stretch]
+    beside: list[list[Stretch]]
+
+    def spans(self, units: Sequence[str]) -> list[Span]:
+        """Returns what units did, those of the groups first, then the chained ones."""
+        return [
+            Span(
+                part=unit,
+                group=one.group,
+                name=f"window {one.window}",
+                start=one.start,
+                end=one.end,
+            )
+            for unit, stretches in zip(units, [self.groups, *self.beside], strict=True)
+            for one in stretches
+            if one.end > one.start
+        ]
 
 
 def chained(
@@ -52,8 +90,8 @@ class GroupWork:
     shares_heads: bool
 
 
-def run_groups(work: GroupWork, ready: np.ndarray) -> np.ndarray:
-    """Returns when each window has left, `[W]`.
+def run_groups(work: GroupWork, ready: np.ndarray) -> Passage:
+    """Returns how windows pass.
 
     A group that is free takes the task of the earliest window that may start; a head's attention waits, on its group,
     until tasks of earlier windows have made the keys it wants of them.
@@ -75,6 +113,8 @@ def run_groups(work: GroupWork, ready: np.ndarray) -> np.ndarray:
     made = np.zeros(heads)
     idle = list(range(groups))
     beside_free, passed = [0.0] * len(work.beside), 0
+    worked: list[Stretch] = []
+    beside: list[list[Stretch]] = [[] for _ in work.beside]
 
     def at(time: float, group: int, window: int, kind: int) -> None:
         nonlocal number
@@ -107,7 +147,9 @@ def run_groups(work: GroupWork, ready: np.ndarray) -> np.ndarray:
                     starts, ends = first[passed], last[passed]
                     for index, cycles in enumerate(work.beside):
                         starts = max(starts, beside_free[index])
-                        ends = beside_free[index] = max(starts + cycles[passed], ends)
+                        own_end = float(starts + cycles[passed])
+                        beside[index].append(Stretch(0, passed, -1, float(starts), own_end))
+                        ends = beside_free[index] = max(own_end, ends)
                     done[passed] = ends
                     if work.linear[passed]:
                         at(max(float(ends), now), -1, passed, _LINEAR)
@@ -123,11 +165,17 @@ def run_groups(work: GroupWork, ready: np.ndarray) -> np.ndarray:
                 continue
             window, kind, head = heapq.heappop(queue)
             end = now + work.linear[window]
-            if kind == _HEAD:
+            if kind == _LINEAR:
+                worked.append(Stretch(group, window, -1, now, float(end)))
+            else:
                 first[window] = min(first[window], now)
                 made[head] = max(made[head], now + work.make[head, window])
                 own_end = now + work.make[head, window] + work.query[head, window]
-                end = max(own_end, made[head]) + work.attend[head, window]
+                begin = float(max(own_end, made[head]))
+                end = begin + work.attend[head, window]
+                # Between them it waits for keys that other groups make.
+                worked.append(Stretch(group, window, head, now, float(own_end)))
+                worked.append(Stretch(group, window, head, begin, float(end)))
             at(float(end), group, window, kind)
         idle[:] = waiting
-    return done
+    return Passage(done=done, groups=worked, beside=beside)

@@ -29,6 +29,7 @@ from codesign.hw.simulation import (
 )
 from codesign.hw.spec import AcceleratorSpec
 from codesign.hw.spec_tables import Storage, Unit
+from codesign.hw.timeline import DRAM, Span, Watched, spans
 from codesign.hw.window_counts import (
     LINEAR,
     LINEAR_STREAMS,
@@ -48,6 +49,7 @@ def simulate_windows(
     gemm_shapes: Mapping[str, GemmShape],
     *,
     is_causal: bool = False,
+    watched: Watched | None = None,
 ) -> Simulation:
     """Runs a batch through a machine; arguments as of `codesign.hw.simulator.simulate`.
 
@@ -120,6 +122,7 @@ def simulate_windows(
         host=no_host(len(trace.valid), len(layers)),
         own_end_cycles=ends.cycles,
         own_end_energy_pj=ends.energy_pj,
+        timeline=[] if watched is None else layers[watched.layer][watched.example].whole.timeline,
     )
 
 
@@ -179,10 +182,11 @@ class _Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What one layer of one example takes: latency, and working time by unit, cycles."""
+    """What one layer of one example takes: latency, working time by unit, cycles, and what its parts do meanwhile."""
 
     latency_cycles: float
     busy_cycles: dict[str, float]
+    timeline: list[Span]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +310,7 @@ def _passes(unit: Unit, spec: AcceleratorSpec, widths: tuple[int, int]) -> float
 def _run(counts: WindowCounts, linear: _Linear, spec: AcceleratorSpec, *, has_linear: bool) -> _Run:
     """Moves the windows of one layer of one example through the machine."""
     busy: dict[str, float] = {}
+    timeline: list[Span] = []
     rate = spec.dram_bytes_per_cycle
     overlaps = spec.switches.memory_overlaps.value
     moved = sum(
@@ -320,22 +325,35 @@ def _run(counts: WindowCounts, linear: _Linear, spec: AcceleratorSpec, *, has_li
             counts.stream_bytes["tokens"] * np.cumsum(counts.tokens) / counts.tokens.sum() / rate
         )
         ready = arrived if counts.is_causal else np.full_like(arrived, arrived[-1])
-    ready = _predict(counts, spec, ready, busy)
-    ends = _execute(counts, linear, spec, ready, busy, has_linear=has_linear)
+    ready = _predict(counts, spec, ready, busy, timeline)
+    ends = _execute(counts, linear, spec, ready, busy, timeline, has_linear=has_linear)
     computed = float(ends.max())
-    latency = computed + moved / rate
-    if overlaps:
-        last = counts.stream_bytes["ffn_output"] * counts.tokens[-1] / counts.tokens.sum()
-        latency = max(computed + (last / rate if has_linear else 0.0), moved / rate)
+    last = counts.stream_bytes["ffn_output"] * counts.tokens[-1] / counts.tokens.sum()
+    tokens = counts.stream_bytes["tokens"] / rate
+    last = last / rate if has_linear and overlaps else 0.0
+    others = moved / rate - tokens - last
+    begin = 0.0 if overlaps else computed
+    latency = max(computed + last, moved / rate) if overlaps else computed + moved / rate
+    timeline += spans(
+        DRAM,
+        ["tokens", "weights, results", "last result"],
+        np.asarray([begin, begin + tokens, max(computed, begin + tokens + others)]),
+        np.asarray([tokens, others, last]),
+    )
     if spec.switches.fill_and_drain.value:
         latency += spec.pipeline.drain.value
-    return _Run(latency_cycles=latency, busy_cycles=busy)
+    return _Run(latency_cycles=latency, busy_cycles=busy, timeline=timeline)
 
 
 def _predict(
-    counts: WindowCounts, spec: AcceleratorSpec, ready: np.ndarray, busy: dict[str, float]
+    counts: WindowCounts,
+    spec: AcceleratorSpec,
+    ready: np.ndarray,
+    busy: dict[str, float],
+    timeline: list[Span],
 ) -> np.ndarray:
-    """Returns when each window is predicted, `[W]`, in units chained on a window; adds their working time."""
+    """Returns when each window is predicted, `[W]`, in units chained on a window; adds what they do."""
+    names = [f"window {window}" for window in range(len(ready))]
     starts, ends = ready, np.zeros(len(ready))
     for name in spec.pipeline.stages[0]:
         unit = spec.units[name]
@@ -353,9 +371,11 @@ def _predict(
             )
             free = float(ready[-1] + first.sum())
             busy[name] = float(first.sum())
+            timeline += spans(name, ["all keys"], ready[-1:], first.sum(keepdims=True))
         cycles: np.ndarray = np.sum(list(by_key.values()), axis=0)
         busy[name] = busy.get(name, 0.0) + float(cycles.sum())
         starts, ends = chained(starts, ends, cycles, free)
+        timeline += spans(name, names, starts, cycles)
     done: np.ndarray = np.maximum(ready, ends)
     return done
 
@@ -374,10 +394,11 @@ def _execute(
     spec: AcceleratorSpec,
     ready: np.ndarray,
     busy: dict[str, float],
+    timeline: list[Span],
     *,
     has_linear: bool,
 ) -> np.ndarray:
-    """Returns when each window has left the array and the units chained to it, `[W]`; adds their working time."""
+    """Returns when each window has left the array and the units chained to it, `[W]`; adds what they do."""
     name, *others = spec.pipeline.stages[1]
     unit = spec.units[name]
     assert unit.groups is not None and unit.shares_heads is not None
@@ -408,6 +429,7 @@ def _execute(
     )
     by_head = work.make + work.query + work.attend
     busy[name] = float(by_head.sum() / groups + work.linear.sum())
+    chained_units = []
     for other in others:
         keys = [
             key
@@ -421,8 +443,11 @@ def _execute(
             ]
             cycles: np.ndarray = np.sum(parts, axis=0)
             work.beside.append(cycles)
+            chained_units.append(other)
             busy[other] = float(np.sum(cycles))
-    return run_groups(work, ready)
+    passage = run_groups(work, ready)
+    timeline += passage.spans([name, *chained_units])
+    return passage.done
 
 
 def _ends(

@@ -31,6 +31,7 @@ from codesign.mechanisms import MECHANISMS
 
 TEXT = (PRESET_FOLDER / "energon.toml").read_text()
 LANES = next(line for line in TEXT.splitlines() if line.startswith("lanes = "))
+STAGES = next(line for line in TEXT.splitlines() if line.startswith("stages = "))
 BUDGET = ("--budget.energy", "0.5")
 
 
@@ -167,6 +168,18 @@ def test_cost_of_a_file_and_of_bad_sizes(
         (LANES, "lanes = 8", "a bare number has no unit"),
         ('serves = ["qk.mac"]', 'serves = ["qk.mac", "predict.mac"]', "feeds `predict.mac`"),
         ("[units.qk]", "[units.spare]", "`pipeline.stages`: `qk` must be a unit"),
+        (STAGES, STAGES.replace('"qk"', '"qk", "qk"'), "`qk` stands in it twice"),
+        (
+            STAGES,
+            'stages = [["filter_array", "filter_statistics"], ["softmax", "pv"], ["qk"]]',
+            "go round in a cycle",
+        ),
+        (LANES, LANES.replace("value = ", "value = -"), "value must be above 0"),
+        (
+            "capacity = { value = 64,",
+            "capacity = { value = 0.03,",
+            "hold no tile, a vector of a head",
+        ),
     ],
 )
 def test_faulty_preset_is_one_line(
@@ -241,6 +254,8 @@ def test_faulty_preset_is_one_line(
         (("evaluate", "{}"), "is not a run directory"),
         (("export", "{}", "--out", "{}/export"), "is not a run directory"),
         (("simulate", "{}"), "is not a run directory"),
+        (("simulate", "{}", "--timeline", "{}.svg"), "must end in `.png`"),
+        (("simulate", "{}", "--timeline", "{}/in.png"), "make the folder of the figure"),
         (("verify", "{}"), "name the directory of an export"),
         (("report", "{}"), "does not exist"),
         (("report", "."), "has neither curve.json nor result.json"),

@@ -217,6 +217,28 @@ def test_simulator_counts_what_the_model_counts(
         assert energy["cost_model"] == pytest.approx(result[scope]["energy_pj"], rel=0.05)
 
 
+def test_a_timeline_is_drawn_of_one_layer_of_one_example(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    figure = tmp_path / "timeline.png"
+    # In the second chunk.
+    chosen = ("--num-examples", "40", "--timeline-example", "35", "--timeline-layer", "1")
+    record = answer(capsys, "simulate", folder / "run", *chosen, "--timeline", figure)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    timeline = record["timeline"]
+    assert (timeline["layer"], timeline["example"], timeline["unit"]) == (1, 35, "cycle")
+    parts = {span["part"] for span in timeline["spans"]}
+    assert {"dram", "host", "softmax"} <= parts
+    kept = figure.read_bytes()
+    again = refusal(capsys, "simulate", folder / "run", "--timeline", figure)
+    assert "exists: choose another file" in again and figure.read_bytes() == kept
+    other = tmp_path / "other.png"
+    for option in ("--timeline-layer", "--timeline-example"):
+        line = refusal(capsys, "simulate", folder / "run", "--timeline", other, option, "99")
+        assert f"`{option}` must lie in [0, " in line
+    assert not other.exists()
+
+
 def test_export_refuses_what_it_would_overwrite(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,7 +42,9 @@ def drawn_sizes(sizes: dict[str, jax.Array], rng: np.random.Generator) -> dict[s
         if "bytes" in name:
             exponent = rng.uniform(-8.0, 4.0)
         if name == "processing_elements":
-            exponent = rng.uniform(-6.0, 1.0)  # A server has a lane for every tile of so small a model.
+            exponent = rng.uniform(
+                -6.0, 1.0
+            )  # A server has a lane for every tile of so small a model.
         if name in ("host.rows", "host.cols"):
             exponent = float(rng.integers(-1, 2))
         drawn[name] = float(size) * 2.0**exponent

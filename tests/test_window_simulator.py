@@ -125,7 +125,7 @@ def test_hand_worked_groups(shares: bool, expected: list[float]) -> None:
     # Shared: group 0 0-6 head 0, 6-13 head 2; group 1 0-6 head 1, 6-10 and 10-14 heads 0 and 1 of window 1. The first
     # window's linear work 13-17 and 14-18, the other's 17-21 (head 2 has none) and 18-22.
     # Own: group 0 0-6 and 6-13 heads 0 and 2, 13-17 linear, 17-21 head 0, 21-25 linear; group 1 head 1, and ends before.
-    assert run_groups(work, np.zeros(2)).tolist() == expected
+    assert run_groups(work, np.zeros(2)).done.tolist() == expected
 
 
 @CAUSAL
