@@ -132,6 +132,8 @@ def budgeted_step(
         problem.experiment.optimize, train=train, num_steps=NEVER_HARDENED
     )
     training = BudgetedTraining(problem, settings, ("energy",) if has_cost else (), "end_to_end")
+    if training.sizing is not None:
+        point = dataclasses.replace(point, sizes=training.sizing.start)
     tree = training.initial(point, Budget(energy=0.5))
     return TimedStep.of(training.step, tree["state"], training.batch(0), tree["constants"])
 

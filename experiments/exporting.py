@@ -22,7 +22,7 @@ from codesign.experiments.evaluate import (
 from codesign.experiments.finished import FinishedRun
 from codesign.experiments.problem import Problem
 from codesign.hw import emulator
-from codesign.hw.accelerator import Accelerator
+from codesign.hw.accelerator import Accelerator, accelerator_from_spec
 from codesign.hw.export import (
     Difference,
     Export,
@@ -131,11 +131,13 @@ def _expected(finished: FinishedRun) -> Expected:
     """Returns what the run reached on the validation part."""
     problem = finished.problem
     measured = measure(problem, finished.point, "validation")
+    # Measured in cycles of the preset's clock; the machine that is exported may have another.
+    clock = finished.spec.clock_hz / problem.spec.clock_hz
     area_mm2 = total_area_mm2(machine_of(problem, finished.point))
     attention, end_to_end = (
         ExpectedCost(
             energy_pj=measured.mean_cost("energy", scope),
-            latency_cycles=measured.mean_cost("latency", scope),
+            latency_cycles=measured.mean_cost("latency", scope) * clock,
         )
         for scope in SCOPES
     )
@@ -230,7 +232,7 @@ def compare_with_simulator(
     modelled: dict[str, list[NDArray[np.float64]]] = {}
     simulated: dict[str, list[NDArray[np.float64]]] = {}
     differing: str | None = None
-    machine = machine_of(problem, finished.point)
+    machine = accelerator_from_spec(finished.spec)
     for batch in traced_chunks(problem, deployed, examples, machine):
         own = _watched_in(batch, watched)
         simulation = simulate(

@@ -20,7 +20,7 @@ from codesign.experiments.exporting import (
 )
 from codesign.experiments.problem import Problem, load_problem
 from codesign.experiments.start import measured_ranges, ranges_of, start_policy, with_threshold
-from codesign.hw.accelerator import spec_with_sizes
+from codesign.hw.accelerator import CLOCK, spec_with_sizes
 from codesign.hw.simulator import simulate
 from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import SCOPES
@@ -59,6 +59,8 @@ def random_sizes(problem: Problem, rng: np.random.Generator) -> dict[str, float]
     sizes = {}
     for name, value in problem.accelerator.sizes.items():
         own = float(value)
+        if name == CLOCK:
+            continue  # The simulator's cycles are the machine's own.
         if name.endswith(".lanes") or name == "query_block":
             sizes[name] = max(1.0, np.round(own * rng.choice(LANE_FACTORS)))
         else:
@@ -161,7 +163,9 @@ def _both(
 ) -> tuple[dict[tuple[str, str], tuple[float, float]], bool]:
     """Returns `(simulator, cost model)` by scope and metric, and whether all counts are equal."""
     machine = problem.accelerator
-    typed = {name: jnp.asarray(sizes[name], value.dtype) for name, value in machine.sizes.items()}
+    typed = machine.sizes | {
+        name: jnp.asarray(value, machine.sizes[name].dtype) for name, value in sizes.items()
+    }
     resized = dataclasses.replace(problem, accelerator=machine.replace(sizes=typed))  # type: ignore[attr-defined]
     spec = spec_with_sizes(problem.spec, sizes)
     deployed = deployment(problem, point)

@@ -1,7 +1,7 @@
 """An accelerator as a pytree: sizes are leaves to differentiate and batch, structure is static."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -12,6 +12,7 @@ from codesign.errors import UnknownNameError
 from codesign.hw import energy
 from codesign.hw.quantities import Quantity
 from codesign.hw.spec import AcceleratorSpec
+from codesign.hw.supply import supply_ratio
 from codesign.vocabulary import matches
 
 
@@ -136,6 +137,7 @@ class Structure:
     rows_at_once: float
     query_block: float | None
     clock_hz: float
+    threshold_ratio: float | None
     dram_pj_per_byte: float
     standing_pj_per_cycle: float
     rest_mm2: float
@@ -187,12 +189,17 @@ class Accelerator:
       sizes: Scalars by name: `<unit>.lanes`, `<unit>.width` (elements), `<buffer>.bytes`,
         `dram.bytes_per_cycle`, and what the machine has of `query_block` (rows),
         `processing_elements`, `host.rows`, `host.cols` (MACs) and `host.sram_bytes`. All are
-        positive and in natural units (an optimiser works on their logarithms).
+        positive and in natural units (an optimiser works on their logarithms). `clock`, if the file has a threshold
+        voltage: over the file's own clock, in whose cycles all times stay.
       structure: What runs where, what overlaps, and the price of everything; static.
     """
 
     sizes: dict[str, jax.Array]
     structure: Structure = struct.field(pytree_node=False)
+
+
+CLOCK = "clock"
+"""Name of the clock among sizes."""
 
 
 def accelerator_from_spec(spec: AcceleratorSpec) -> Accelerator:
@@ -202,6 +209,8 @@ def accelerator_from_spec(spec: AcceleratorSpec) -> Accelerator:
       PresetError: If an operation served by a unit has no energy.
     """
     sizes = {"dram.bytes_per_cycle": spec.dram_bytes_per_cycle}
+    if spec.technology.threshold is not None:
+        sizes[CLOCK] = 1.0
     if spec.pipeline.query_block is not None:
         sizes["query_block"] = spec.pipeline.query_block.value
     if spec.processing_elements is not None:
@@ -301,7 +310,7 @@ def spec_with_sizes(spec: AcceleratorSpec, sizes: Mapping[str, float]) -> Accele
             for field, key in (("rows", "rows"), ("cols", "cols"), ("sram", "sram_bytes"))
         }
         host = host.model_copy(update=resized)
-    return spec.model_copy(
+    with_all = spec.model_copy(
         update={
             "units": resized_units,
             "modules": modules,
@@ -312,6 +321,70 @@ def spec_with_sizes(spec: AcceleratorSpec, sizes: Mapping[str, float]) -> Accele
                 update={"bandwidth": quantity(spec.dram.bandwidth, bandwidth)}
             ),
             "host": host,
+        }
+    )
+    clock = sizes.get(CLOCK, 1.0)
+    return with_all if clock == 1.0 else _clocked(with_all, clock, quantity)
+
+
+def _clocked(
+    spec: AcceleratorSpec, clock: float, quantity: Callable[[Quantity, float | None], Quantity]
+) -> AcceleratorSpec:
+    """Returns the machine at another clock and the supply that it needs; main memory's bytes per second stay.
+
+    Args:
+      spec: The machine.
+      clock: The clock over its own.
+      quantity: Returns a quantity with another value in base units.
+    """
+    assert spec.threshold_ratio is not None
+    supply = float(supply_ratio(clock, spec.threshold_ratio))
+    dynamic = supply * supply
+
+    def scaled(old: Quantity, factor: float) -> Quantity:
+        return quantity(old, old.base * factor) if old.base else old
+
+    technology = spec.technology.model_copy(
+        update={
+            "clock": scaled(spec.technology.clock, clock),
+            "supply": scaled(spec.technology.supply, supply),
+        }
+    )
+    modules = {
+        name: module.model_copy(
+            update={
+                # Power of work: every cycle takes the square of the supply.
+                "dynamic": scaled(module.dynamic, clock * dynamic),
+                "leakage": scaled(module.leakage, supply),
+            }
+        )
+        for name, module in spec.modules.items()
+    }
+    # What a table prices follows the supply by itself (`energy_scale`).
+    priced = dynamic if spec.energy_table is None else 1.0
+    unit_changes = {
+        name: {"energy": {kind: scaled(one, priced) for kind, one in unit.energy.items()}}
+        for name, unit in spec.units.items()
+    }
+    memories = {}
+    for name, memory in spec.memories.items():
+        changes: dict[str, Quantity] = {"energy": scaled(memory.energy, priced)}
+        if memory.bandwidth is not None:
+            changes["bandwidth"] = scaled(memory.bandwidth, clock)
+        if memory.leakage is not None:
+            changes["leakage"] = scaled(memory.leakage, supply)
+        memories[name] = memory.model_copy(update=changes)
+    standing = spec.standing_power
+    return spec.model_copy(
+        update={
+            "technology": technology,
+            "modules": modules,
+            "units": {
+                name: unit.model_copy(update=unit_changes[name])
+                for name, unit in spec.units.items()
+            },
+            "memories": memories,
+            "standing_power": None if standing is None else scaled(standing, supply),
         }
     )
 
@@ -420,6 +493,7 @@ def _structure(spec: AcceleratorSpec) -> Structure:
         rows_at_once=1.0 if at_once is None else at_once.value,
         query_block=None if block is None else block.value,
         clock_hz=spec.clock_hz,
+        threshold_ratio=spec.threshold_ratio,
         dram_pj_per_byte=energy.dram_pj_per_byte(spec),
         standing_pj_per_cycle=energy.pj_per_cycle(spec, standing),
         rest_mm2=0.0 if spec.area.rest is None else spec.area.rest.base,

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from codesign import units
 from codesign.errors import InfeasibleCapError, PresetError
-from codesign.hw.accelerator import Accelerator, accelerator_from_spec
+from codesign.hw.accelerator import CLOCK, Accelerator, accelerator_from_spec
 from codesign.hw.engine import area_mm2
 from codesign.hw.file_faults import near
 from codesign.hw.host import host_mm2
 from codesign.hw.spec import AcceleratorSpec
+from codesign.hw.supply import LEAST_SUPPLY, MOST_SUPPLY, clock_ratio
 
-Grid = Literal["whole", "power_of_two", "block", "free"]
+Grid = Literal["whole", "power_of_two", "block", "percent", "free"]
 Sizes = dict[str, jax.Array]
 Bounds = dict[str, jax.Array]
 Score = Callable[[Sizes], tuple[jax.Array, jax.Array]]
@@ -62,6 +63,9 @@ class SizeRange:
         match self.grid:
             case "free":
                 return value, value
+            case "percent":
+                steps = 100.0 * value
+                down, up = math.floor(steps + 1e-4) / 100.0, math.ceil(steps - 1e-4) / 100.0
             case "power_of_two":
                 exponent = math.log2(value)
                 down, up = 2.0 ** math.floor(exponent + 1e-6), 2.0 ** math.ceil(exponent - 1e-6)
@@ -77,6 +81,8 @@ class SizeRange:
         match self.grid:
             case "free":
                 moved = value * 2.0 ** (direction / 8.0)
+            case "percent":
+                moved = value + direction / 100.0
             case "power_of_two":
                 moved = value * 2.0**direction
             case "whole" | "block":
@@ -98,6 +104,8 @@ class Caps:
 
 
 def _grid(name: str) -> Grid:
+    if name == CLOCK:
+        return "percent"
     if name.endswith("bytes_per_cycle"):
         return "free"
     if name.endswith("bytes"):
@@ -109,7 +117,8 @@ def size_ranges(spec: AcceleratorSpec) -> dict[str, SizeRange]:
     """Returns the legal range of every size of a machine.
 
     A file's table `[sizes]` gives them as factors of its own sizes. Without: a sixteenth to sixteen times, main memory
-    never faster than the file's, since its interface has no area here.
+    never faster than the file's, since its interface has no area here; the clock as supplies of 0.6 to 1.1 times the file's
+    allow.
 
     Raises:
       PresetError: If the table names no size of the machine, or a range does not hold the file's own size.
@@ -123,9 +132,14 @@ def size_ranges(spec: AcceleratorSpec) -> dict[str, SizeRange]:
         grid = _grid(name)
         given = spec.sizes.get(name)
         least, most = LEAST, 1.0 if grid == "free" else MOST
+        if name == CLOCK:
+            assert spec.threshold_ratio is not None
+            least, most = (
+                clock_ratio(supply, spec.threshold_ratio) for supply in (LEAST_SUPPLY, MOST_SUPPLY)
+            )
         if given is not None:
             least, most = given.least.value, given.most.value
-        floor = {"whole": 1.0, "power_of_two": 1.0, "block": BLOCK_BYTES, "free": 0.0}[grid]
+        floor = {"whole": 1.0, "power_of_two": 1.0, "block": BLOCK_BYTES}.get(grid, 0.0)
         ranges[name] = SizeRange(low=max(value * least, floor), high=value * most, grid=grid)
     return ranges
 

@@ -201,6 +201,12 @@ class AcceleratorSpec(Strict):
         return self.technology.clock.base
 
     @property
+    def threshold_ratio(self) -> float | None:
+        """Threshold voltage over the supply; None without one."""
+        threshold = self.technology.threshold
+        return None if threshold is None else threshold.value / self.technology.supply.value
+
+    @property
     def dram_bytes_per_cycle(self) -> float:
         """Bandwidth of main memory in byte per cycle."""
         return self.dram.bandwidth.base / self.clock_hz

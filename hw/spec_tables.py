@@ -33,6 +33,7 @@ from codesign.hw.quantities import (
     TransferEnergy,
     Voltage,
 )
+from codesign.hw.supply import LEAST_SUPPLY
 
 ROW_SETS = ("filter*", "all", "searched", "scored", "attention", "used", "packed")
 """Row statistics of a workload that may pace a unit: `*` is the served operation's round, `all` existing keys, `searched`
@@ -53,6 +54,17 @@ class Technology(Strict):
     node: Length
     supply: Voltage
     clock: Frequency
+    threshold: Voltage | None = None
+    """Threshold of its transistors; with it the clock is a size, and the supply follows it. Absent: the clock stays."""
+
+    @model_validator(mode="after")
+    def _is_above_threshold(self) -> Self:
+        if self.threshold is not None and self.threshold.value >= LEAST_SUPPLY * self.supply.value:
+            raise ValueError(
+                f"`technology.threshold` must be below {LEAST_SUPPLY:g} times `technology.supply`, the least supply that "
+                f"a clock may need, got {self.threshold.value:g} V: lower it"
+            )
+        return self
 
 
 class Module(Strict):

@@ -12,7 +12,8 @@ from flax import struct
 
 from codesign import gates
 from codesign.errors import UnknownNameError
-from codesign.hw.accelerator import Accelerator
+from codesign.hw.accelerator import CLOCK, Accelerator
+from codesign.hw.clock import Clocked
 from codesign.hw.engine import (
     EngineCost,
     add_element_energy,
@@ -177,6 +178,10 @@ def cost(
         stacked = jnp.stack([jnp.broadcast_to(value, shape) for value in values], axis=-1)
         return gates.smooth_max(stacked, smoothness, axis=-1)
 
+    clocked = None
+    if CLOCK in accelerator.sizes:
+        clocked = Clocked(accelerator)
+        accelerator = clocked.accelerator
     structure = accelerator.structure
     storage = structure.storage
     latency = functools.partial(_layer_cycles, accelerator=accelerator, maximum=maximum)
@@ -251,7 +256,7 @@ def cost(
         if lanes is not None:
             end_own = end_own.replace(cycles=at_least(lanes.ends, end_own.busy_cycles))  # type: ignore[attr-defined]
     has_host = structure.host is not None
-    return Cost(
+    price = Cost(
         unit_energy_pj=energy,
         unit_busy_cycles=busy,
         attention_cycles=attention_cycles,
@@ -269,6 +274,22 @@ def cost(
         unit_area_mm2=area_mm2(accelerator),
         host_area_mm2=host_mm2(accelerator),
     )
+    return price if clocked is None else _at_clock(price, clocked)
+
+
+def _at_clock(price: Cost, clocked: Clocked) -> Cost:
+    """Returns a cost counted in a machine's own cycles in those of its file's clock, at the supply that its clock needs."""
+    result: Cost = price.replace(  # type: ignore[attr-defined]
+        unit_energy_pj=clocked.energy(price.unit_energy_pj),
+        unit_busy_cycles=clocked.all_cycles(price.unit_busy_cycles),
+        attention_cycles=clocked.cycles(price.attention_cycles),
+        block_host=clocked.host(price.block_host),
+        end_host=clocked.host(price.end_host),
+        block_own=clocked.engine(price.block_own),
+        end_own=clocked.engine(price.end_own),
+        standing_pj_per_cycle=clocked.standing(price.standing_pj_per_cycle),
+    )
+    return result
 
 
 def split_linear_stages(workload: Workload) -> tuple[Workload, Workload | None]:

@@ -182,6 +182,15 @@ def test_budgeted_step_trains_what_its_mode_names(started: tuple[Problem, Point]
     assert timed.batch["pixels"].shape[0] == TINY.experiment.batch_size
 
 
+def test_step_of_the_mode_codesign_trains_the_machines_sizes(
+    started: tuple[Problem, Point],
+) -> None:
+    timed = bench_steps.budgeted_step(*started, ("clips", "sizes"))
+    before = jax.tree.map(np.array, timed.state.sizes)
+    state, _ = timed.step(timed.state, timed.batch, timed.constants)
+    assert before.keys() == started[0].accelerator.sizes.keys() and changed(before, state.sizes)
+
+
 def test_steps_go_on_from_the_last_one() -> None:
     step = jax.jit(lambda state, batch, constants: (state + batch * constants, state))
     timed = timing.TimedStep(step, jnp.zeros(()), jnp.ones(()), jnp.ones(()))
@@ -265,11 +274,8 @@ def test_training_compares_every_mode_with_the_float_step(
     monkeypatch.setattr(bench_steps, "budgeted_step", budgeted)
     records = bench_steps.bench_training(TINY)
     check_records(records)
-    assert [record["name"] for record in records] == ["train_joint", "train_policy"]
-    assert [call[:3] for call in asked] == [
-        ("energon", MODES["joint"], True),
-        ("energon", MODES["policy"], True),
-    ]
+    assert [record["name"] for record in records] == [f"train_{mode}" for mode in MODES]
+    assert [call[:3] for call in asked] == [("energon", train, True) for train in MODES.values()]
     # One untimed call and `repeats` timed ones.
     taken = TINY.num_steps * (TINY.repeats + 1)
     assert plain.taken == taken and all(call[3].taken == taken for call in asked)
