@@ -16,6 +16,7 @@ DATA_VARIABLE = "CODESIGN_VALIDATION"
 def validate(
     *,
     data: Path | None = None,
+    agreement: Path | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Compares the hardware models with reference results of other tools and publications, as far as files are there.
@@ -26,10 +27,11 @@ def validate(
 
     Args:
       data: Folder of the reference results (file names: docs/validation.md); default: $CODESIGN_VALIDATION.
+      agreement: `study.json` of `codesign reproduce simulator-agreement`: adds the cost model's errors against simulators.
       as_json: Print JSON only, a list of {reference, metric, value, unit, limit, rows}; limit null: reported only.
     """
     named = os.environ.get(DATA_VARIABLE)
-    outcomes = validate_all(data or (Path(named) if named else None))
+    outcomes = validate_all(data or (Path(named) if named else None), agreement)
     if as_json:
         print_json(records(outcomes))
     else:
