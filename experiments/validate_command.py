@@ -21,7 +21,7 @@ def validate(
 ) -> int:
     """Compares the hardware models with reference results of other tools and publications, as far as files are there.
 
-    Exits with 1 if a figure is beyond its limit; a file that is not there is said so, and skipped. Takes seconds.
+    Exits with 1 if a figure is beyond its limit; a file that is not there is said so, and skipped. Takes a minute or two.
 
     Example: `codesign validate --data DIR --json`
 
@@ -55,7 +55,7 @@ def print_outcomes(outcomes: list[Outcome]) -> None:
 
 def cells(row: ValidationRow) -> tuple[str, ...]:
     """Returns the cells of a row."""
-    limit, verdict = ("-", "") if row.limit is None else (f"{row.limit:g}", "ok")
+    limit, verdict = ("-", "") if row.limit is None else (f"{row.limit:.7g}", "ok")
     return (
         *(row.reference, row.metric, f"{row.value:.4g}", limit, row.unit, str(row.rows)),
         verdict if row.is_met else "MISSED",

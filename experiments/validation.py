@@ -94,6 +94,8 @@ def validate_all(folder: Path | None, agreement: Path | None = None) -> list[Out
     Raises:
       DataError: If the folder holds none of the files, or one cannot be read or lacks columns.
     """
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"'{folder}' is no folder: name that of the reference results by `--data`")
     present = [name for name in COMPARISONS if folder is not None and _is_there(folder, name)]
     if not present and (folder is not None or not BUILT_IN):
         where = (
