@@ -199,7 +199,9 @@ def test_faulty_files_are_named(
             change(copy / name, column, value)
         return refusal(capsys, copy)
 
-    assert "holds none of the files dense_gemm_tools.csv" in refusal(capsys, folder / "nowhere")
+    assert "is no folder: name that of the reference" in refusal(capsys, folder / "nowhere")
+    (folder / "empty").mkdir()
+    assert "holds none of the files dense_gemm_tools.csv" in refusal(capsys, folder / "empty")
     line = broken(PRODUCTS, b"name,M,N,K\n")
     assert PRODUCTS in line and "lacks the column `array`" in line
     line = broken(PRODUCTS, b"M,N,K,array\n64,64,64,32x32\n")
