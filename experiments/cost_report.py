@@ -17,6 +17,7 @@ from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.capacity import check_capacities
 from codesign.hw.closed_form import ModelShape
 from codesign.hw.operating_points import operating_points
+from codesign.hw.sizing import size_ranges
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.surrogate import SCOPES, Cost, Scope, cost
 from codesign.structure import TokenInput
@@ -91,6 +92,7 @@ def cost_report(
     else:
         shape = _experiment_shape(experiment_by_name(experiment), given)
     check_capacities(spec, head_dim=shape.head_dim, width=shape.width)
+    size_ranges(spec)  # Faulty ranges are named, though nothing is trained.
     if simulator is None:
         for name, value in (
             ("batch", batch),

@@ -176,19 +176,23 @@ def simulate_run(
 
     Exits with 1 if a count of operations differs in any example or layer.
 
-    Example: `codesign simulate runs/half --num-examples 64`
+    Example: `codesign simulate runs/half --num-examples 64 --timeline layer0.png`
 
     Args:
       run: Run directory, or a directory in `points` of a curve.
       part: Part of the data.
       num_examples: Images, the first ones of the part, >= 1.
-      timeline: PNG to make: what every unit, main memory and the host do in one layer of one example, cycle by cycle.
+      timeline: PNG to make, where none is: what units, main memory and host do in one layer of one example, cycle by cycle.
       timeline_layer: Which layer, from 0.
-      timeline_example: Which of the examples, from 0.
+      timeline_example: Which of the `num_examples`, from 0.
       cache: Folder of the dense models; default: `dense` beside the run.
-      as_json: Print JSON only; the timeline's spans are in it.
+      as_json: Print JSON only, with the spans of the timeline if one is drawn.
     """
     watched = None
+    if timeline is None and (timeline_layer or timeline_example):
+        raise CodesignError(
+            "`--timeline-layer` and `--timeline-example` choose what `--timeline` draws: add it, or leave them out"
+        )
     if timeline is not None:
         check_new_png(timeline)
         watched = Watched(layer=timeline_layer, example=timeline_example)

@@ -22,6 +22,7 @@ from codesign.experiments.teacher import Teacher
 from codesign.gates import Relaxation
 from codesign.hw.accelerator import Accelerator, accelerator_from_spec
 from codesign.hw.capacity import check_capacities
+from codesign.hw.sizing import size_ranges
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.mechanisms import MECHANISMS, Mechanism, dense_beside, mechanism_by_name
 from codesign.models.config import ModelConfig
@@ -108,6 +109,7 @@ def _outline(experiment: Experiment) -> tuple[Problem, ChosenModel]:
     chosen = choose_model(task, experiment)
     structure = chosen.config.structure
     check_capacities(spec, head_dim=structure.head_dim, width=structure.width)
+    size_ranges(spec)
     scale, kept = mechanism.thresholds, experiment.start_kept
     if scale is not None and kept and len(kept) != len(scale.names):
         raise CodesignError(

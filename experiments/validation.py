@@ -22,6 +22,7 @@ from codesign.experiments.validate_acceltran import (
     transcode_accelerators,
 )
 from codesign.experiments.validate_acceltran_cycle import acceltran_runs
+from codesign.experiments.validate_agreement import simulator_agreement
 from codesign.experiments.validate_published import sanger_latency, sofa_scaling
 from codesign.experiments.validate_tools import dense_gemm_tools
 from codesign.experiments.validation_mapper import validate_mapper
@@ -83,15 +84,18 @@ class Outcome:
     reason: str = ""
 
 
-def validate_all(folder: Path | None) -> list[Outcome]:
+def validate_all(folder: Path | None, agreement: Path | None = None) -> list[Outcome]:
     """Returns the outcome of every comparison, absent files among them.
 
     Args:
       folder: Folder of reference results; None: only comparisons that need no file.
+      agreement: A study of cost model and simulators (`validate_agreement`); None: none.
 
     Raises:
       DataError: If the folder holds none of the files, or one cannot be read or lacks columns.
     """
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"'{folder}' is no folder: name that of the reference results by `--data`")
     present = [name for name in COMPARISONS if folder is not None and _is_there(folder, name)]
     if not present and (folder is not None or not BUILT_IN):
         where = (
@@ -102,6 +106,9 @@ def validate_all(folder: Path | None) -> list[Outcome]:
             "name the folder of reference results by `--data` or $CODESIGN_VALIDATION"
         )
     outcomes = [Outcome(name=name, rows=tuple(make())) for name, make in BUILT_IN.items()]
+    if agreement is not None:
+        rows = tuple(simulator_agreement(agreement))
+        outcomes.insert(0, Outcome(name=agreement.name, rows=rows))
     for name, compare in COMPARISONS.items():
         if folder is not None and name in present:
             outcomes.append(Outcome(name=name, rows=tuple(compare(folder / name))))

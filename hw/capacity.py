@@ -6,13 +6,12 @@ from codesign.hw.spec import AcceleratorSpec
 
 WIDEST_BITS = 16
 """Bits of an element of queries, keys, values and tokens, at most."""
-KIB = 1024
 
 
 def check_capacities(spec: AcceleratorSpec, *, head_dim: int, width: int) -> None:
     """Does nothing if every memory holds a tile of what it is there for.
 
-    A tile is a vector of a head in the memories of keys and values, a token in those of tokens and activations.
+    A tile is a vector of a head in the memories of queries, keys and values, a token in those of tokens and activations.
 
     Args:
       spec: The machine.
@@ -22,7 +21,7 @@ def check_capacities(spec: AcceleratorSpec, *, head_dim: int, width: int) -> Non
     Raises:
       PresetError: If one does not; names the first.
     """
-    tiles = dict.fromkeys(("key", "value"), ("a vector of a head", head_dim))
+    tiles = dict.fromkeys(("key", "value", "query"), ("a vector of a head", head_dim))
     tiles["token"] = ("a token", width)
     if spec.storage is not None and spec.storage.activations is not None:
         tiles[spec.storage.activations] = ("a token", width)
@@ -34,5 +33,5 @@ def check_capacities(spec: AcceleratorSpec, *, head_dim: int, width: int) -> Non
         if capacity < needed:
             raise PresetError(
                 f"{spec.name}: `memories.{name}.capacity`: {capacity:g} B hold no tile, {tile} of {elements} elements of "
-                f"{WIDEST_BITS} bit: make it at least {needed / KIB:g} KB"
+                f"{WIDEST_BITS} bit: make it at least {needed:g} B"
             )

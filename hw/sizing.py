@@ -138,6 +138,11 @@ def size_ranges(spec: AcceleratorSpec) -> dict[str, SizeRange]:
                 clock_ratio(supply, spec.threshold_ratio) for supply in (LEAST_SUPPLY, MOST_SUPPLY)
             )
         if given is not None:
+            if name == CLOCK and not (least <= given.least.value and given.most.value <= most):
+                raise PresetError(
+                    f"{spec.name}: `sizes.{CLOCK}`: supplies of {LEAST_SUPPLY:g} to {MOST_SUPPLY:g} times the file's allow "
+                    f"clocks of {least:.3g} to {most:.3g} times its own: keep the range inside"
+                )
             least, most = given.least.value, given.most.value
         floor = {"whole": 1.0, "power_of_two": 1.0, "block": BLOCK_BYTES}.get(grid, 0.0)
         ranges[name] = SizeRange(low=max(value * least, floor), high=value * most, grid=grid)

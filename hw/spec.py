@@ -122,6 +122,9 @@ class AcceleratorSpec(Strict):
         }
         served = MECHANISM_OPERATIONS[self.mechanism]
         order = [self.unit_of(key) for key in ("qk.mac", "softmax.exp", "pv.mac") if key in served]
+        deciding = next((key for key in served if key.startswith(("predict.", "filter*."))), None)
+        if deciding is not None:
+            order.insert(0, next(n for n, unit in self.units.items() if deciding in unit.serves))
         # One unit for scores and attention takes the row again, inside its stage.
         for before, after in zip(order, order[1:], strict=False):
             if stage_of[before] > stage_of[after]:
@@ -231,7 +234,9 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in changes.items():
         old = result.get(key)
-        is_table = isinstance(old, dict) and isinstance(value, dict) and "value" not in old
+        # A memory may be called `value`: a number's `value` is no table.
+        is_number = isinstance(old, dict) and not isinstance(old.get("value", {}), dict)
+        is_table = isinstance(old, dict) and isinstance(value, dict) and not is_number
         result[key] = _merged(old, value) if is_table else value  # type: ignore[arg-type]
     return result
 
@@ -239,7 +244,8 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def parse_preset(text: str, *, origin: str) -> AcceleratorSpec:
     """Returns the machine that a TOML text describes.
 
-    With `extends = "<preset>"` the text need only say what differs from that shipped preset.
+    With `extends = "<preset>"` the text need only say what differs from that shipped preset; its name is that of the file
+    unless it gives one.
 
     Args:
       text: The file's text.
@@ -267,6 +273,7 @@ def _resolved(tables: dict[str, Any], origin: str) -> dict[str, Any]:
             f"{origin}: `extends`: unknown preset `{base}`: {near(str(base), choices)}"
         )
     text = (PRESET_FOLDER / f"{base}.toml").read_text(encoding="utf-8")
+    tables.setdefault("name", Path(origin).stem)
     return _merged(_resolved(tomllib.loads(text), f"{base}.toml"), tables)
 
 

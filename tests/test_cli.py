@@ -174,6 +174,11 @@ def test_cost_of_a_file_and_of_bad_sizes(
             'stages = [["filter_array", "filter_statistics"], ["softmax", "pv"], ["qk"]]',
             "go round in a cycle",
         ),
+        (
+            STAGES,
+            'stages = [["qk", "softmax", "pv"], ["filter_array", "filter_statistics"]]',
+            "go round in a cycle",
+        ),
         (LANES, LANES.replace("value = ", "value = -"), "value must be above 0"),
         (
             "capacity = { value = 64,",

@@ -147,6 +147,13 @@ def test_clocks_have_a_range_and_whole_percents() -> None:
     assert own.next(0.87, 1) == pytest.approx(0.88) and own.next(own.high, 1) == own.high
 
 
+def test_clocks_beyond_what_supplies_allow_are_refused() -> None:
+    ends = 'least = { value = 0.9, unit = "1", source = "test" }\nmost = { value = 5, unit = "1", source = "test" }\n'
+    text = 'extends = "energon"\n[technology]\nthreshold = { value = 0.35, unit = "V", source = "test" }\n[sizes.clock]\n'
+    with pytest.raises(PresetError, match="`sizes.clock`: supplies of 0.6 to 1.1"):
+        size_ranges(parse_preset(text + ends, origin="mine.toml"))
+
+
 def test_a_threshold_too_high_and_a_clock_without_one_are_refused() -> None:
     text = 'extends = "energon"\n[technology]\nthreshold = { value = 0.9, unit = "V", source = "test" }\n'
     with pytest.raises(PresetError, match=r"`technology.threshold` must be below 0\.6 times"):

@@ -10,6 +10,7 @@ import pytest
 from tiny_experiment import tiny
 
 from codesign.errors import CodesignError, InfeasibleBudgetError, UnknownNameError
+from codesign.experiments import compare
 from codesign.experiments.cli import main
 from codesign.experiments.compare import (
     COMMON,
@@ -325,7 +326,7 @@ def test_bad_settings_are_one_line(
     assert not out.exists()
 
 
-def test_a_comparison_from_start_to_end(tmp_path: Path) -> None:
+def test_a_comparison_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one mechanism and two uniform settings; `.ci/run` compares two on digits from the command line."""
     out = tmp_path / "out"
     settings = CurveSettings(
@@ -336,6 +337,8 @@ def test_a_comparison_from_start_to_end(tmp_path: Path) -> None:
         num_resamples=10,
     )
     lines: list[str] = []
+    # Else the programs of ten mechanisms fill the memory map of the process.
+    monkeypatch.setattr(compare, "forget_programs", lambda: lines.append("forgotten"))
     run: dict[str, Any] = {
         "names": ["topk"],
         "seeds": (0,),
@@ -349,6 +352,7 @@ def test_a_comparison_from_start_to_end(tmp_path: Path) -> None:
     }
     path = run_comparison(tiny(), settings, out, resume=False, **run)
     assert lines[0] == "topk on preset topk; no legal policy reaches 0.01"
+    assert lines[-1] == "forgotten" and lines.count("forgotten") == 1
     assert path == out / "comparison.json" and (out / "comparison.png").stat().st_size > 0
     rows = json.loads(path.read_text())
     kinds = {(row["setting"], row["at"], row["frame"]) for row in rows}

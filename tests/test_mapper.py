@@ -329,9 +329,33 @@ def test_unknown_objectives_and_settings_are_refused():
         map_layers(
             layers(GOLDEN), machines((1.0, 4.0, 2.0)), objective="edq", key=jax.random.key(0)
         )
-    with pytest.raises(ValueError, match="`num_starts` must be at least 1, got 0"):
+    with pytest.raises(MappingError, match="`num_starts` must be a whole number of at least 1"):
         MapperSettings(num_starts=0)
-    with pytest.raises(ValueError, match="`num_descended` is 9, more than `num_starts`, 8"):
-        MapperSettings(num_starts=8, num_descended=9)
-    with pytest.raises(ValueError, match="`learning_rate` must be positive"):
+    with pytest.raises(MappingError, match="`num_descended` must be a whole number"):
+        MapperSettings(num_descended=1.5)  # type: ignore[arg-type]
+    with pytest.raises(MappingError, match="`penalty` must be a number of at least 0, got nan"):
+        MapperSettings(penalty=float("nan"))
+    with pytest.raises(MappingError, match="`learning_rate` must be positive"):
         MapperSettings(learning_rate=0.0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes", "words"),
+    [
+        (matmul(128.0, 768.0, 768.0), {}, "layers must have one leading axis"),
+        (matmul(*jnp.ones((3, 0))), {}, "layers must have one leading axis"),
+        (matmul(*jnp.ones((3, 1))), {"side": jnp.ones(2)}, "`side` of the machine has shape"),
+        (matmul(*jnp.ones((3, 1))), {"side": jnp.asarray(-16.0)}, "above 0 and finite, got -16"),
+        (
+            matmul(*jnp.ones((3, 1)), bits=widths(weights=0.0)),
+            {},
+            "width of `weights` must be above 0 and finite, got 0",
+        ),
+    ],
+)
+def test_layers_and_sizes_of_another_shape_or_sign_are_refused(
+    layer: Layer, sizes: dict[str, jax.Array], words: str
+):
+    machine = with_sizes(machine_from_file(load_machine("gemmini")), sizes)
+    with pytest.raises(MappingError, match=words):
+        map_layers(layer, machine, key=jax.random.key(0))

@@ -84,7 +84,7 @@ def test_example_of_the_readme_runs(
         assert quantity in printed
 
 
-@pytest.mark.parametrize("name", ["dense_layers", "validation"])
+@pytest.mark.parametrize("name", ["dense_layers", "dense_mapper", "validation"])
 def test_examples_of_the_documents_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = blocks((ROOT / "docs" / f"{name}.md").read_text(), "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= MAX_EXAMPLE_LINES

@@ -252,3 +252,14 @@ def test_spec_and_simulator_import_without_jax():
         "import codesign.hw.acceltran_estimator, codesign.hw.loop_order"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_one_memory_of_several_is_changed_and_the_file_gives_the_name() -> None:
+    """A memory may be called `value`, as a number's value is."""
+    text = 'extends = "energon"\n[memories.key_low]\ncapacity = { value = 32, unit = "KB", source = "test" }\n'
+    spec = parse_preset(text, origin="mine.toml")
+    shipped = load_preset("energon")
+    assert spec.name == "mine"
+    assert spec.memories["key_low"].capacity.value == 32
+    assert spec.memories["value"] == shipped.memories["value"]
+    assert spec.memories["key_low"].energy == shipped.memories["key_low"].energy

@@ -199,7 +199,9 @@ def test_faulty_files_are_named(
             change(copy / name, column, value)
         return refusal(capsys, copy)
 
-    assert "holds none of the files dense_gemm_tools.csv" in refusal(capsys, folder / "nowhere")
+    assert "is no folder: name that of the reference" in refusal(capsys, folder / "nowhere")
+    (folder / "empty").mkdir()
+    assert "holds none of the files dense_gemm_tools.csv" in refusal(capsys, folder / "empty")
     line = broken(PRODUCTS, b"name,M,N,K\n")
     assert PRODUCTS in line and "lacks the column `array`" in line
     line = broken(PRODUCTS, b"M,N,K,array\n64,64,64,32x32\n")
@@ -254,6 +256,38 @@ def test_a_comparison_is_one_line_of_the_registry(
     monkeypatch.delenv("CODESIGN_VALIDATION", raising=False)
     assert main(["validate"]) == 0
     assert "own.csv: not present" in capsys.readouterr().out
+
+
+def test_a_study_of_simulators_has_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CODESIGN_VALIDATION", raising=False)
+    record = {"task": "digits", "machine": "sofa", "scope": "end_to_end", "metric": "latency"}
+    record |= {"num_points": 200, "mean_error": 0.013, "tau": 0.98, "least_tau": 0.93}
+    study = tmp_path / "study.json"
+    study.write_text(json.dumps([record]))
+    assert main(["validate", "--agreement", str(study), "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    own = [row for row in rows if row["reference"] == "Simulator, sofa on digits, end to end"]
+    assert [(row["metric"], row["value"] <= row["limit"], row["rows"]) for row in own] == [
+        ("latency, mean error", True, 200),
+        ("latency, 1 - Kendall's tau", True, 200),
+        ("latency, 1 - tau, most at one size", False, 200),
+    ]
+    assert own[0]["value"] == pytest.approx(1.3) and own[0]["unit"] == "%"
+    del record["tau"]
+    for text, words in (
+        (json.dumps([record]), "record 0, lacks `tau`"),
+        ("[]", "no list of records"),
+        ("{", "is no JSON"),
+    ):
+        study.write_text(text)
+        assert main(["validate", "--agreement", str(study)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line and "study.json" in line
+    study.unlink()
+    assert main(["validate", "--agreement", str(study)]) == 2
+    assert "is not there" in capsys.readouterr().err
 
 
 def test_trends_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

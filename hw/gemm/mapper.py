@@ -7,7 +7,6 @@ what is not searched.
 import functools
 from dataclasses import dataclass
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +38,7 @@ class MapperSettings:
 
     # Random starts of each layer; >= 1.
     num_starts: int = 54
-    # How many of them are descended from before they are rounded; from 1 to `num_starts`.
+    # How many of them, at most, are descended from before they are rounded; >= 1.
     num_descended: int = 18
     # Rounds of descent, at whose beginning the loop orders are chosen again; >= 1.
     descent_rounds: int = 20
@@ -58,21 +57,19 @@ class MapperSettings:
         """Checks the ranges.
 
         Raises:
-          ValueError: If a number lies outside.
+          MappingError: If a number lies outside.
         """
         counts = ("num_starts", "num_descended", "descent_rounds", "steps_per_round")
         least = dict.fromkeys(counts, 1) | {"move_rounds": 0, "moves_per_round": 0, "penalty": 0}
         for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(
-                    f"`{name}` must be at least {bound}, got {getattr(self, name)}: raise it"
-                )
-        if self.num_descended > self.num_starts:
-            raise ValueError(
-                f"`num_descended` is {self.num_descended}, more than `num_starts`, {self.num_starts}: lower it"
-            )
+            value = getattr(self, name)
+            is_whole = isinstance(value, int) or name == "penalty"
+            # Not below, so that what is no number is named too.
+            if not (is_whole and value >= bound):
+                kind = "a number" if name == "penalty" else "a whole number"
+                raise MappingError(f"`{name}` must be {kind} of at least {bound}, got {value}")
         if not self.learning_rate > 0.0:
-            raise ValueError(
+            raise MappingError(
                 f"`learning_rate` must be positive, got {self.learning_rate}: raise it"
             )
 
@@ -85,7 +82,8 @@ class MappedLayers:
       mapping: The best mapping of each layer, `[N]`: whole factors, within all limits of the machine.
       cost: Its cost, `[N]`, nothing smooth.
       rounded: Objective of every start after rounding, `[N, S]`; the first `num_descended` were descended from.
-      reached: Objective of every mapping after the moves, `[N, S]`; the least is that of `mapping`.
+      reached: Objective of the mappings that are left after the moves, `[N, S]`, often all the same; the least is that of
+        `mapping`, as far as single precision goes.
     """
 
     mapping: Mapping
@@ -121,13 +119,40 @@ def map_layers(
     References:
       Hong et al., "DOSA", MICRO 2023, arXiv 2509.10702. Differs: the machine is given, moves after the rounding.
     """
-    if objective not in OBJECTIVES:
-        raise UnknownNameError(f"unknown objective `{objective}`: {near(objective, OBJECTIVES)}")
-    chex.assert_rank(layer.extents, 2)
+    if objective not in tuple(OBJECTIVES):
+        raise UnknownNameError(
+            f"unknown objective `{objective}`: {near(str(objective), OBJECTIVES)}"
+        )
+    _check_inputs(layer, machine)
     problem = problem_of(layer, machine, objective)
     _check_limits(problem)
     found: MappedLayers = search(problem, key, settings=settings or MapperSettings())
     return found
+
+
+def _check_inputs(layer: Layer, machine: Machine) -> None:
+    """Does nothing if layers have one leading axis, sizes fit it, and sizes and widths are above 0.
+
+    Raises:
+      MappingError: If not.
+    """
+    if layer.extents.ndim != 2 or not len(layer.extents):
+        raise MappingError(
+            f"layers must have one leading axis, got extents of shape {tuple(layer.extents.shape)}: give their sizes as "
+            "arrays, `matmul(jnp.array([128.0]), ...)`"
+        )
+    number = len(layer.extents)
+    named = {f"`{name}` of the machine": size for name, size in machine.sizes.items()}
+    named |= {f"width of `{name}`": width for name, width in layer.bits.items()}
+    for name, value in named.items():
+        values = np.asarray(value, float)
+        if values.ndim > 1 or values.size not in (1, number):
+            raise MappingError(
+                f"{name} has shape {values.shape} beside {number} layers: give a scalar, or one for each"
+            )
+        wrong = np.atleast_1d(values)[~np.atleast_1d((values > 0.0) & (values < np.inf))]
+        if len(wrong):
+            raise MappingError(f"{name} must be above 0 and finite, got {wrong[0]:g}: change it")
 
 
 def problem_of(layer: Layer, machine: Machine, objective: str) -> Problem:
