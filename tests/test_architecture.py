@@ -30,7 +30,6 @@ LAYERS = {
 ORDER = [
     {"units", "errors", "vocabulary", "backward", "tables"},
     {"quantize", "gates"},
-    {"tile_statistics"},
     {
         "workload",
         "policy",
