@@ -1,7 +1,7 @@
 """Joins comparisons that were drawn in parts into docs/results: `python docs/join_comparisons.py TASK DIR ...`.
 
 A DIR is one of `codesign compare`, finished or not: mechanisms that it finished replace those of their name in
-`results/TASK-comparison.json` (rows) and `results/TASK-comparison-curves.json` (means of their curves), from which the
+`results/TASK-comparison.json` (rows) and `results/curves/TASK-comparison.json` (means of their curves), from which the
 figure is drawn again.
 """
 
@@ -54,7 +54,7 @@ def join(task: str, directories: list[Path]) -> None:
             f"{different[0]} has other settings than {directories[0]}: join what was drawn alike"
         )
     rows_path = RESULTS / f"{task}-comparison.json"
-    curves_path = RESULTS / f"{task}-comparison-curves.json"
+    curves_path = RESULTS / "curves" / f"{task}-comparison.json"
     rows = json.loads(rows_path.read_text()) if rows_path.exists() else []
     curves = json.loads(curves_path.read_text()) if curves_path.exists() else {}
     for directory in directories:
