@@ -201,7 +201,7 @@ def forget_programs() -> None:
 
     Each maps pieces of memory, of which Linux allows a process 65,530: those of ten mechanisms on a text model are more.
     """
-    jax.clear_caches()
+    jax.clear_caches()  # type: ignore[no-untyped-call]
     gc.collect()
 
 
