@@ -17,7 +17,7 @@ from codesign.experiments.figure import draw_comparison
 from codesign.mechanisms import MECHANISMS
 
 RESULTS = Path(__file__).resolve().parent / "results"
-OF_CURVE = ("quality_name", "scope", "metric", "part", "num_examples", "seeds", "preset", "means")
+OF_CURVE = ("quality_name", "scope", "metric", "part", "num_examples", "seeds", "means")
 """What is kept of a curve."""
 SAME = ("experiment", "curve", "seeds", "part", "loss", "kl_nats")
 """Settings that parts of a comparison share."""
