@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from codesign.hw.timeline import DRAM, HOST
 from codesign.units import PJ_PER_UJ
 
 STYLE = {
@@ -162,7 +163,7 @@ def draw_timeline(record: dict[str, Any], path: Path) -> None:
     from matplotlib.patches import Patch
 
     # Main memory on top, the host at the bottom, units in the order in which work passes them.
-    at_ends = {"dram": -1, "host": 1}
+    at_ends = {DRAM: -1, HOST: 1}
     spans = sorted(record["spans"], key=lambda span: at_ends.get(span["part"], 0))
     rows = list(dict.fromkeys((span["part"], span["group"]) for span in spans))
     names = list(dict.fromkeys(span["name"] for span in spans))

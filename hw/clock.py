@@ -14,9 +14,8 @@ from codesign.hw.accelerator import CLOCK, Accelerator
 from codesign.hw.engine import EngineCost
 from codesign.hw.host import HostCost
 from codesign.hw.supply import supply_ratio
+from codesign.hw.timeline import DRAM
 
-DRAM = "dram"
-"""Name of main memory among energies."""
 Parts = dict[str, jax.Array]
 
 
