@@ -6,7 +6,8 @@ A `Workload` holds five kinds of facts, all per example, so that padding and the
 - `gemms`: dense matrix products, keyed by linear site;
 - `rows`: how many keys each query row sends into a stage (what lock-step lanes need);
 - `streams`: vectors moved from and to main memory, as a function of the query block;
-- `densities`: fraction of elements of a tensor that are not zero, keyed by site, for machines that skip zeros.
+- `densities`: fraction of elements of a tensor that are not zero, keyed by site, for machines that skip zeros; and how the
+  products without a zero lie in `tiles`, keyed by product.
 
 Query block and lanes are sizes of the machine, yet the union of fetched keys and the number of lane segments need the
 masks: both are carried on a grid of powers of two, and the cost model interpolates on it.
@@ -25,6 +26,7 @@ from flax import struct
 
 from codesign import gates
 from codesign.backward import kept
+from codesign.tile_statistics import TileStatistics
 from codesign.vocabulary import KINDS, LINEAR_SITES, STAGES, check_key
 
 SERIAL_BITS = 12.0
@@ -35,6 +37,7 @@ __all__ = [
     "LINEAR_SITES",
     "STAGES",
     "Gemm",
+    "NonZero",
     "Operation",
     "RowStatistics",
     "Stream",
@@ -46,6 +49,7 @@ __all__ = [
     "gemm",
     "grid_levels",
     "layers_second",
+    "nonzero",
     "operation",
     "piece_statistics",
     "row_statistics",
@@ -112,7 +116,8 @@ class Workload:
     """All counts of a batch; see the module's text for the five fields.
 
     `head_dim` is the width of one head; `block_gemms` run once per layer, `end_gemms` (`[B, 1]` leaves) once per model;
-    `densities` are `[B, L]`, 1 where a site is missing.
+    `densities` are `[B, L]`, 1 where a site is missing; where a product is missing in `tiles`, zeros of its operands are
+    taken as independent and even.
     """
 
     operations: dict[str, Operation]
@@ -122,6 +127,7 @@ class Workload:
     end_gemms: dict[str, Gemm]
     head_dim: int = struct.field(pytree_node=False)
     densities: dict[str, jax.Array] = struct.field(default_factory=dict)
+    tiles: dict[str, TileStatistics] = struct.field(default_factory=dict)
 
 
 def attention_macs(workload: Workload) -> jax.Array:
@@ -385,6 +391,23 @@ binary_fetched_vectors.defvjp(_binary_forward, _binary_backward)
 
 
 @struct.dataclass
+class NonZero:
+    """Which elements of a tensor of every layer are not zero: `numpy.packbits` along its last axis, of `size` elements."""
+
+    packed: np.ndarray
+    size: int = struct.field(pytree_node=False)
+
+    def layer(self, index: int) -> np.ndarray:
+        """Returns one layer's, bool, the axes of the tensor without that of the layers."""
+        return np.unpackbits(self.packed[index], axis=-1, count=self.size).astype(bool)
+
+
+def nonzero(tensor: np.ndarray) -> NonZero:
+    """Returns which elements of a tensor `[L, ...]` are not zero."""
+    return NonZero(packed=np.packbits(tensor != 0, axis=-1), size=tensor.shape[-1])
+
+
+@struct.dataclass
 class Trace:
     """The keep decisions of a batch for the simulator, not differentiable.
 
@@ -393,8 +416,10 @@ class Trace:
     or `[L, R]`. Mechanisms that copy rows add the row whose attention each row takes, `source` `[L, B, H, T]`, the token
     whose feed-forward branch each token takes, `ffn_source` `[L, B, T]`. Where a head may be switched off, `compares` bool
     `[L, H]` says whether it predicts at all. Rows that copy a value are `one_hot` bool `[L, B, H, T]`, tokens whose
-    feed-forward branch has all its bits `ffn_full` bool `[L, B, T]`. `mechanism` names what decided, which says what the
-    rounds are.
+    feed-forward branch has all its bits `ffn_full` bool `[L, B, T]`. Mechanisms that skip zeros add what is not zero,
+    `nonzero`: what enters a linear layer of a block by site, `[L, B, T, K]`; `query`, `key`, `value` `[L, B, H, T, d]`,
+    `scores`, `probabilities` `[L, B, H, T, S]`; kernels, `<site>.weight` `[L, K, N]`. `mechanism` names what decided, which
+    says what the rounds are.
     """
 
     packed: np.ndarray
@@ -407,6 +432,7 @@ class Trace:
     compares: np.ndarray | None = None
     one_hot: np.ndarray | None = None
     ffn_full: np.ndarray | None = None
+    nonzero: dict[str, NonZero] = struct.field(default_factory=dict)
     mechanism: str = ""
 
     def keep(self, layer: int) -> np.ndarray:

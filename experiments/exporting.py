@@ -41,13 +41,14 @@ from codesign.hw.simulator import GemmShape, Simulation, simulate
 from codesign.hw.sizing import total_area_mm2
 from codesign.hw.surrogate import SCOPES
 from codesign.hw.timeline import Watched
+from codesign.mechanisms import mechanism_by_name
 from codesign.models.deploy import Deployment
 from codesign.references import reference_by_name
 from codesign.references.a3 import OFF as SEARCH_OFF
 from codesign.references.esact import SIMILARITY_OFF
 from codesign.structure import ModelStructure, PatchInput
 from codesign.vocabulary import BLOCK_SITES
-from codesign.workload import Trace
+from codesign.workload import NonZero, Trace, nonzero
 
 TRACE_CHUNK = 32
 """Most examples per call of the compiled tracing path."""
@@ -360,8 +361,30 @@ def trace_of(deployed: Deployment, batch: HardChunk) -> Trace:
         compares=compares,
         one_hot=batch.tensors.get("one_hot"),
         ffn_full=batch.tensors.get("ffn_full"),
+        nonzero=_nonzero(deployed, batch),
         mechanism=structure.mechanism,
     )
+
+
+def _nonzero(deployed: Deployment, batch: HardChunk) -> dict[str, NonZero]:
+    """Returns what is not zero in the tensors of a batch and in the weights; nothing for mechanisms that skip no zeros."""
+    structure, tensors = deployed.structure, batch.tensors
+    if not mechanism_by_name(structure.mechanism).hard.skips_zeros:
+        return {}
+    entering = emulator.entering(structure, deployed.layers, deployed.ends, tensors)
+    sites = {
+        "qkv": entering["qkv"],
+        "query": tensors["query"],
+        "key": tensors["key"],
+        "value": tensors["value"],
+        "scores": tensors["raw_scores"],
+        "probabilities": tensors["probabilities"],
+        "out": tensors["context"],
+        "up": entering["up"],
+        "down": tensors["hidden"],
+    }
+    sites |= {f"{site}.weight": deployed.layers[f"{site}_weight"] for site in BLOCK_SITES}
+    return {site: nonzero(tensor) for site, tensor in sites.items()}
 
 
 def gemm_shapes(structure: ModelStructure) -> dict[str, GemmShape]:

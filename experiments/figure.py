@@ -180,7 +180,7 @@ def draw_timeline(record: dict[str, Any], path: Path) -> None:
     labels = [f"{part} {group}" if part in is_split else part for part, group in rows]
     axis.set_yticks(range(len(rows)), labels)
     axis.invert_yaxis()
-    axis.set_xlim(left=0.0)
+    axis.set_xlim(left=min(0.0, *(span["start"] for span in spans)))
     axis.set_xlabel("Cycle")
     axis.set_title(
         f"{record['machine']}, layer {record['layer']} of example {record['example']}", fontsize=9

@@ -27,8 +27,11 @@ Machine = Literal[
     "a3",
     "spatten",
     "fact",
+    "acceltran-edge",
+    "acceltran-edge-lp",
+    "acceltran-server",
 ]
-"""Presets that a simulator has rules for, each run with the mechanism of its name."""
+"""Presets that a simulator has rules for, each run with the mechanism that it was made for."""
 STUDY_FILE = "study.json"
 
 
@@ -81,7 +84,7 @@ def reproduce(
         for each task.
       comparison: `comparison.json` of `codesign compare` on the first task: adds to `published-figures` what FACT and
         Energon save at equal quality.
-      machines: Presets of `simulator-agreement`, each with the mechanism of its name.
+      machines: Presets of `simulator-agreement`, each with the mechanism that it was made for.
       num_policies: Random policies of `simulator-agreement` at each size, >= 2.
       data: Folder of the data of the only task; default: that of the task in $CODESIGN_DATA, else where it is published.
       cache: Folder of the dense models; default: `dense` in `--out`.

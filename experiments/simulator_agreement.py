@@ -22,6 +22,7 @@ from codesign.experiments.problem import Problem, load_problem
 from codesign.experiments.start import measured_ranges, ranges_of, start_policy, with_threshold
 from codesign.hw.accelerator import CLOCK, spec_with_sizes
 from codesign.hw.simulator import simulate
+from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import SCOPES
 from codesign.policy import Policy, bits_range, group, project
 
@@ -118,8 +119,9 @@ def study(
     """
     for task in tasks:
         for machine in machines:
+            mechanism = load_preset(machine).mechanism
             experiment = dataclasses.replace(
-                experiment_by_name(task), mechanism=machine, preset=machine, seed=seed
+                experiment_by_name(task), mechanism=mechanism, preset=machine, seed=seed
             )
             problem = load_problem(experiment, cache=cache, progress=progress)
             yield from agreements(problem, num_sizes, num_policies, num_examples)

@@ -82,9 +82,13 @@ class BufferStructure:
 
 @dataclass(frozen=True, kw_only=True)
 class ElementStructure:
-    """Blocks that each processing element has besides its units: pJ per cycle, mm2."""
+    """Blocks that each processing element has besides its units: pJ per cycle, mm2; and the side of the tiles it takes.
+
+    `tile` is 0 where work is dealt without tiles.
+    """
 
     driven_by: str
+    tile: float
     dynamic_pj_per_cycle: float
     leakage_pj_per_cycle: float
     mm2: float
@@ -150,6 +154,12 @@ class Structure:
     def moves_tiles(self) -> bool:
         """Whether lanes take a query each, so that tiles of keys move through the stages rather than rows."""
         return any(unit.rule == "blocks" for unit in self.units)
+
+    @property
+    def deals_tiles(self) -> bool:
+        """Whether lanes of processing elements take tiles of every product, from a memory of the activations."""
+        has_memory = self.storage is not None and self.storage.activations is not None
+        return has_memory and self.elements is not None and self.elements.tile > 0.0
 
     @property
     def moves_windows(self) -> bool:
@@ -434,6 +444,7 @@ def _elements(spec: AcceleratorSpec) -> ElementStructure | None:
         return None
     return ElementStructure(
         driven_by=elements.driven_by,
+        tile=0.0 if elements.tile is None else elements.tile.value,
         dynamic_pj_per_cycle=energy.modules_dynamic_pj(spec, elements.modules),
         leakage_pj_per_cycle=energy.modules_leakage_pj(spec, elements.modules),
         mm2=sum(spec.modules[name].area.base for name in elements.modules),

@@ -289,6 +289,27 @@ def _enter(
     return saturate(requantise(residual, mantissa, shift), largest)
 
 
+def entering(
+    structure: ModelStructure,
+    layers: Mapping[str, Integers],
+    ends: Mapping[str, Integers],
+    tensors: Mapping[str, Array],
+) -> dict[str, Integers]:
+    """Returns what enters `qkv` and `up` of every layer, `[L, B, T, D]`, from the named tensors of a batch."""
+    norms = {"qkv": ("attention_gain", "attention_bias"), "up": ("ffn_gain", "ffn_bias")}
+    residuals = {
+        "qkv": [tensors["embedded"], *tensors["residual"]],
+        "up": list(tensors["attended"]),
+    }
+    found: dict[str, list[Integers]] = {site: [] for site in norms}
+    for index in range(structure.num_layers):
+        layer = {name: values[index] for name, values in layers.items()}
+        for site, norm in norms.items():
+            residual = residuals[site][index]
+            found[site].append(_enter(structure, layer, ends["norm_epsilon"], residual, site, norm))
+    return {site: np.stack(of_layers) for site, of_layers in found.items()}
+
+
 def _leave(
     structure: ModelStructure,
     layer: Mapping[str, Integers],

@@ -5,6 +5,8 @@ bits_b`, in pJ: multipliers grow with the product of their operands' widths, add
 width (Horowitz, "Computing's energy problem", ISSCC 2014).
 """
 
+import math
+
 from codesign import units
 from codesign.errors import PresetError
 from codesign.hw.spec import AcceleratorSpec
@@ -117,7 +119,7 @@ def reads_pj_per_bit(spec: AcceleratorSpec, unit_name: str, key: str) -> dict[st
     Nothing where the unit names no read of it, or its own energies have that read.
     """
     return {
-        read.buffer: buffer_pj_per_byte(spec, read.buffer) / (units.BITS_PER_BYTE * read.sharing)
+        read.buffer: stored_pj_per_byte(spec, read.buffer) / (units.BITS_PER_BYTE * read.sharing)
         for pattern, read in spec.units[unit_name].priced_reads.items()
         if matches(key, (pattern,))
     }
@@ -129,6 +131,14 @@ def buffer_pj_per_byte(spec: AcceleratorSpec, name: str) -> float:
     It holds at the capacity that the file names, or else at the memory's own.
     """
     return spec.memories[name].energy.base * spec.energy_scale * spec.energy_factor.value
+
+
+def stored_pj_per_byte(spec: AcceleratorSpec, name: str) -> float:
+    """Returns the energy of a byte read from or written to a memory at its own capacity, pJ/B, as fitted."""
+    memory, growth = spec.memories[name], 1.0
+    if memory.energy_at is not None and spec.switches.buffer_energy_scales.value:
+        growth = math.sqrt(memory.capacity.base / memory.energy_at.base)
+    return buffer_pj_per_byte(spec, name) * growth
 
 
 def dram_pj_per_byte(spec: AcceleratorSpec) -> float:

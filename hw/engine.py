@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from codesign import units
+from codesign import gates, units
 from codesign.hw.accelerator import Accelerator, UnitStructure
 from codesign.hw.gemm.counting import ceil
 from codesign.hw.rows import steps_of_rows
@@ -118,10 +118,8 @@ def head_cycles(
         if unit.rule == "blocks":
             count = count * _filled(workload, lanes_of(unit, sizes))
         repeats = passes(operation.bits_a, operation.bits_b, unit)
-        density = density_of(key, unit, workload)
-        if not isinstance(density, float):
-            density = density[..., None]
-        for name, value in flat_cycles(unit, count, density, sizes).items():
+        share = effectual_share(key, unit, workload) if key in OPERAND_SITES else 1.0
+        for name, value in flat_cycles(unit, count, share, sizes).items():
             add_to(cycles, name, value * repeats)
     if unit.rule == "groups" and cycles:
         longer = waiting(unit, cycles[unit.name], workload)
@@ -166,16 +164,31 @@ def _filled(workload: Workload, lanes: jax.Array) -> jax.Array:
     return ceil(queries / lanes) * lanes / queries
 
 
-def density_of(key: str, unit: UnitStructure, workload: Workload) -> jax.Array | float:
-    """Returns the fraction of a product's pairs without a zero, 1 for units that do not skip any.
+def effectual_share(site: str, unit: UnitStructure, workload: Workload) -> jax.Array:
+    """Returns the fraction of a product's pairs without a zero by head, `[B, L, H]`, 1 for units that do not skip any.
 
-    Zeros of the two operands are taken as independent.
+    Where the workload says how they lie in tiles it is their count, with the slopes of the two densities; else zeros of the
+    two operands are taken as independent.
+
+    Args:
+      site: An operation of attention, or a linear layer.
+      unit: The unit that multiplies.
+      workload: Its densities and tiles.
     """
-    result: jax.Array | float = 1.0
-    if unit.skips_zeros:
-        for site in OPERAND_SITES.get(key, ()):
-            result = result * workload.densities.get(site, 1.0)
-    return result
+    one = jnp.ones((1, 1, 1))
+    if not unit.skips_zeros:
+        return one
+    operands = OPERAND_SITES.get(site, (site, f"{site}.weight"))
+    share = one
+    for operand in operands:
+        share = share * jnp.asarray(workload.densities.get(operand, jnp.ones((1, 1))))[..., None]
+    tiles = workload.tiles.get(site.removesuffix(".mac"))
+    if tiles is None:
+        return share
+    constant = gates.detach(share)
+    return share * jnp.where(
+        constant > 0.0, tiles.effectual / jnp.where(constant > 0.0, constant, 1.0), 0.0
+    )
 
 
 def price_pj(
@@ -197,7 +210,8 @@ def operation_energy_pj(workload: Workload, accelerator: Accelerator) -> dict[st
             continue
         unit = structure.unit_of(key)
         bits_a, bits_b = operation.bits_a[..., 0], operation.bits_b[..., 0]
-        count = jnp.sum(operation.count, axis=2) * density_of(key, unit, workload)
+        share = effectual_share(key, unit, workload) if key in OPERAND_SITES else 1.0
+        count = jnp.sum(operation.count * share, axis=2)
         add_to(energy, unit.name, count * price_pj(unit, kind, bits_a, bits_b))
         for buffer, rows in unit.reads_of(key):
             read_bytes = count * (bits_b / (units.BITS_PER_BYTE * rows))

@@ -11,7 +11,7 @@ import math
 
 from codesign.hw.quantities import Quantity
 from codesign.hw.spec import AcceleratorSpec, load_preset
-from codesign.hw.spec_tables import Buffer, ProcessingElements, Unit
+from codesign.hw.spec_tables import Buffer, Unit
 
 AREA_MM2 = 5.69
 """Core area of every machine, at 28 nm (SOFA, arXiv 2407.10416, Table II)."""
@@ -93,7 +93,7 @@ def common_frame(spec: AcceleratorSpec, *, factor: float | None = None) -> Accel
     memories = {name: _memory(memory, factor) for name, memory in spec.memories.items()}
     if elements is not None:
         count = _scaled(elements.count, factor)
-        elements = ProcessingElements(count=count, modules=(), driven_by=elements.driven_by)
+        elements = elements.model_copy(update={"count": count, "modules": ()})
     rest = _quantity(base.operating_point.area, own_mm2)
     area = base.area.model_copy(update={"factor": _quantity(base.area.factor, 1.0), "rest": rest})
     frame = spec.model_copy(

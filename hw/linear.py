@@ -15,6 +15,7 @@ from codesign.hw.engine import (
     add_element_energy,
     add_to,
     buffer_pj_per_byte,
+    effectual_share,
     flat_cycles,
     passes,
     price_pj,
@@ -93,7 +94,11 @@ def end_cost(workload: Workload, accelerator: Accelerator, maximum: Maximum) -> 
     products = _products(sites, gemms, workload, accelerator)
     total: _Products = jax.tree.map(lambda leaf: leaf[:, 0], products)
     busy, energy = total.busy_cycles, total.energy_pj
-    add_transfers(busy, energy, _transfers(total, _storage(accelerator)), accelerator)
+    storage = _storage(accelerator)
+    transfers = _transfers(total, storage)
+    if storage.activations is not None:
+        transfers["dram"] = transfers["dram"] + spilled_bytes(total.inputs.data, accelerator)
+    add_transfers(busy, energy, transfers, accelerator)
     add_element_energy(energy, busy, accelerator)
     return EngineCost(cycles=maximum(list(busy.values())), busy_cycles=busy, energy_pj=energy)
 
@@ -131,7 +136,9 @@ def _products(
         for suffix in ("", ".weight")
     )
     count = rows * (inner * outer)
-    effectual = density * weight_density if unit.skips_zeros else jnp.ones((1, 1, 1))
+    # Heads of a product are of one size.
+    shares = [jnp.mean(effectual_share(site, unit, workload), axis=2) for site in sites]
+    effectual = side_by_side(shares)
     repeats = passes(activation_bits, weight_bits, unit)
     cycles = flat_cycles(unit, count, effectual, accelerator.sizes)
     price = price_pj(unit, "mac", activation_bits, weight_bits)

@@ -23,6 +23,13 @@ END_SITES = tuple(site for site in LINEAR_SITES if site not in BLOCK_SITES)
 HOST_PARTS = ("host.mac", "host.sram", "host.dram")
 
 
+class NonZero(Protocol):
+    """What is read of a `codesign.workload.NonZero`."""
+
+    def layer(self, index: int) -> np.ndarray:
+        """Returns which elements of one layer are not zero, bool."""
+
+
 class Trace(Protocol):
     """What is read of a `codesign.workload.Trace`, which needs JAX to be imported."""
 
@@ -65,6 +72,10 @@ class Trace(Protocol):
     @property
     def mechanism(self) -> str:
         """Name of what decided, which says what the rounds are."""
+
+    @property
+    def nonzero(self) -> Mapping[str, "NonZero"]:
+        """Elements that are not zero, by site and, of weights, `<site>.weight`; empty where no zeros are skipped."""
 
     def keep(self, layer: int) -> np.ndarray:
         """Returns one layer's masks after each round, bool `[B, H, R, T, S]`."""
@@ -112,7 +123,8 @@ class Simulation:
       host: The linear layers on the host.
       own_end_cycles: Latency of linear layers outside the blocks on the machine's own units, `[B, E]`; E is 0 if none are.
       own_end_energy_pj: Their energy by unit, memory and `dram`, `[B, E]`.
-      timeline: What its parts do in the layer that is watched, end to end; empty if none is.
+      timeline: What its parts do in the layer that is watched, end to end; empty if none is. Of a whole batch where the
+        machine deals out tiles; what comes before the layer begins has times below 0.
     """
 
     operations: dict[str, np.ndarray]
@@ -176,11 +188,15 @@ def check_sites(gemm_shapes: Mapping[str, GemmShape]) -> None:
 
 
 def standing_pj_per_cycle(spec: AcceleratorSpec) -> float:
-    """Returns what a machine without processing elements draws in every cycle, working or not, pJ."""
+    """Returns what a machine draws in every cycle, working or not, pJ."""
     watts = 0.0 if spec.standing_power is None else spec.standing_power.base
+    elements, number = spec.processing_elements, 1.0
+    if elements is not None:
+        number = elements.count.value
+        watts += number * sum(spec.modules[name].leakage.base for name in elements.modules)
     for unit in spec.units.values():
         leaking = sum(spec.modules[name].leakage.base for name in unit.modules)
-        watts += unit.lanes.value * leaking
+        watts += number * unit.lanes.value * leaking
     for memory in spec.memories.values():
         if memory.leakage is not None:
             watts += memory.leakage.base * memory.capacity.base

@@ -199,6 +199,9 @@ class ProcessingElements(Strict):
     """Further blocks of which each element has one."""
     driven_by: Text
     """Unit during whose work these blocks draw their dynamic power."""
+    tile: Elements | None = None
+    """Side of the tiles that lanes take: products of tile x tile x tile pairs, else tile x tile elements; absent: work is
+    dealt without tiles."""
 
 
 class Buffer(Strict):

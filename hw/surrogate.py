@@ -24,6 +24,7 @@ from codesign.hw.engine import (
     unit_cycles,
 )
 from codesign.hw.host import HostCost, Maximum, host_cost, host_mm2
+from codesign.hw.lane_chain import lane_latency
 from codesign.hw.linear import block_work, end_cost
 from codesign.hw.tiles import tile_fill
 from codesign.hw.traffic import add_transfers, attention_writes, spilled_bytes, stream_bytes
@@ -199,7 +200,20 @@ def cost(
             add_to(transfers, storage.masks, written.masks)
     add_transfers(busy, energy, transfers, accelerator)
     add_element_energy(energy, busy, accelerator)
-    attention_cycles = latency(busy, attention)
+    lanes = None
+    if structure.deals_tiles and structure.fills_and_drains:
+        lanes = lane_latency(workload, accelerator)
+
+    def at_least(chained: jax.Array, busy: dict[str, jax.Array]) -> jax.Array:
+        """Returns a time that contains those of all units; in training the others get slopes too."""
+        if smoothness is None:
+            return chained
+        return maximum([chained, *(jnp.minimum(value, chained) for value in busy.values())])
+
+    if lanes is None:
+        attention_cycles = latency(busy, attention)
+    else:
+        attention_cycles = at_least(lanes.attention, busy)
     nothing = jnp.zeros((1, 1))
     own_busy: dict[str, jax.Array] = {}
     own_energy: dict[str, jax.Array] = {}
@@ -220,7 +234,8 @@ def cost(
         ):
             for name, value in added.items():
                 add_to(parts, name, value)
-        if written is not None and structure.memory_overlaps and structure.fills_and_drains:
+        overlaps = structure.memory_overlaps and structure.fills_and_drains
+        if written is not None and overlaps and lanes is None:
             # Nothing computes before the first weights are there.
             is_first = (jnp.arange(attention_cycles.shape[1]) == 0).astype(nothing.dtype)
             first_load = linear.first_load_cycles[:, None] * is_first[None, :]
@@ -229,11 +244,17 @@ def cost(
         together = dict(busy)
         for name, value in own_busy.items():
             add_to(together, name, value)
-        added_cycles = latency(together, workload) - attention_cycles + first_load
+        if lanes is None:
+            whole_cycles = latency(together, workload) + first_load
+        else:
+            whole_cycles = at_least(lanes.layers, together)
+        added_cycles = whole_cycles - attention_cycles
         block_own = block_own.replace(cycles=added_cycles)  # type: ignore[attr-defined]
     end_own = EngineCost(cycles=nothing[:, :0], busy_cycles={}, energy_pj={})
     if storage is not None:
         end_own = end_cost(workload, accelerator, maximum)
+        if lanes is not None:
+            end_own = end_own.replace(cycles=at_least(lanes.ends, end_own.busy_cycles))  # type: ignore[attr-defined]
     has_host = structure.host is not None
     price = Cost(
         unit_energy_pj=energy,

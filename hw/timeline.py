@@ -1,6 +1,7 @@
 """What the parts of a machine work on in one layer of one example, cycle by cycle; NumPy only."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,3 +66,10 @@ def spans(
         else:
             found.append(Span(part=part, group=group, name=name, start=float(start), end=end))
     return found
+
+
+def shifted(timeline: Iterable[Span], cycles: float) -> list[Span]:
+    """Returns spans that begin and end so many cycles later."""
+    return [
+        dataclasses.replace(one, start=one.start + cycles, end=one.end + cycles) for one in timeline
+    ]

@@ -47,23 +47,35 @@ def moved_elements(
     )
 
 
-def attention_writes(workload: Workload, accelerator: Accelerator) -> Moved:
-    """Returns what attention writes to the memory of the activations: Q, K, V, output, scores, probabilities."""
+def attention_parts(workload: Workload, accelerator: Accelerator) -> dict[str, Moved]:
+    """Returns what each head writes to the memory of the activations, `[B, L, H]`: streams, `scores`, `probabilities`."""
     structure = accelerator.structure
     storage = structure.storage
     assert storage is not None
-    parts = []
+    parts = {}
     for name, stream in workload.streams.items():
-        elements = jnp.sum(stream.vectors[..., -1], axis=2) * float(stream.width)
-        density = workload.densities.get(_STREAM_SITES.get(name, "key"), 1.0)
-        bits = _stream_bits(name, workload, structure)
-        parts.append(moved_elements(elements, bits, density, storage))
+        elements = stream.vectors[..., -1] * float(stream.width)
+        density = _by_head(workload.densities.get(_STREAM_SITES.get(name, "key"), 1.0))
+        bits = _stream_bits(name, workload, structure)[..., None]
+        parts[name] = moved_elements(elements, bits, density, storage)
     if storage.stores_scores:
         score, product = workload.operations["softmax.exp"], workload.operations["pv.mac"]
-        pairs = jnp.sum(score.count, axis=2)
         for site, bits in (("scores", score.bits_a), ("probabilities", product.bits_a)):
-            density = workload.densities.get(site, 1.0)
-            parts.append(moved_elements(pairs, bits[..., 0], density, storage))
+            density = _by_head(workload.densities.get(site, 1.0))
+            parts[site] = moved_elements(score.count, bits, density, storage)
+    return parts
+
+
+def _by_head(density: jax.Array | float) -> jax.Array | float:
+    return density if isinstance(density, float) else density[..., None]
+
+
+def attention_writes(workload: Workload, accelerator: Accelerator) -> Moved:
+    """Returns what attention writes to the memory of the activations: Q, K, V, output, scores, probabilities."""
+    parts = [
+        Moved(data=jnp.sum(part.data, axis=2), masks=jnp.sum(part.masks, axis=2))
+        for part in attention_parts(workload, accelerator).values()
+    ]
     return functools.reduce(lambda one, other: one + other, parts)
 
 

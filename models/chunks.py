@@ -170,5 +170,6 @@ def _together(stacked: Counts, chunks: Chunks, grid: tuple[int, int]) -> Counts:
             for name, s in stacked.streams.items()
         },
         densities={name: mean_of_heads(x) for name, x in stacked.densities.items()},
+        tiles=jax.tree.map(by_both, stacked.tiles),
         observed={name: jnp.max(x, axis=0) for name, x in stacked.observed.items()},
     )

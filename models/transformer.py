@@ -17,6 +17,7 @@ from codesign.mechanisms.protocol import (
     Operands,
     Plan,
     keep_probabilities,
+    no_product,
     own_weights,
 )
 from codesign.models.arithmetic import Arithmetic
@@ -98,6 +99,18 @@ def block(
         tensors[site] = y
         return y
 
+    def multiplied(x: jax.Array, site: str, *, heads_in: int = 1, heads_out: int = 1) -> None:
+        """Shows a linear layer to the hooks; of its input or its output heads stand side by side."""
+        nonlocal counts
+        if hooks.on_product is not no_product:
+            weight = arithmetic.weight_codes(site)
+            split = jnp.reshape(weight, (heads_in, x.shape[2] // heads_in, heads_out, -1))
+            right = jnp.reshape(
+                jnp.swapaxes(split, 1, 2), (1, heads_in * heads_out, split.shape[1], split.shape[3])
+            )
+            left = jnp.swapaxes(jnp.reshape(x, (*x.shape[:2], heads_in, -1)), 1, 2)
+            counts += hooks.on_product(context, left, right, site)
+
     x = entering(arithmetic.read(residual, "qkv"), "qkv")
     plan, added = hooks.plan(context, x, arithmetic, carry)
     counts += added
@@ -106,6 +119,7 @@ def block(
             valid=context.valid * plan.tokens,
             pairs=context.pairs * plan.tokens[:, None, None, :],
         )
+    multiplied(x, "qkv", heads_out=3 * structure.num_heads)
     operands = arithmetic.heads(arithmetic.linear(x, "qkv"))
     operands = operands.replace(  # type: ignore[attr-defined]
         query=entering(operands.query, "query"),
@@ -123,6 +137,9 @@ def block(
             context, probabilities, selection
         )
         counts += added + hooks.execution(context, operands, selection, plan, value_weights)
+        key = jnp.swapaxes(operands.key, 2, 3)
+        counts += hooks.on_product(context, operands.query, key, "qk")
+        counts += hooks.on_product(context, probabilities, operands.value, "pv")
         attended = arithmetic.attend(probabilities, operands)
         pairs = {"raw_scores": scores, "probabilities": probabilities}
         if hooks.on_probabilities is not keep_probabilities:
@@ -138,11 +155,16 @@ def block(
     attended = leaving(attention.attended, "attention")
     if attention.pairs:
         carry = hooks.carry(context, carry, plan, attention.pairs["probabilities"], attended)
-    branch = leaving(arithmetic.linear(entering(attended, "out"), "out"), "attention_branch")
+    attended = entering(attended, "out")
+    multiplied(attended, "out", heads_in=structure.num_heads)
+    branch = leaving(arithmetic.linear(attended, "out"), "attention_branch")
     residual = tensors["attended"] = arithmetic.add(residual, branch, "out")
     x = entering(arithmetic.read(residual, "up"), "up")
+    multiplied(x, "up")
     hidden = arithmetic.activate(entering(arithmetic.linear(x, "up"), "gelu"))
-    branch = leaving(arithmetic.linear(entering(hidden, "down"), "down"), "ffn_branch")
+    hidden = entering(hidden, "down")
+    multiplied(hidden, "down")
+    branch = leaving(arithmetic.linear(hidden, "down"), "ffn_branch")
     residual = tensors["residual"] = arithmetic.add(residual, branch, "down")
     stored = arithmetic.weight_densities()
     counts += Counts(densities={name: jnp.reshape(value, (1,)) for name, value in stored.items()})
@@ -157,6 +179,7 @@ def block(
         end_gemms={},
         head_dim=structure.head_dim,
         densities=counts.densities,
+        tiles=counts.tiles,
     )
     trace = attention.trace | tensors if context.tracing else {}
     output = BlockOutput(workload=workload, trace=trace, observed=counts.observed)

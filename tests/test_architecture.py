@@ -30,6 +30,7 @@ LAYERS = {
 ORDER = [
     {"units", "errors", "vocabulary", "backward", "tables"},
     {"quantize", "gates"},
+    {"tile_statistics"},
     {
         "workload",
         "policy",

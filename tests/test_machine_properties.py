@@ -41,6 +41,10 @@ def drawn_sizes(sizes: dict[str, jax.Array], rng: np.random.Generator) -> dict[s
         exponent = rng.uniform(-1.0, 1.0)
         if "bytes" in name:
             exponent = rng.uniform(-8.0, 4.0)
+        if name == "processing_elements":
+            exponent = rng.uniform(
+                -6.0, 1.0
+            )  # A server has a lane for every tile of so small a model.
         if name in ("host.rows", "host.cols"):
             exponent = float(rng.integers(-1, 2))
         drawn[name] = float(size) * 2.0**exponent
@@ -141,10 +145,12 @@ def test_cost_never_falls_with_bits_or_work(preset: str) -> None:
 
 
 @EVERY
-def test_cost_rises_with_the_tokens(preset: str) -> None:
+def test_cost_never_falls_with_the_tokens(preset: str) -> None:
     found = prices(preset)
     steps = np.diff([*found.fewer_tokens, found.base], axis=0)
-    assert np.all(steps > 0.0)
+    # Where tiles wait for nothing but one another, tokens that fill up a last tile take no time.
+    assert np.all(steps >= -ROUNDING * found.base)
+    assert np.all(np.any(steps > 0.0, axis=(0, 1)))
 
 
 @EVERY

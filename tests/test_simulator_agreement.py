@@ -3,6 +3,7 @@
 import dataclasses
 from typing import get_args
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import kendalltau
@@ -23,6 +24,7 @@ from codesign.hw.accelerator import spec_with_sizes
 from codesign.hw.simulator import simulate
 from codesign.hw.spec import load_preset, preset_names
 from codesign.policy import bits_range, group
+from codesign.references.acceltran import PRUNED_SITES
 
 MACHINES = get_args(Machine)
 
@@ -47,11 +49,14 @@ def test_the_machines_are_those_that_a_simulator_has_rules_for() -> None:
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_machine_takes_random_sizes_and_policies(machine: str) -> None:
-    problem = outline(dataclasses.replace(tiny(), mechanism=machine, preset=machine))
+    problem = outline(
+        dataclasses.replace(tiny(), mechanism=load_preset(machine).mechanism, preset=machine)
+    )
     rng = np.random.default_rng(0)
     sizes = random_sizes(problem, rng)
     spec_with_sizes(problem.spec, sizes)
-    start = Point(params={}, policy=None, calibration=Calibration(layers={}, ends={}))
+    ranges = {site: jnp.ones((2,)) for site in PRUNED_SITES}
+    start = Point(params={}, policy=None, calibration=Calibration(layers=ranges, ends={}))
     drawn, other = (random_policy(problem, start, rng) for _ in range(2))
     own = problem.mechanism.knobs(2, 2)
     assert own.keys() <= drawn.layers.keys()

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 
+import lane_workloads as lanes
 import mask_workloads as masks
 import numpy as np
 import pytest
@@ -122,3 +123,29 @@ def test_spans_of_one_name_that_follow_at_once_are_one() -> None:
         ("a", 4.0, 5.0),
         ("a", 9.0, 10.0),
     ]
+
+
+@pytest.mark.parametrize("preset", ["acceltran-edge", "acceltran-edge-lp"])
+def test_operations_on_lanes_lie_within_the_layer_and_cover_what_they_take(preset: str) -> None:
+    """Heads share lanes, so that operations of a unit may overlap; weights may come before the layer begins."""
+    spec, _ = lanes.machine(preset, dram__bytes_per_cycle=64.0)
+    valid = np.arange(40) < np.array([40, 27])[:, None]
+    tensors = lanes.random_tensors(np.random.default_rng(0), valid)
+    trace = lanes.make_trace(valid, lanes.make_bits(2), tensors)
+    found = simulate(trace, spec, lanes.gemm_shapes(), watched=WATCHED)
+    assert spec.storage is not None
+    batch = spec.storage.batch.value
+    own, _ = layer_cycles(found)
+    at = WATCHED.example, WATCHED.layer
+    names = {span.name.partition(" ")[0] for span in found.timeline}
+    assert {"scores", "softmax", "attention", "up", "down"} <= names
+    for part in {span.part for span in found.timeline}:
+        some = [span for span in found.timeline if span.part == part]
+        assert max(span.end for span in some) <= own * batch * (1.0 + TOLERANCE)
+        covered, last = 0.0, -np.inf
+        for span in sorted(some, key=lambda span: span.start):
+            covered += max(0.0, span.end - max(span.start, last))
+            last = max(last, span.end)
+        busy = found.busy_cycles.get(part, 0.0) + found.own_busy_cycles.get(part, 0.0)
+        assert covered >= float(np.asarray(busy)[at]) * batch * (1.0 - TOLERANCE), part
+        assert part == DRAM or min(span.start for span in some) >= 0.0

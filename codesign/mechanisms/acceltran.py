@@ -29,6 +29,7 @@ from codesign import gates
 from codesign.errors import CodesignError
 from codesign.fake_quantize import WIDTHS, density_of_width
 from codesign.gates import Relaxation
+from codesign.mechanisms.acceltran_products import hard_on_product, soft_on_product
 from codesign.mechanisms.protocol import (
     Context,
     Counts,
@@ -484,12 +485,14 @@ acceltran = Mechanism(
         on_activation=soft_on_activation,
         on_output=soft_on_output,
         on_weight=soft_on_weight,
+        on_product=soft_on_product,
         skips_zeros=True,
     ),
     hard=Hooks(
         on_probabilities=hard_on_probabilities,
         on_activation=hard_on_activation,
         on_output=hard_on_output,
+        on_product=hard_on_product,
         skips_zeros=True,
         head_knobs=(),
     ),

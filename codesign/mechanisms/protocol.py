@@ -28,6 +28,7 @@ from flax import struct
 from codesign import gates
 from codesign.gates import Relaxation
 from codesign.mechanisms.threshold_scale import ThresholdScale
+from codesign.tile_statistics import TileStatistics
 from codesign.workload import (
     Operation,
     RowStatistics,
@@ -43,14 +44,15 @@ from codesign.workload import (
 class Counts:
     """What a hook added to the workload: see `codesign.workload` for the vocabularies.
 
-    `densities` are fractions of elements that are not zero, `[B]` by site; `observed` are maxima that
-    the mechanism wants calibrated (`Context.calibrated`), by names of its own.
+    `densities` are fractions of elements that are not zero, `[B]` by site; `tiles` say how products without a zero lie,
+    `[B, H]` by product; `observed` are maxima that the mechanism wants calibrated (`Context.calibrated`), by own names.
     """
 
     operations: dict[str, Operation] = struct.field(default_factory=dict)
     rows: dict[str, RowStatistics] = struct.field(default_factory=dict)
     streams: dict[str, Stream] = struct.field(default_factory=dict)
     densities: dict[str, jax.Array] = struct.field(default_factory=dict)
+    tiles: dict[str, TileStatistics] = struct.field(default_factory=dict)
     observed: dict[str, jax.Array] = struct.field(default_factory=dict)
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -213,6 +215,7 @@ TensorFn: TypeAlias = Callable[[Context, jax.Array, Plan, str], tuple[jax.Array,
 WeightFn: TypeAlias = Callable[
     [Mapping[str, jax.Array], jax.Array, str, Relaxation], tuple[jax.Array, jax.Array]
 ]
+ProductFn: TypeAlias = Callable[[Context, jax.Array, jax.Array, str], Counts]
 ExecutionFn: TypeAlias = Callable[[Context, Operands, Selection, Plan, jax.Array], Counts]
 CarryFn: TypeAlias = Callable[[Context, Carry, Plan, jax.Array, jax.Array], Carry]
 
@@ -272,6 +275,16 @@ def keep_weight(
     """Leaves a weight as it is; the second value is the density that its gradient goes to, scalar."""
     del knobs, site, relaxation
     return kernel, jnp.ones((), kernel.dtype)
+
+
+def no_product(context: Context, left: jax.Array, right: jax.Array, site: str) -> Counts:
+    """Counts nothing of a product: `left` `[B, H, n, k]`, `right` `[B or 1, H, k, m]`, H 1 where heads do not matter.
+
+    Sites are the linear ones (`qkv` with the heads of Q, K and V side by side), whose `right` are codes of the weight, and
+    `qk`, `pv`.
+    """
+    del context, left, right, site
+    return Counts()
 
 
 def reuse_rows(context: Context, y: jax.Array, plan: Plan, site: str) -> tuple[jax.Array, Counts]:
@@ -401,6 +414,7 @@ class Hooks:
     """One path's hooks; each default is the identity, or does what the plan and the selection say.
 
     `on_weight` (soft only: the chip stores pruned weights) sees a kernel `[inputs, outputs]` before it is quantised.
+    `on_product` sees both operands of every product of a block and changes neither.
     `generates_keys`: `execution` counts K and V as made on the mechanism's own units
     (`generate.mac`), so that the dense product `qkv` counts Q alone.
     `skips_zeros`: the block counts the density of weights.
@@ -417,6 +431,7 @@ class Hooks:
     execution: ExecutionFn = exact_execution
     on_output: TensorFn = reuse_rows
     on_weight: WeightFn = keep_weight
+    on_product: ProductFn = no_product
     carry: CarryFn = keep_carry
     generates_keys: bool = False
     skips_zeros: bool = False
