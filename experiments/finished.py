@@ -32,8 +32,9 @@ from codesign.experiments.sizing import resolved_caps
 from codesign.experiments.start import start_point, start_policy
 from codesign.experiments.teacher import float_path
 from codesign.experiments.train import SIZES_FILE, BudgetedTraining, finished_point
-from codesign.hw.accelerator import Accelerator, spec_with_sizes
+from codesign.hw.accelerator import Accelerator
 from codesign.hw.hardware_config import IntegerPolicy
+from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.sizing import Caps, total_area_mm2
 from codesign.hw.spec import AcceleratorSpec
 from codesign.mechanisms import dense_beside

@@ -20,7 +20,8 @@ from codesign.experiments.exporting import (
 )
 from codesign.experiments.problem import Problem, load_problem
 from codesign.experiments.start import measured_ranges, ranges_of, start_policy, with_threshold
-from codesign.hw.accelerator import CLOCK, spec_with_sizes
+from codesign.hw.accelerator import CLOCK
+from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.simulator import simulate
 from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import SCOPES

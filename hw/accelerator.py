@@ -1,7 +1,6 @@
 """An accelerator as a pytree: sizes are leaves to differentiate and batch, structure is static."""
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -10,9 +9,7 @@ from flax import struct
 
 from codesign.errors import UnknownNameError
 from codesign.hw import energy
-from codesign.hw.quantities import Quantity
 from codesign.hw.spec import AcceleratorSpec
-from codesign.hw.supply import supply_ratio
 from codesign.vocabulary import matches
 
 
@@ -231,161 +228,6 @@ def accelerator_from_spec(spec: AcceleratorSpec) -> Accelerator:
     return Accelerator(
         sizes={name: jnp.asarray(value, float) for name, value in sizes.items()},
         structure=_structure(spec),
-    )
-
-
-def spec_with_sizes(spec: AcceleratorSpec, sizes: Mapping[str, float]) -> AcceleratorSpec:
-    """Returns the machine with other sizes, named as in `Accelerator.sizes`.
-
-    Where the switch `buffer_energy_scales` is set, a resized buffer's energy per byte follows the
-    square root of its capacity, so the file prices it as the cost model does. Synthesised blocks of a
-    lane grow with its width, so that an element's energy and area stay what they are.
-
-    Raises:
-      UnknownNameError: If a name is not a size of the machine.
-    """
-    known = accelerator_from_spec(spec).sizes
-    for name in sizes:
-        if name not in known:
-            raise UnknownNameError(
-                f"accelerator `{spec.name}` has no size `{name}`: use one of {', '.join(known)}"
-            )
-    scales = spec.switches.buffer_energy_scales.value
-
-    def quantity(old: Quantity, base: float | None) -> Quantity:
-        if base is None or base == old.base:
-            return old
-        value = old.value * (base / old.base)
-        return Quantity(value=value, unit=old.unit, source=f"Resized; {old.source}")
-
-    block = spec.pipeline.query_block
-    growth_of_block = 1.0
-    if block is not None:
-        new_block = quantity(block, sizes.get("query_block"))
-        growth_of_block = new_block.value / block.value
-        block = new_block
-    elements = spec.processing_elements
-    if elements is not None:
-        count = quantity(elements.count, sizes.get("processing_elements"))
-        elements = elements.model_copy(update={"count": count})
-    resized_units, memories, modules = {}, {}, dict(spec.modules)
-    for name, unit in spec.units.items():
-        width, blocks = unit.width, unit.modules
-        if width is not None:
-            own = width.value
-            width = quantity(width, sizes.get(f"{name}.width"))
-            ratio = width.value / own
-            if ratio != 1.0 and blocks:
-                blocks = tuple(f"{name}.{block}" for block in blocks)
-                modules |= {
-                    new: spec.modules[old].model_copy(
-                        update={
-                            field: quantity(part, part.base * ratio)
-                            for field in ("area", "dynamic", "leakage")
-                            if (part := getattr(spec.modules[old], field)).base
-                        }
-                    )
-                    for new, old in zip(blocks, unit.modules, strict=True)
-                }
-        lanes = quantity(unit.lanes, sizes.get(f"{name}.lanes"))
-        changes = {"lanes": lanes, "width": width, "modules": blocks}
-        resized_units[name] = unit.model_copy(update=changes)
-    for name, memory in spec.memories.items():
-        target = sizes.get(f"{name}.bytes")
-        if memory.sized_by == "query_block":
-            target = memory.capacity.base * growth_of_block
-        capacity = quantity(memory.capacity, target)
-        growth = math.sqrt(capacity.base / memory.capacity.base) if scales else 1.0
-        if memory.energy_at is not None:
-            growth = 1.0  # The file's price holds at its own capacity.
-        spent = quantity(memory.energy, memory.energy.base * growth)
-        memories[name] = memory.model_copy(update={"capacity": capacity, "energy": spent})
-    bandwidth = sizes.get("dram.bytes_per_cycle")
-    if bandwidth is not None:
-        bandwidth *= spec.clock_hz
-    host = spec.host
-    if host is not None:
-        resized = {
-            field: quantity(getattr(host, field), sizes.get(f"host.{key}"))
-            for field, key in (("rows", "rows"), ("cols", "cols"), ("sram", "sram_bytes"))
-        }
-        host = host.model_copy(update=resized)
-    with_all = spec.model_copy(
-        update={
-            "units": resized_units,
-            "modules": modules,
-            "processing_elements": elements,
-            "memories": memories,
-            "pipeline": spec.pipeline.model_copy(update={"query_block": block}),
-            "dram": spec.dram.model_copy(
-                update={"bandwidth": quantity(spec.dram.bandwidth, bandwidth)}
-            ),
-            "host": host,
-        }
-    )
-    clock = sizes.get(CLOCK, 1.0)
-    return with_all if clock == 1.0 else _clocked(with_all, clock, quantity)
-
-
-def _clocked(
-    spec: AcceleratorSpec, clock: float, quantity: Callable[[Quantity, float | None], Quantity]
-) -> AcceleratorSpec:
-    """Returns the machine at another clock and the supply that it needs; main memory's bytes per second stay.
-
-    Args:
-      spec: The machine.
-      clock: The clock over its own.
-      quantity: Returns a quantity with another value in base units.
-    """
-    assert spec.threshold_ratio is not None
-    supply = float(supply_ratio(clock, spec.threshold_ratio))
-    dynamic = supply * supply
-
-    def scaled(old: Quantity, factor: float) -> Quantity:
-        return quantity(old, old.base * factor) if old.base else old
-
-    technology = spec.technology.model_copy(
-        update={
-            "clock": scaled(spec.technology.clock, clock),
-            "supply": scaled(spec.technology.supply, supply),
-        }
-    )
-    modules = {
-        name: module.model_copy(
-            update={
-                # Power of work: every cycle takes the square of the supply.
-                "dynamic": scaled(module.dynamic, clock * dynamic),
-                "leakage": scaled(module.leakage, supply),
-            }
-        )
-        for name, module in spec.modules.items()
-    }
-    # What a table prices follows the supply by itself (`energy_scale`).
-    priced = dynamic if spec.energy_table is None else 1.0
-    unit_changes = {
-        name: {"energy": {kind: scaled(one, priced) for kind, one in unit.energy.items()}}
-        for name, unit in spec.units.items()
-    }
-    memories = {}
-    for name, memory in spec.memories.items():
-        changes: dict[str, Quantity] = {"energy": scaled(memory.energy, priced)}
-        if memory.bandwidth is not None:
-            changes["bandwidth"] = scaled(memory.bandwidth, clock)
-        if memory.leakage is not None:
-            changes["leakage"] = scaled(memory.leakage, supply)
-        memories[name] = memory.model_copy(update=changes)
-    standing = spec.standing_power
-    return spec.model_copy(
-        update={
-            "technology": technology,
-            "modules": modules,
-            "units": {
-                name: unit.model_copy(update=unit_changes[name])
-                for name, unit in spec.units.items()
-            },
-            "memories": memories,
-            "standing_power": None if standing is None else scaled(standing, supply),
-        }
     )
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import tiny_model
 
 from codesign.gates import Relaxation
-from codesign.hw.accelerator import Accelerator, accelerator_from_spec, spec_with_sizes
+from codesign.hw.accelerator import Accelerator, accelerator_from_spec
 from codesign.hw.closed_form import ModelShape, Setting, workload_from_fractions
+from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.simulator import GemmShape
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.surrogate import Cost, cost

@@ -12,9 +12,10 @@ from jax.flatten_util import ravel_pytree
 from codesign import gates
 from codesign.errors import PresetError, UnknownNameError
 from codesign.hw import acceltran_estimator, energy
-from codesign.hw.accelerator import Accelerator, accelerator_from_spec, spec_with_sizes
+from codesign.hw.accelerator import Accelerator, accelerator_from_spec
 from codesign.hw.closed_form import ModelShape, Setting, workload_from_fractions
 from codesign.hw.operating_points import operating_points
+from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.surrogate import SCOPES, Cost, cost
 from codesign.workload import Workload

@@ -10,9 +10,10 @@ import pytest
 import tiny_model
 
 from codesign.errors import PresetError, UnknownNameError
-from codesign.hw.accelerator import CLOCK, accelerator_from_spec, spec_with_sizes
+from codesign.hw.accelerator import CLOCK, accelerator_from_spec
 from codesign.hw.closed_form import ModelShape
 from codesign.hw.operating_points import closed_form_workload, published_setting
+from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.simulation import standing_pj_per_cycle
 from codesign.hw.sizing import size_ranges
 from codesign.hw.spec import AcceleratorSpec, load_preset, parse_preset

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny_model
 
-from codesign.hw.accelerator import accelerator_from_spec, spec_with_sizes
+from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape, Setting
 from codesign.hw.operating_points import closed_form_workload, operating_points, published_setting
+from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import Cost, cost, split_linear_stages
 from codesign.mechanisms import MECHANISMS, dense_beside

@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import kendalltau
 
 from codesign.errors import PresetError, UnknownNameError
-from codesign.hw.accelerator import accelerator_from_spec, spec_with_sizes
+from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.simulator import GemmShape, Simulation, simulate
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.surrogate import Cost, cost

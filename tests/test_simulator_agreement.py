@@ -20,7 +20,7 @@ from codesign.experiments.simulator_agreement import (
     random_policy,
     random_sizes,
 )
-from codesign.hw.accelerator import spec_with_sizes
+from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.simulator import simulate
 from codesign.hw.spec import load_preset, preset_names
 from codesign.policy import bits_range, group

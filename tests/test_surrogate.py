@@ -12,10 +12,11 @@ from jax.flatten_util import ravel_pytree
 from codesign import gates
 from codesign.errors import UnknownNameError
 from codesign.hw import energy
-from codesign.hw.accelerator import Accelerator, accelerator_from_spec, spec_with_sizes
+from codesign.hw.accelerator import Accelerator, accelerator_from_spec
 from codesign.hw.closed_form import ModelShape, Setting, workload_from_fractions
 from codesign.hw.host import host_cost
 from codesign.hw.operating_points import operating_points, published_setting
+from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.surrogate import cost
 from codesign.workload import Workload, fetched_vectors, gemm

@@ -13,8 +13,9 @@ import tiny_model
 from scipy.stats import kendalltau
 
 from codesign.errors import PresetError, UnknownNameError
-from codesign.hw.accelerator import Accelerator, accelerator_from_spec, spec_with_sizes
+from codesign.hw.accelerator import Accelerator, accelerator_from_spec
 from codesign.hw.frame import common_frame
+from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.simulator import GemmShape, Simulation, simulate
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.surrogate import Cost, cost

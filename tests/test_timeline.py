@@ -10,7 +10,7 @@ import pytest
 import test_simulator as rows
 import window_workloads as windows
 
-from codesign.hw.accelerator import spec_with_sizes
+from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.simulator import GemmShape, Simulation, simulate
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.timeline import DRAM, HOST, Span, Watched, spans

@@ -11,8 +11,8 @@ import window_workloads as windows
 from scipy.stats import kendalltau
 
 from codesign.errors import PresetError, UnknownNameError
-from codesign.hw.accelerator import spec_with_sizes
 from codesign.hw.frame import common_frame
+from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.simulator import GemmShape, simulate
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.window_schedule import GroupWork, run_groups
