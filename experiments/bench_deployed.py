@@ -10,9 +10,9 @@ from codesign.experiments.bench_sizes import BenchSizes
 from codesign.experiments.bench_steps import bench_problem
 from codesign.experiments.data import Examples
 from codesign.experiments.evaluate import deployment, hard_chunks
-from codesign.experiments.exporting import gemm_shapes, trace_of, traced_chunks
 from codesign.experiments.problem import Problem
 from codesign.experiments.timing import Record, interleaved_seconds, rate_record
+from codesign.experiments.traced import gemm_shapes, trace_of, traced_chunks
 from codesign.hw import emulator
 from codesign.hw.simulator import simulate
 from codesign.hw.surrogate import cost

@@ -12,12 +12,12 @@ from codesign.experiments.data import Part
 from codesign.experiments.evaluate import deployment
 from codesign.experiments.exporting import (
     compare_on_fresh_data,
-    compare_with_simulator,
     differing_array,
     write_run_export,
 )
 from codesign.experiments.figure import draw_timeline
 from codesign.experiments.finished import load_run
+from codesign.experiments.simulated import compare_with_simulator
 from codesign.experiments.tables import print_json, print_table
 from codesign.hw.export import ReplayReport, read_export, replay
 from codesign.hw.surrogate import SCOPES

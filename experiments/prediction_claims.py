@@ -20,7 +20,6 @@ from codesign.experiments.evaluate import (
     Point,
     deployment,
 )
-from codesign.experiments.exporting import examples_of, traced_chunks
 from codesign.experiments.prediction_measures import (
     CODES,
     FLASH_TILE,
@@ -38,6 +37,7 @@ from codesign.experiments.prediction_measures import (
 from codesign.experiments.problem import Problem, load_problem
 from codesign.experiments.run import versions
 from codesign.experiments.start import measured_ranges, start_policy, with_threshold
+from codesign.experiments.traced import examples_of, traced_chunks
 from codesign.references.sorted_attention import KINDS, ORDERS, products
 
 Figures: TypeAlias = dict[str, npt.NDArray[np.float64]]

@@ -22,7 +22,6 @@ from codesign.experiments.evaluate import (
     hard_chunks,
     quality,
 )
-from codesign.experiments.exporting import TRACE_CHUNK, examples_of
 from codesign.experiments.problem import Problem
 from codesign.experiments.published_measures import (
     Counts,
@@ -33,6 +32,7 @@ from codesign.experiments.published_measures import (
     stacked,
 )
 from codesign.experiments.start import measured_ranges, ranges_of, start_policy, with_threshold
+from codesign.experiments.traced import TRACE_CHUNK, examples_of
 from codesign.hw.scaling import TASK_MULTIPLIERS
 from codesign.hw.spec import AcceleratorSpec
 from codesign.mechanisms import dense_beside

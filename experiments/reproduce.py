@@ -14,7 +14,13 @@ from codesign.experiments.prediction_tables import StudyTable
 from codesign.experiments.run import write_json
 from codesign.experiments.tables import print_json, print_table
 
-Study = Literal["acceltran-sst2", "prediction-claims", "published-figures", "simulator-agreement"]
+Study = Literal[
+    "acceltran-sst2",
+    "prediction-claims",
+    "published-figures",
+    "simulator-agreement",
+    "trained-sizes",
+]
 Task = Literal["digits", "mnist", "tinyshakespeare", "sst2", "spamassassin", "spamassassin512"]
 Machine = Literal[
     "energon",
@@ -32,6 +38,8 @@ Machine = Literal[
     "acceltran-server",
 ]
 """Presets that a simulator has rules for, each run with the mechanism that it was made for."""
+SIZED_MACHINES: tuple[Machine, ...] = ("energon", "acceltran-edge", "sofa")
+"""What `trained-sizes` runs on if nothing else is said."""
 STUDY_FILE = "study.json"
 
 
@@ -48,8 +56,10 @@ def reproduce(
     seeds: tuple[int, ...] = (0,),
     num_examples: tuple[int, ...] = (32,),
     comparison: Path | None = None,
-    machines: tuple[Machine, ...] = get_args(Machine),
+    machines: tuple[Machine, ...] = (),
     num_policies: int = 25,
+    edp: float = 0.4,
+    lower: float = 2.0,
     data: Path | None = None,
     cache: Path | None = None,
     overwrite: bool = False,
@@ -72,6 +82,10 @@ def reproduce(
     policies on 8 random sizes of each machine: mean error, Kendall's tau overall and the least at one size, with the
     spread of the costs there. Writes OUT/study.json. About 8 minutes on two CPU cores once the dense models are trained.
 
+    `trained-sizes`: a machine's sizes trained with the model (`--mode codesign`) beside those of its file, at equal area:
+    quality, and energy-delay product in the simulator. Runs are kept in OUT/runs, so that the command goes on where it
+    stopped. Writes OUT/study.json. Two trainings for each task, machine and seed.
+
     Examples: `codesign reproduce acceltran-sst2 --out runs/acceltran-sst2`,
     `codesign reproduce prediction-claims --tasks digits mnist --seeds 0 1 2 --out runs/prediction-claims`
 
@@ -79,13 +93,16 @@ def reproduce(
       study: Its name.
       out: Directory to make.
       tasks: What models are trained on; default: digits, for `simulator-agreement` also mnist and tinyshakespeare.
-      seeds: Seeds of the training of the dense models; claims and figures take several.
+      seeds: Seeds of the training; claims, figures and sizes take several.
       num_examples: Validation examples of `prediction-claims` and `published-figures`, the first ones: one number, or one
         for each task.
       comparison: `comparison.json` of `codesign compare` on the first task: adds to `published-figures` what FACT and
         Energon save at equal quality.
-      machines: Presets of `simulator-agreement`, each with the mechanism that it was made for.
+      machines: Presets of `simulator-agreement` (default: all) and `trained-sizes` (energon, acceltran-edge, sofa),
+        each with the mechanism that it was made for.
       num_policies: Random policies of `simulator-agreement` at each size, >= 2.
+      edp: Budget of `trained-sizes` on the file's sizes, energy-delay product over that of dense.
+      lower: By what the budget of `trained-sizes` is lower where sizes are trained, > 1.
       data: Folder of the data of the only task; default: that of the task in $CODESIGN_DATA, else where it is published.
       cache: Folder of the dense models; default: `dense` in `--out`.
       overwrite: Replace the study in `--out`.
@@ -106,6 +123,12 @@ def reproduce(
         if study == "prediction-claims":
             return _prediction_claims(out, chosen, seeds, numbers, data, folder, as_json)
         return _published_figures(out, chosen, seeds, numbers, data, folder, comparison, as_json)
+    if study == "trained-sizes":
+        chosen = tasks or ("digits",)
+        _checked_numbers(chosen, (1,), data)
+        return _trained_sizes(
+            out, folder, seeds, chosen, machines or SIZED_MACHINES, edp, lower, data, as_json
+        )
     if len(seeds) > 1:
         raise CodesignError(f"study `{study}` takes one seed: give one of `--seeds`")
     if study == "simulator-agreement":
@@ -114,7 +137,11 @@ def reproduce(
                 f"`--num-policies` must be at least 2, got {num_policies}: raise it"
             )
         chosen = tasks or ("digits", "mnist", "tinyshakespeare")
-        return _simulator_agreement(out, folder, seeds[0], chosen, machines, num_policies, as_json)
+        _checked_numbers(chosen, (1,), data)
+        run_on = machines or get_args(Machine)
+        return _simulator_agreement(
+            out, folder, seeds[0], chosen, run_on, num_policies, data, as_json
+        )
     if tasks:
         raise CodesignError(f"study `{study}` has one task: leave out `--tasks`")
     return _acceltran_sst2(out, seeds[0], data, folder, as_json)
@@ -242,15 +269,23 @@ def _simulator_agreement(
     tasks: tuple[str, ...],
     machines: tuple[str, ...],
     num_policies: int,
+    data: Path | None,
     as_json: bool,
 ) -> int:
     """Measures the cost model against the simulators."""
     from codesign.experiments.simulator_agreement import study as run_study
 
     rows = []
-    for found in run_study(
-        tasks, machines, cache=cache, progress=not as_json, seed=seed, num_policies=num_policies
-    ):
+    studied = run_study(
+        tasks,
+        machines,
+        cache=cache,
+        progress=not as_json,
+        seed=seed,
+        num_policies=num_policies,
+        data=data,
+    )
+    for found in studied:
         rows.append(dataclasses.asdict(found))
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / STUDY_FILE, rows)
@@ -288,3 +323,42 @@ def _simulator_agreement(
         )
         print(out / STUDY_FILE)
     return 0 if all(row["counts_equal"] for row in rows) else 1
+
+
+def _trained_sizes(
+    out: Path,
+    cache: Path,
+    seeds: tuple[int, ...],
+    tasks: tuple[str, ...],
+    machines: tuple[str, ...],
+    edp: float,
+    lower: float,
+    data: Path | None,
+    as_json: bool,
+) -> int:
+    """Measures trained sizes beside those of the files."""
+    from codesign.experiments.trained_sizes import sizes_table, study as run_study
+
+    if not lower > 1.0:
+        raise CodesignError(f"`--lower` must be > 1, got {lower:g}: raise it")
+    rows = []
+    for found in run_study(
+        tasks,
+        machines,
+        seeds,
+        budget=edp,
+        lower=lower,
+        out=out / "runs",
+        cache=cache,
+        data=data,
+        progress=not as_json,
+    ):
+        rows.append(dataclasses.asdict(found))
+        write_json(out / STUDY_FILE, rows)
+    if as_json:
+        print_json(rows)
+    else:
+        table = sizes_table(rows)
+        print_table(table.title, table.columns, table.rows, text_columns=table.text_columns)
+        print(out / STUDY_FILE)
+    return 0

@@ -9,20 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from codesign.experiments.configs import experiment_by_name
+from codesign.experiments.configs import Experiment, experiment_by_name
 from codesign.experiments.evaluate import Point, deployment
-from codesign.experiments.exporting import (
-    METRICS,
-    examples_of,
-    gemm_shapes,
-    trace_of,
-    traced_chunks,
-)
 from codesign.experiments.problem import Problem, load_problem
+from codesign.experiments.simulated import METRICS, simulated_chunks
 from codesign.experiments.start import measured_ranges, ranges_of, start_policy, with_threshold
-from codesign.hw.accelerator import CLOCK
+from codesign.experiments.traced import examples_of
+from codesign.hw.accelerator import CLOCK, Accelerator
 from codesign.hw.resizing import spec_with_sizes
-from codesign.hw.simulator import simulate
 from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import SCOPES
 from codesign.policy import Policy, bits_range, group, project
@@ -105,6 +99,7 @@ def study(
     num_sizes: int = NUM_SIZES,
     num_policies: int = NUM_POLICIES,
     num_examples: int = NUM_EXAMPLES,
+    data: Path | None = None,
 ) -> Iterator[Agreement]:
     """Yields how cost model and simulator agree, by task, machine, scope and metric.
 
@@ -117,15 +112,25 @@ def study(
       num_sizes: Random sizes of each machine.
       num_policies: Random policies at each size.
       num_examples: Examples over which the cost of a policy is averaged.
+      data: Folder of the data of the only task; None: where it is by default.
     """
     for task in tasks:
         for machine in machines:
-            mechanism = load_preset(machine).mechanism
-            experiment = dataclasses.replace(
-                experiment_by_name(task), mechanism=mechanism, preset=machine, seed=seed
-            )
+            experiment = experiment_on(machine, task, seed, data)
             problem = load_problem(experiment, cache=cache, progress=progress)
             yield from agreements(problem, num_sizes, num_policies, num_examples)
+
+
+def experiment_on(machine: str, task: str, seed: int, data: Path | None) -> Experiment:
+    """Returns a task with a preset and the mechanism that it was made for."""
+    named = experiment_by_name(task)
+    return dataclasses.replace(
+        named,
+        mechanism=load_preset(machine).mechanism,
+        preset=machine,
+        seed=seed,
+        data=dataclasses.replace(named.data, data=data),
+    )
 
 
 def agreements(
@@ -167,18 +172,14 @@ def _both(
     typed = machine.sizes | {
         name: jnp.asarray(value, machine.sizes[name].dtype) for name, value in sizes.items()
     }
-    resized = dataclasses.replace(problem, accelerator=machine.replace(sizes=typed))  # type: ignore[attr-defined]
+    resized: Accelerator = machine.replace(sizes=typed)  # type: ignore[attr-defined]
     spec = spec_with_sizes(problem.spec, sizes)
-    deployed = deployment(problem, point)
+    examples = examples_of(problem, "validation", num_examples)
     found: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {}
     are_equal = True
-    for chunk in traced_chunks(resized, deployed, examples_of(problem, "validation", num_examples)):
-        simulation = simulate(
-            trace_of(deployed, chunk),
-            spec,
-            gemm_shapes(deployed.structure),
-            is_causal=deployed.structure.is_causal,
-        )
+    for chunk, simulation in simulated_chunks(
+        problem, deployment(problem, point), examples, resized, spec
+    ):
         are_equal &= simulation.operations.keys() == chunk.counts.keys() and all(
             np.array_equal(count, chunk.counts[key]) for key, count in simulation.operations.items()
         )

@@ -214,6 +214,16 @@ class BudgetedTraining:
         sizes = self.sizing.descended(point.sizes, batches, constants, smoothness)
         return dataclasses.replace(point, sizes=sizes)
 
+    def with_suitable_sizes(self, point: Point, budget: Budget) -> Point:
+        """Returns the point on sizes that can be built and suit what it executes; the model stays as it is."""
+        assert self.sizing is not None
+        point = self._with_fitted_sizes(point, budget)
+        tree = self.initial(point, budget)
+        batches = self._executed_batches(tree["state"], tree["constants"])
+        values = self.sizing.built(point.sizes, batches, tree["constants"])
+        sizes = {name: jnp.asarray(value, float) for name, value in values.items()}
+        return dataclasses.replace(point, sizes=sizes)
+
     def _with_built_sizes(
         self, state: TrainState, constants: dict[str, Any], run: RunDirectory
     ) -> TrainState:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from codesign.experiments.exporting import gemm_shapes, trace_of
+from codesign.experiments.traced import gemm_shapes, trace_of
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape
 from codesign.hw.operating_points import closed_form_workload, published_setting

@@ -13,7 +13,7 @@ import tiny_model
 from tiny_model import existing, tensors
 from tiny_policies import SPREAD, model_of, policy_of, ranges_of, run_hard, run_soft
 
-from codesign.experiments.exporting import gemm_shapes, trace_of
+from codesign.experiments.traced import gemm_shapes, trace_of
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape
 from codesign.hw.operating_points import closed_form_workload, published_setting

@@ -1,6 +1,7 @@
 """The common frame and comparisons: factors, prices, mixtures by hand, and a whole one on a small task."""
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import cost
 from codesign.mechanisms import MECHANISMS
 
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 FACTORS = {
     "a3": 5.58,
     "sanger": 1.30,
@@ -373,3 +375,25 @@ def test_a_comparison_from_start_to_end(tmp_path: Path, monkeypatch: pytest.Monk
     assert dense[COMMON]["latency"] < dense[OWN]["latency"]
     with pytest.raises(CodesignError, match="exists"):
         run_comparison(tiny(), settings, out, resume=False, **run)
+    _check_joined(out, rows, tmp_path / "results")
+
+
+def _check_joined(out: Path, rows: list[dict[str, Any]], results: Path) -> None:
+    """A comparison that is joined with an older one replaces its mechanism's rows and keeps the others."""
+    (results / "curves").mkdir(parents=True)
+    other = [dict(row, mechanism="spatten") for row in rows[:2]]
+    older = [dict(row, quality=0.0) for row in rows]
+    (results / "digits-comparison.json").write_text(json.dumps(other + older))
+    join = runpy.run_path(str(DOCS / "join_comparisons.py"))["join"]
+    join.__globals__["RESULTS"] = results
+    join("digits", [out])
+    assert json.loads((results / "digits-comparison.json").read_text()) == rows + other
+    curves = json.loads((results / "curves" / "digits-comparison.json").read_text())
+    assert list(curves) == ["topk"] and str(out) not in json.dumps(curves)
+    assert (results / "digits-comparison.png").stat().st_size > 0
+    settings = json.loads((out / "config.json").read_text())
+    other_part = results / "other"
+    other_part.mkdir()
+    (other_part / "config.json").write_text(json.dumps(settings | {"loss": 0.5}))
+    with pytest.raises(SystemExit, match="other settings"):
+        join("digits", [out, other_part])
