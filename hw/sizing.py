@@ -23,7 +23,7 @@ from codesign.hw.engine import area_mm2
 from codesign.hw.file_faults import near
 from codesign.hw.host import host_mm2
 from codesign.hw.spec import AcceleratorSpec
-from codesign.hw.supply import LEAST_SUPPLY, MOST_SUPPLY, clock_ratio
+from codesign.hw.supply import clock_ratio, supply_range
 
 Grid = Literal["whole", "power_of_two", "block", "percent", "free"]
 Sizes = dict[str, jax.Array]
@@ -134,16 +134,19 @@ def size_ranges(spec: AcceleratorSpec) -> dict[str, SizeRange]:
         least, most = LEAST, 1.0 if grid == "free" else MOST
         if name == CLOCK:
             assert spec.threshold_ratio is not None
-            least, most = (
-                clock_ratio(supply, spec.threshold_ratio) for supply in (LEAST_SUPPLY, MOST_SUPPLY)
-            )
+            supplies = supply_range(spec.threshold_ratio)
+            least, most = (clock_ratio(supply, spec.threshold_ratio) for supply in supplies)
         if given is not None:
             if name == CLOCK and not (least <= given.least.value and given.most.value <= most):
                 raise PresetError(
-                    f"{spec.name}: `sizes.{CLOCK}`: supplies of {LEAST_SUPPLY:g} to {MOST_SUPPLY:g} times the file's allow "
-                    f"clocks of {least:.3g} to {most:.3g} times its own: keep the range inside"
+                    f"{spec.name}: `sizes.{CLOCK}`: supplies of {supplies[0]:.3g} to {supplies[1]:.3g} times the file's "
+                    f"allow clocks of {least:.3g} to {most:.3g} times its own: keep the range inside"
                 )
             least, most = given.least.value, given.most.value
+        elif name == CLOCK:
+            # A supply that is the least already stays, whatever rounding says.
+            least = math.ceil(100.0 * least - 1e-6) / 100.0
+            most = math.floor(100.0 * most + 1e-6) / 100.0
         floor = {"whole": 1.0, "power_of_two": 1.0, "block": BLOCK_BYTES}.get(grid, 0.0)
         ranges[name] = SizeRange(low=max(value * least, floor), high=value * most, grid=grid)
     return ranges

@@ -33,7 +33,7 @@ from codesign.hw.quantities import (
     TransferEnergy,
     Voltage,
 )
-from codesign.hw.supply import LEAST_SUPPLY
+from codesign.hw.supply import LEAST_OVER_THRESHOLD
 
 ROW_SETS = ("filter*", "all", "searched", "scored", "attention", "used", "packed")
 """Row statistics of a workload that may pace a unit: `*` is the served operation's round, `all` existing keys, `searched`
@@ -59,10 +59,13 @@ class Technology(Strict):
 
     @model_validator(mode="after")
     def _is_above_threshold(self) -> Self:
-        if self.threshold is not None and self.threshold.value >= LEAST_SUPPLY * self.supply.value:
+        if self.threshold is None:
+            return self
+        most = self.supply.value / LEAST_OVER_THRESHOLD
+        if self.threshold.value > most * (1.0 + 1e-9):
             raise ValueError(
-                f"`technology.threshold` must be below {LEAST_SUPPLY:g} times `technology.supply`, the least supply that "
-                f"a clock may need, got {self.threshold.value:g} V: lower it"
+                f"`technology.threshold` must be at most `technology.supply` / {LEAST_OVER_THRESHOLD:g} ({most:.3g} V), "
+                f"got {self.threshold.value:g} V: lower it"
             )
         return self
 

@@ -6,7 +6,14 @@ ALPHA = 1.3
 """Exponent of short channels, whose carriers are at their largest velocity (Sakurai and Newton, IEEE JSSC 25(2), 1990)."""
 LEAST_SUPPLY, MOST_SUPPLY = 0.6, 1.1
 """Supplies that a machine may be given, over its own (ours: near the threshold a design is another, 10 % is the margin)."""
+LEAST_OVER_THRESHOLD = 1.2
+"""Least supply over the threshold, at which gates still switch by the same law (ours)."""
 _BEYOND, _STEPS = 1.5, 7
+
+
+def supply_range(threshold: float) -> tuple[float, float]:
+    """Returns the least and the largest supply that a machine may be given, over its own; `threshold` likewise."""
+    return max(LEAST_SUPPLY, LEAST_OVER_THRESHOLD * threshold), MOST_SUPPLY
 
 
 def clock_ratio(supply: Any, threshold: float) -> Any:

@@ -192,6 +192,8 @@ def is_step(accelerator: Accelerator, name: str) -> bool:
     rules = {unit.name: unit.rule for unit in accelerator.structure.units}
     unit, _, kind = name.rpartition(".")
     in_host = name in ("host.rows", "host.cols", "host.sram_bytes")
+    if accelerator.structure.deals_tiles and (kind == "lanes" or name == "processing_elements"):
+        return True  # Waves of tiles.
     return in_host or kind == "width" or rules.get(unit) == "blocks" or kind == "bytes"
 
 
