@@ -13,8 +13,8 @@ from rich.table import Table
 from codesign.units import PJ_PER_UJ, US_PER_S
 from codesign.vocabulary import BLOCK_SITES
 
-PLAIN_WIDTH = 120
-"""Columns of a table that is not written to a terminal."""
+PLAIN_WIDTH = 1000
+"""Characters that a line may have where no terminal bounds it: tables are as wide as what they hold."""
 COLUMNS = ("quality", "KL, nat", "kept", "energy, µJ", "of dense", "latency, µs", "of dense")
 """Headings of `result_cells`."""
 
@@ -22,14 +22,16 @@ COLUMNS = ("quality", "KL, nat", "kept", "energy, µJ", "of dense", "latency, µ
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1
 ) -> None:
-    """Prints a table whose first `text_columns` are text and may wrap, the others numbers."""
+    """Prints a table whose first `text_columns` are text and may wrap between words, the others numbers."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         is_text = index < text_columns
+        words = [word for row in rows for word in row[index].split()] if is_text else []
         table.add_column(
             column,
             justify="left" if is_text else "right",
             no_wrap=not is_text,
+            min_width=max(map(len, words), default=None),
             overflow="fold" if is_text else "ellipsis",
         )
     for row in rows:

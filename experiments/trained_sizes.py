@@ -216,17 +216,11 @@ def sizes_table(rows: Sequence[dict[str, Any]]) -> StudyTable:
             )
         )
     return StudyTable(
-        title="sizes of machines, energy-delay product in the simulator; means over seeds, range of the gain",
+        title="energy-delay products in the simulator: gain over the file's sizes (mean and range over seeds), also by the "
+        "cost model; quality: accuracy in percent, or bits per character",
         columns=(
-            *(
-                "task, machine",
-                "sizes",
-                "seeds",
-                "accuracy, % (bits per character)",
-                "KL, nat",
-                "mm2",
-            ),
-            *("energy, µJ", "cycles", "EDP, file's over this", "by the cost model"),
+            *("task, machine", "sizes", "seeds", "quality", "KL, nat", "mm2"),
+            *("µJ", "cycles", "gain", "modelled"),
         ),
         rows=cells,
         text_columns=2,
