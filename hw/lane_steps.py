@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from codesign.hw.accelerator import Accelerator
+from codesign.hw.accelerator import Accelerator, UnitStructure
 from codesign.hw.engine import buffer_bytes, effectual_share
 from codesign.hw.gemm.counting import ceil
 from codesign.hw.lane_tiles import Tiles, element_tiles, product_tiles
@@ -98,13 +98,7 @@ def layer_steps(workload: Workload, accelerator: Accelerator) -> dict[str, Step]
     summed = gemms["out"].inner / (head_dim * heads)
     existing = _existing(pairs / summed, tokens, tile) * summed
 
-    def elements(
-        key: str, rows: Any, columns: Any, count: Any, written: Moved, **more: Any
-    ) -> Step:
-        unit = structure.unit_of(key)
-        tiles = element_tiles(
-            (rows, columns), count, tile=tile, per_lane=unit.per_lane, batch=batch, **more
-        )
+    def without_weights(tiles: Tiles, written: Moved, unit: UnitStructure) -> Step:
         return Step(
             tiles=tiles,
             written=written,
@@ -112,6 +106,15 @@ def layer_steps(workload: Workload, accelerator: Accelerator) -> dict[str, Step]
             spilled=jnp.zeros((1, 1, 1)),
             unit=unit.name,
         )
+
+    def elements(
+        key: str, rows: Any, columns: Any, count: Any, written: Moved, **more: Any
+    ) -> Step:
+        unit = structure.unit_of(key)
+        tiles = element_tiles(
+            (rows, columns), count, tile=tile, per_lane=unit.per_lane, batch=batch, **more
+        )
+        return without_weights(tiles, written, unit)
 
     def products(key: str, sides: Any, written: Moved) -> Step:
         unit = structure.unit_of(key)
@@ -126,13 +129,7 @@ def layer_steps(workload: Workload, accelerator: Accelerator) -> dict[str, Step]
             batch=batch,
             existing=existing,
         )
-        return Step(
-            tiles=tiles,
-            written=written,
-            loaded=nothing_moved(),
-            spilled=jnp.zeros((1, 1, 1)),
-            unit=unit.name,
-        )
+        return without_weights(tiles, written, unit)
 
     def entering(site: str) -> Moved:
         gemm = gemms[site]

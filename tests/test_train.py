@@ -261,7 +261,7 @@ def test_sites_start_and_move_together(pruning: Problem) -> None:
     assert kept.shape == (2, len(PRUNED_SITES))
     # Strength is found to 1/64 of 12 octaves, a tenth of the threshold.
     np.testing.assert_allclose(kept, 0.7, atol=0.06)
-    budget = Budget(latency=0.85)
+    budget = Budget(latency=0.75)
     groups = ("thresholds", "bits")
     optimize = dataclasses.replace(pruning.experiment.optimize, train=groups)
     training = BudgetedTraining(pruning, optimize, ("latency",), budget.scope)
