@@ -356,20 +356,18 @@ def test_text_goes_from_the_users_file_to_a_verified_export(
 def test_simulator_on_text(
     text_folder: tuple[str, str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Padded and causal rows are counted alike; a machine that neither filters nor makes keys has no simulator."""
+    """Padded and causal rows are counted alike, and cost nearly what the simulator says."""
     _, mechanism, folder = text_folder
-    command = ("simulate", folder / "run")
-    if mechanism == "acceltran":
-        assert "the row-by-row simulator needs" in refusal(capsys, *command)
-    else:
-        record = answer(capsys, *command, "--num-examples", str(NUM_VALIDATION))
-        assert record["counts_equal"]
-        for scope in ("attention", "end_to_end"):
-            # What SOFA's memories and scheduler draw goes with the latency.
-            limit = 0.03 if mechanism == "sofa" else 1e-5
-            assert record[scope]["energy_pj"]["largest_relative_error"] < limit
-            # Rows of 16 keys and fewer: fill and drain weigh more than at the preset's lengths.
-            assert record[scope]["latency_cycles"]["largest_relative_error"] < 0.15
+    record = answer(capsys, "simulate", folder / "run", "--num-examples", str(NUM_VALIDATION))
+    assert record["counts_equal"]
+    # Rows of 16 keys and fewer: fill and drain weigh more than at the preset's lengths, most of
+    # all on AccelTran, whose attention of 40 cycles is a few waves of tiles on ready lanes.
+    limits = {"attention": 0.3 if mechanism == "acceltran" else 0.15, "end_to_end": 0.15}
+    for scope, limit in limits.items():
+        assert record[scope]["latency_cycles"]["largest_relative_error"] < limit
+        # What SOFA's memories and scheduler draw goes with the latency, as does AccelTran's leakage.
+        energy = {"sofa": 0.03, "acceltran": limit}.get(mechanism, 1e-5)
+        assert record[scope]["energy_pj"]["largest_relative_error"] < energy
 
 
 def test_dense_models_lie_beside_the_run(tmp_path: Path) -> None:
