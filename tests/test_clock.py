@@ -17,7 +17,7 @@ from codesign.hw.operating_points import closed_form_workload, published_setting
 from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.simulation import standing_pj_per_cycle
 from codesign.hw.sizing import size_ranges
-from codesign.hw.spec import AcceleratorSpec, load_preset, parse_preset
+from codesign.hw.spec import AcceleratorSpec, load_preset, parse_preset, preset_names
 from codesign.hw.supply import MOST_SUPPLY, clock_ratio, supply_ratio
 from codesign.hw.surrogate import SCOPES, Cost, cost
 
@@ -97,9 +97,17 @@ def without_threshold(preset: str) -> AcceleratorSpec:
     return spec.model_copy(update={"technology": technology})
 
 
+def test_planar_presets_have_a_clock() -> None:
+    """Of the node next above their own; FinFETs have no card of that kind."""
+    with_clock = {
+        name for name in preset_names() if load_preset(name).technology.threshold is not None
+    }
+    assert {name for name in preset_names() if not name.startswith("acceltran")} == with_clock
+
+
 @pytest.mark.parametrize("preset", ["energon", "sofa", "sanger"])
 def test_machines_at_either_end_of_their_clock_are_files(preset: str) -> None:
-    spec = machine(preset)
+    spec = load_preset(preset)
     own = size_ranges(spec)[CLOCK]
     for clock in (own.low, own.high):
         built = spec_with_sizes(spec, {CLOCK: clock})
