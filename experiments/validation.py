@@ -97,7 +97,7 @@ def validate_all(folder: Path | None, agreement: Path | None = None) -> list[Out
     if folder is not None and not folder.is_dir():
         raise DataError(f"'{folder}' is no folder: name that of the reference results by `--data`")
     present = [name for name in COMPARISONS if folder is not None and _is_there(folder, name)]
-    if not present and (folder is not None or not BUILT_IN):
+    if not present and (folder is not None or not (BUILT_IN or agreement)):
         where = (
             f"'{folder}' holds none" if folder is not None else "no folder is named that holds any"
         )
@@ -105,15 +105,19 @@ def validate_all(folder: Path | None, agreement: Path | None = None) -> list[Out
             f"{where} of the files {', '.join(list(COMPARISONS)[:3])}, ...: "
             "name the folder of reference results by `--data` or $CODESIGN_VALIDATION"
         )
-    outcomes = [Outcome(name=name, rows=tuple(make())) for name, make in BUILT_IN.items()]
+    # Files first: a faulty one is named before anything is computed.
+    outcomes = []
     if agreement is not None:
         rows = tuple(simulator_agreement(agreement))
-        outcomes.insert(0, Outcome(name=agreement.name, rows=rows))
-    for name, compare in COMPARISONS.items():
-        if folder is not None and name in present:
-            outcomes.append(Outcome(name=name, rows=tuple(compare(folder / name))))
-        else:
-            outcomes.append(Outcome(name=name, reason="not present"))
+        outcomes.append(Outcome(name=agreement.name, rows=rows))
+    compared = [
+        Outcome(name=name, rows=tuple(compare(folder / name)))
+        if folder is not None and name in present
+        else Outcome(name=name, reason="not present")
+        for name, compare in COMPARISONS.items()
+    ]
+    outcomes += [Outcome(name=name, rows=tuple(make())) for name, make in BUILT_IN.items()]
+    outcomes += compared
     for name, reason in NOT_COMPARED.items():
         if folder is not None and (folder / name).is_file():
             outcomes.append(Outcome(name=name, reason=f"not compared: {reason}"))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_model
 from jax.flatten_util import ravel_pytree
 
 from codesign import gates
@@ -47,8 +48,13 @@ FLOAT32 = 1e-5
 DRAM, BUFFER = 25.6e9 / 700e6, 370e9 / 700e6
 
 
+compiled_cost = jax.jit(
+    cost, static_argnames=("smoothness",), compiler_options=tiny_model.FAST_COMPILE
+)
+
+
 def price(shape: ModelShape, setting: Setting, spec: AcceleratorSpec = EDGE) -> Cost:
-    return cost(workload_from_fractions(shape, setting), accelerator_from_spec(spec))
+    return compiled_cost(workload_from_fractions(shape, setting), accelerator_from_spec(spec))
 
 
 def total(result: Cost, name: str) -> float:
@@ -157,7 +163,7 @@ def test_densities_are_read_by_name():
 
     def lanes(densities: dict[str, float]) -> tuple[float, float]:
         leaves = {name: jnp.full((1, 1), value) for name, value in densities.items()}
-        result = cost(plain.replace(densities=leaves), accelerator)
+        result = compiled_cost(plain.replace(densities=leaves), accelerator)
         own = result.block_own.busy_cycles["lane"]
         return float(result.unit_busy_cycles["lane"][0, 0]) * 16_384, float(own[0, 0]) * 16_384
 
@@ -236,7 +242,7 @@ def test_breakdowns_add_up_and_points_are_ordered(preset: str):
     spec = load_preset(preset)
     latency, spent = {}, {}
     for point in operating_points(spec, SMALL):
-        result = cost(point.workload, accelerator_from_spec(spec))
+        result = compiled_cost(point.workload, accelerator_from_spec(spec))
         ends = sum(jnp.sum(value) for value in result.end_own.energy_pj.values())
         assert result.standing_pj_per_cycle is not None
         ends = ends + jnp.sum(result.end_own.cycles) * result.standing_pj_per_cycle
@@ -259,7 +265,9 @@ def test_resized_preset_prices_as_the_resized_machine():
     )
     workload = workload_from_fractions(SMALL, UNEVEN)
     for name in ("energy_pj", "latency_cycles", "area_mm2"):
-        one, other = (total(cost(workload, machine), name) for machine in (resized, changed))
+        one, other = (
+            total(compiled_cost(workload, machine), name) for machine in (resized, changed)
+        )
         assert one == pytest.approx(other, rel=FLOAT32)
     with pytest.raises(UnknownNameError, match="no size `weight.bytes`"):
         spec_with_sizes(EDGE, {"weight.bytes": 1.0})
@@ -393,9 +401,9 @@ def test_gradients_match_central_differences(preset: str, monkeypatch: pytest.Mo
 
 def test_smooth_latency_lies_above_and_tends_to_the_maximum():
     workload, accelerator = workload_from_fractions(SMALL, UNEVEN), accelerator_from_spec(EDGE)
-    hard = float(cost(workload, accelerator).latency_cycles("end_to_end")[0])
+    hard = float(compiled_cost(workload, accelerator).latency_cycles("end_to_end")[0])
     smooth = [
-        float(cost(workload, accelerator, smoothness=p).latency_cycles("end_to_end")[0])
+        float(compiled_cost(workload, accelerator, smoothness=p).latency_cycles("end_to_end")[0])
         for p in (8.0, 32.0, 512.0)
     ]
     assert smooth[0] > smooth[1] >= smooth[2] >= hard * (1 - FLOAT32)

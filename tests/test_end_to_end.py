@@ -69,6 +69,8 @@ def text_folder(
     if kind == "text":
         tokenizer = tiny_experiment.write_tokenizer(path / "tokenizer.json")
         data = ("--data", tiny_experiment.write_reviews(path / "own.csv"), "--tokenizer", tokenizer)
+        # Of one length, so that all is compiled once; several are trained on in test_train.py.
+        data += ("--experiment.buckets", str(tiny_experiment.MAX_TOKENS))
     else:
         data = ("--data", tiny_experiment.write_plays(path / "plays"))
     machine = (

@@ -125,7 +125,7 @@ def test_a_cap_on_power_binds() -> None:
     free, score = scored("energon", Caps(area_mm2=own_area("energon")), 16.0)
     bounds = bounds_of(size_ranges(load_preset("energon")))
     watts = Caps(power_w=1.0)
-    _, priced = scored("energon", watts, 16.0)
+    priced = jax.jit(scored("energon", watts, 16.0)[1])
     run = jax.jit(lambda sizes: descended(sizes, bounds, score))
     fast = run(free.sizes)
     power = float(priced(fast)[1][0])
@@ -140,12 +140,13 @@ def test_a_cap_on_power_binds() -> None:
 def test_descent_and_building_lower_the_product_at_equal_area(preset: str) -> None:
     area = own_area(preset)
     accelerator, relaxed = scored(preset, Caps(area_mm2=area), 32.0)
-    _, exact = scored(preset, Caps(area_mm2=area))
+    score = scored(preset, Caps(area_mm2=area))[1]
+    exact = jax.jit(score)
     ranges = size_ranges(load_preset(preset))
     sizes = jax.jit(lambda start: descended(start, bounds_of(ranges), relaxed))(accelerator.sizes)
     start, descent = (float(exact(one)[0]) for one in (accelerator.sizes, sizes))
     assert descent < start - 0.1
-    scores = jax.jit(jax.vmap(exact))
+    scores = jax.jit(jax.vmap(score))
     values = built(sizes, ranges, scores)
     final, ratios = exact({name: jnp.asarray(value) for name, value in values.items()})
     assert np.all(np.asarray(ratios) <= 1.0 + CAP_TOLERANCE)
@@ -176,14 +177,17 @@ def test_gradients_by_every_size_are_finite_differences() -> None:
                 value, ratios = score(moved)
                 return value + jnp.sum(jnp.log(ratios))
 
+            both = jax.jit(jax.value_and_grad(total))
             nowhere = dict.fromkeys(sizes, jnp.zeros(()))
-            slopes = jax.grad(total)(nowhere)
+            slopes = both(nowhere)[1]
             step = 1e-6
             for name in sizes:
-                ends = [float(total(nowhere | {name: jnp.asarray(x)})) for x in (-step, step)]
-                wanted = (ends[1] - ends[0]) / (2.0 * step)
                 if is_step(accelerator, name):
                     continue
+                ends = [
+                    float(both(nowhere | {name: jnp.asarray(x, float)})[0]) for x in (-step, step)
+                ]
+                wanted = (ends[1] - ends[0]) / (2.0 * step)
                 assert float(slopes[name]) == pytest.approx(wanted, rel=1e-3, abs=1e-6), name
 
 

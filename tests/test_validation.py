@@ -54,6 +54,12 @@ def product_rows() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
+def only_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out what needs no file, which takes seconds."""
+    monkeypatch.setattr(validation, "BUILT_IN", {})
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder of excerpts under the published names."""
     write_csv(tmp_path / PRODUCTS, product_rows())
@@ -138,6 +144,7 @@ def test_table_tells_what_is_missing(
     assert not any(row["reference"] == "TransCODE" for row in answer(capsys, folder))
 
 
+@pytest.mark.usefixtures("only_files")
 @pytest.mark.parametrize(
     ("name", "column", "value"),
     [
@@ -161,6 +168,7 @@ def test_a_figure_beyond_its_limit_ends_with_1(
     assert capsys.readouterr().out.count("MISSED") == 2  # in the title, and once
 
 
+@pytest.mark.usefixtures("only_files")
 def test_runs_cycle_by_cycle_have_limits_and_settings(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +196,7 @@ def test_runs_cycle_by_cycle_have_limits_and_settings(
     assert "no run in the modes `fast` and `cycle`" in refusal(capsys, copy)
 
 
+@pytest.mark.usefixtures("only_files")
 def test_faulty_files_are_named(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,7 +235,6 @@ def test_faulty_files_are_named(
 def no_folder(capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CODESIGN_VALIDATION", raising=False)
-        patch.setattr(validation, "BUILT_IN", {})
         assert main(["validate"]) == 2
     return capsys.readouterr().err
 
@@ -258,6 +266,7 @@ def test_a_comparison_is_one_line_of_the_registry(
     assert "own.csv: not present" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("only_files")
 def test_a_study_of_simulators_has_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
