@@ -12,9 +12,11 @@ from typing import Any
 
 from codesign.experiments.prediction_tables import StudyTable, study_tables
 from codesign.experiments.published_tables import published_tables
+from codesign.experiments.simulator_agreement import agreement_table
+from codesign.experiments.trained_sizes import sizes_table
 
 DOCS = Path(__file__).resolve().parent
-DOCUMENTS = ("results.md", "comparisons.md", "validation.md")
+DOCUMENTS = ("results.md", "comparisons.md", "validation.md", "sizes.md")
 MARKED = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {
     "dense": "dense",
@@ -137,6 +139,12 @@ def of_study(
     return table(found.columns, found.rows)
 
 
+def one_table(make: Callable[[Any], StudyTable], record: Any) -> str:
+    """Returns the table of a study of one."""
+    found = make(record)
+    return table(found.columns, found.rows)
+
+
 def comparison(at: str, frame: str, rows: list[dict[str, Any]]) -> str:
     """Returns the mechanisms of a comparison in one frame, at equal quality or at equal divergence."""
     found = []
@@ -196,6 +204,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "equal_divergence": functools.partial(comparison, "kl", "common"),
     "equal_multipliers": functools.partial(comparison, "quality", "equal_multipliers"),
     "validation": validation,
+    "agreement": functools.partial(one_table, agreement_table),
+    "trained_sizes": functools.partial(one_table, sizes_table),
     "own_machines": functools.partial(comparison, "quality", "own"),
 }
 TABLES |= {name: functools.partial(of_study, study_tables, name) for name in CLAIMS}

@@ -273,7 +273,7 @@ def _simulator_agreement(
     as_json: bool,
 ) -> int:
     """Measures the cost model against the simulators."""
-    from codesign.experiments.simulator_agreement import study as run_study
+    from codesign.experiments.simulator_agreement import agreement_table, study as run_study
 
     rows = []
     studied = run_study(
@@ -292,35 +292,8 @@ def _simulator_agreement(
     if as_json:
         print_json(rows)
     else:
-        print_table(
-            f"cost model against simulator, {rows[0]['num_points']} policies each, errors in percent",
-            (
-                "task, machine",
-                "scope",
-                "cost",
-                "mean",
-                "largest",
-                "bias",
-                "tau",
-                "least tau",
-                "spread",
-            ),
-            [
-                (
-                    f"{row['task']}, {row['machine']}",
-                    row["scope"].replace("_", " "),
-                    row["metric"],
-                    *(
-                        f"{100.0 * row[name]:.2f}"
-                        for name in ("mean_error", "largest_error", "bias")
-                    ),
-                    *(f"{row[name]:.3f}" for name in ("tau", "least_tau")),
-                    f"{100.0 * row['spread']:.1f}",
-                )
-                for row in rows
-            ],
-            text_columns=3,
-        )
+        table = agreement_table(rows)
+        print_table(table.title, table.columns, table.rows, text_columns=table.text_columns)
         print(out / STUDY_FILE)
     return 0 if all(row["counts_equal"] for row in rows) else 1
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from codesign.experiments.configs import Experiment, experiment_by_name
 from codesign.experiments.evaluate import Point, deployment
+from codesign.experiments.prediction_tables import StudyTable
 from codesign.experiments.problem import Problem, load_problem
 from codesign.experiments.simulated import METRICS, simulated_chunks
 from codesign.experiments.start import measured_ranges, ranges_of, start_policy, with_threshold
@@ -223,3 +224,31 @@ def kendall_tau(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     first, second = np.triu_indices(len(one), 1)
     signs = np.sign(one[first] - one[second]) * np.sign(other[first] - other[second])
     return float(np.mean(signs)) if len(signs) else 1.0
+
+
+def agreement_table(rows: Sequence[dict[str, Any]]) -> StudyTable:
+    """Returns the table of a study: a machine in a row, a scope's cost in a column."""
+    columns = [(scope, metric) for scope in SCOPES for metric, _ in METRICS]
+    of = {(row["task"], row["machine"], row["scope"], row["metric"]): row for row in rows}
+
+    def cell(row: dict[str, Any]) -> str:
+        mean, largest = (f"{100.0 * row[name]:.1f}" for name in ("mean_error", "largest_error"))
+        return f"{mean} ({largest}); {row['tau']:.3f}, {row['least_tau']:.3f}"
+
+    return StudyTable(
+        title=f"cost model against simulator, {rows[0]['num_points']} policies and sizes each: mean and (largest) error in "
+        "percent; Kendall's tau, and the least at one size",
+        columns=(
+            *("task, machine", "counts"),
+            *(f"{metric}, {scope.replace('_', ' ')}" for scope, metric in columns),
+        ),
+        rows=[
+            (
+                f"{task}, {machine}",
+                "equal" if of[task, machine, *columns[0]]["counts_equal"] else "differ",
+                *(cell(of[task, machine, *column]) for column in columns),
+            )
+            for task, machine in dict.fromkeys((row["task"], row["machine"]) for row in rows)
+        ],
+        text_columns=2,
+    )

@@ -118,27 +118,38 @@ def _array(
     each = (attend + queries + is_causal[..., None] * make) / windows[..., None] * groups
     task = jnp.max(each, axis=2)
     work = jnp.sum(attend, axis=2)
-    made, first = jnp.sum(make, axis=2), jnp.zeros(())
-    if "generate.bytes" in workload.operations:
-        # Attention of a head waits for the keys that its first window makes, on one group.
-        fetched, wanted = (
-            workload.operations[f"{one}.bytes"].count for one in ("fetch", "generate")
-        )
-        number = ceil(windows)[..., None]
-        part = jnp.minimum(fetched / number / jnp.maximum(wanted, 1e-9), 1.0)
-        part = part * (1.0 - is_causal[..., None])
-        first = jnp.max(make * part, axis=2) * groups * rounds
+    # Attention of a head waits for the keys that its first window makes, on one group.
+    share = _first_share(workload, windows) * (1.0 - is_causal[..., None])
+    first = jnp.max(make * share, axis=2) * groups * rounds
     if unit.shares_heads:
         growth = 1.0 + is_causal * (1.0 - 1.0 / windows)
         behind = 0.5 * (1.0 - 1.0 / groups) * task * growth
-        # Other groups make queries meanwhile.
-        made = jnp.maximum(made + jnp.sum(queries, axis=2), first)
+        # Other groups make queries and keys of one task each meanwhile, and wait.
+        begun = jnp.minimum(groups / (windows * heads), 1.0) * (1.0 - is_causal)
+        later = make * (1.0 - share) ** max(groups / heads, 1.0)
+        made = first + jnp.sum(later, axis=2) + jnp.sum(queries, axis=2) * (1.0 - begun)
         total = jnp.maximum(work + behind, task) + made
     else:
         together = attend + queries + make
         total = jnp.sum(together * waiting(unit, together, workload), axis=2)
     task = task * rounds
     return _Array(total=total + linear, task=task, first=first + task, linear=linear)
+
+
+def _first_share(workload: Workload, windows: jax.Array) -> jax.Array:
+    """Returns the share of a head's keys that its first window wants, `[B, L, H]`: the mean window's, over all made."""
+    operations = workload.operations
+    if "generate.mac" not in operations:
+        return jnp.zeros((1, 1, 1))
+    if "generate.bytes" in operations:
+        wanted, mean = (operations[f"{one}.bytes"].count for one in ("generate", "fetch"))
+        mean = mean / ceil(windows)[..., None]
+    else:
+        pair = 2.0 * workload.head_dim * workload.block_gemms["qkv"].inner
+        wanted = operations["generate.mac"].count / pair
+        rows = jnp.maximum(workload.rows["attention"].queries, 1.0)
+        mean = operations["qk.mac"].count / workload.head_dim / rows
+    return jnp.minimum(mean / jnp.maximum(wanted, 1e-9), 1.0)
 
 
 def _moved(name: str, workload: Workload, accelerator: Accelerator) -> jax.Array:
