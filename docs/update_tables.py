@@ -16,7 +16,7 @@ from codesign.experiments.simulator_agreement import agreement_table
 from codesign.experiments.trained_sizes import sizes_table
 
 DOCS = Path(__file__).resolve().parent
-DOCUMENTS = ("results.md", "comparisons.md", "validation.md", "sizes.md")
+DOCUMENTS = ("results.md", "comparisons.md", "validation.md", "sizes.md", "cost_model.md")
 MARKED = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {
     "dense": "dense",

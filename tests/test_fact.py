@@ -1,5 +1,8 @@
 """FACT: leading ones and one-hot rows by hand, importance, counts, and the machine."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +10,12 @@ import pytest
 from tiny_model import existing
 from tiny_policies import model_of, policy_of, run_hard
 
+from codesign.experiments.traced import gemm_shapes, trace_of
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape
 from codesign.hw.operating_points import closed_form_workload, published_setting
+from codesign.hw.resizing import spec_with_sizes
+from codesign.hw.simulator import simulate
 from codesign.hw.spec import load_preset
 from codesign.hw.surrogate import cost
 from codesign.log_codes import leading_one
@@ -163,3 +169,25 @@ def test_published_point_has_the_published_area_and_power() -> None:
     # Two predictions of 512 x 768 x 64 and scores of 512 x 512 x 64, twelve heads, 256 a cycle.
     busy = float(price.busy_by_unit("attention")["prediction"][0])
     assert busy == pytest.approx(12 * (2 * 512 * 768 * 64 + 512 * 512 * 64) / 256)
+
+
+@pytest.mark.parametrize("lanes", [32.0, 64.0])
+def test_latency_knows_that_groups_wait_for_the_first_rows_keys(lanes: float) -> None:
+    """Two heads on eight groups: the first row's keys are made on two of them, and attention of all rows waits."""
+    model = model_of("bert", "fact")
+    deployment, output = run_hard(model, policy_of(model, "fact", seed=5), "fact")
+    shape, spec = deployment.structure, load_preset("fact")
+    # Few enough lanes that no ceil of so small a model is seen.
+    sizes = {"execution.lanes": lanes, "prediction.lanes": lanes / 2.0}
+    spec = spec_with_sizes(spec, sizes)
+    batch: Any = SimpleNamespace(tensors=output.trace, inputs=model.inputs)
+    simulation = simulate(
+        trace_of(deployment, batch), spec, gemm_shapes(shape), is_causal=shape.is_causal
+    )
+    single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), output.workload)
+    price = jax.jit(cost)(single, accelerator_from_spec(spec))
+    real, found = (np.asarray(one.latency_cycles("end_to_end")) for one in (simulation, price))
+    # In rows of a few keys every window counts.
+    is_long = np.asarray(model.inputs["valid"]).sum(axis=1) >= 5
+    assert is_long.sum() >= 3
+    assert np.mean(np.abs(found / real - 1.0)[is_long]) < 0.05
