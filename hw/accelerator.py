@@ -132,6 +132,7 @@ class Structure:
     stages: tuple[tuple[str, ...], ...]
     drain_cycles: float
     rows_at_once: float
+    index_queue: float | None
     query_block: float | None
     clock_hz: float
     threshold_ratio: float | None
@@ -325,6 +326,7 @@ def _storage(spec: AcceleratorSpec) -> StorageStructure | None:
 
 def _structure(spec: AcceleratorSpec) -> Structure:
     switches, block, at_once = spec.switches, spec.pipeline.query_block, spec.pipeline.rows_at_once
+    queue = spec.pipeline.index_queue
     standing = 0.0 if spec.standing_power is None else spec.standing_power.base
     return Structure(
         name=spec.name,
@@ -333,6 +335,7 @@ def _structure(spec: AcceleratorSpec) -> Structure:
         stages=spec.pipeline.stages,
         drain_cycles=spec.pipeline.drain.value,
         rows_at_once=1.0 if at_once is None else at_once.value,
+        index_queue=None if queue is None else queue.value,
         query_block=None if block is None else block.value,
         clock_hz=spec.clock_hz,
         threshold_ratio=spec.threshold_ratio,

@@ -87,29 +87,16 @@ def unit_cycles(
     unit: UnitStructure, workload: Workload, sizes: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """Returns the cycles a unit works on a layer's attention; empty where the workload feeds it nothing."""
-    if unit.rule != "rows":
-        by_head = head_cycles(unit, workload, sizes)
-        return {name: jnp.sum(value, axis=2) for name, value in by_head.items()}
-    steps_per_key = ceil(workload.head_dim / sizes[f"{unit.name}.width"]) if unit.has_width else 1.0
-    cycles: dict[str, jax.Array] = {}
-    queries = None
-    for key, operation in workload.operations.items():
-        if not matches(key, unit.paces):
-            continue
-        repeats = passes(operation.bits_a[..., 0], operation.bits_b[..., 0], unit)
-        rows = workload.rows[key.partition(".")[0] if unit.rows == "filter*" else str(unit.rows)]
-        steps = steps_of_rows(rows, lanes_of(unit, sizes))
-        add_to(cycles, unit.name, steps * (repeats * steps_per_key / unit.per_lane))
-        queries = jnp.sum(rows.queries, axis=2)
-    if queries is not None and unit.overhead_cycles:
-        add_to(cycles, unit.name, queries * unit.overhead_cycles)
-    return cycles
+    by_head = head_cycles(unit, workload, sizes)
+    return {name: jnp.sum(value, axis=2) for name, value in by_head.items()}
 
 
 def head_cycles(
     unit: UnitStructure, workload: Workload, sizes: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """Returns the cycles a unit works on each head, `[B, L, H]`, of any rule but `rows`; empty if on none."""
+    """Returns the cycles a unit works on each head, `[B, L, H]`; empty if on none."""
+    if unit.rule == "rows":
+        return _row_cycles(unit, workload, sizes)
     cycles: dict[str, jax.Array] = {}
     for key, operation in workload.operations.items():
         if not matches(key, unit.paces):
@@ -124,6 +111,26 @@ def head_cycles(
     if unit.rule == "groups" and cycles:
         longer = waiting(unit, cycles[unit.name], workload)
         cycles = {name: value * longer for name, value in cycles.items()}
+    return cycles
+
+
+def _row_cycles(
+    unit: UnitStructure, workload: Workload, sizes: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Returns the cycles of a unit that rows pass, `[B, L, H]`; empty if none do."""
+    steps_per_key = ceil(workload.head_dim / sizes[f"{unit.name}.width"]) if unit.has_width else 1.0
+    cycles: dict[str, jax.Array] = {}
+    queries = None
+    for key, operation in workload.operations.items():
+        if not matches(key, unit.paces):
+            continue
+        repeats = jnp.asarray(passes(operation.bits_a, operation.bits_b, unit))
+        rows = workload.rows[key.partition(".")[0] if unit.rows == "filter*" else str(unit.rows)]
+        steps = steps_of_rows(rows, lanes_of(unit, sizes))
+        add_to(cycles, unit.name, steps * (repeats * steps_per_key / unit.per_lane))
+        queries = rows.queries
+    if queries is not None and unit.overhead_cycles:
+        add_to(cycles, unit.name, queries * unit.overhead_cycles)
     return cycles
 
 

@@ -32,7 +32,7 @@ def _interpolate(values: list[jax.Array], size: jax.Array) -> jax.Array:
 
 
 def steps_of_rows(rows: RowStatistics, lanes: jax.Array) -> jax.Array:
-    """Returns the steps of all rows of a layer, sum of ceil(keys / lanes), `[B, L]`.
+    """Returns the steps of all rows of a head, sum of ceil(keys / lanes), `[B, L, H]`.
 
     Steps times lanes are interpolated between powers of two, where the result is exact. Rows nearly
     all as long as the longest share one remainder, which interpolation cannot see: they take the
@@ -48,7 +48,7 @@ def steps_of_rows(rows: RowStatistics, lanes: jax.Array) -> jax.Array:
     ]
     # Below one lane a key takes several cycles.
     steps = _interpolate(uneven, jnp.maximum(lanes, 1.0)) / lanes
-    return jnp.sum(steps + alike * ceil(rows.maximum / lanes), axis=2)
+    return steps + alike * ceil(rows.maximum / lanes)
 
 
 def shared_fetches(given: jax.Array, queries: jax.Array, block: jax.Array) -> jax.Array:

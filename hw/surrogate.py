@@ -4,6 +4,7 @@ Equations, switches, limits and sources: docs/cost_model.md. Counts are per exam
 """
 
 import functools
+import itertools
 from typing import Any, Literal
 
 import jax
@@ -19,6 +20,7 @@ from codesign.hw.engine import (
     add_element_energy,
     add_to,
     area_mm2,
+    head_cycles,
     operation_energy_pj,
     standing_pj_per_cycle,
     unit_cycles,
@@ -352,10 +354,13 @@ def _layer_cycles(
     stages = [maximum([busy[name] for name in stage]) for stage in in_stages if stage]
     piped = {name for stage in in_stages for name in stage}
     memories = [value for name, value in busy.items() if name not in piped]
+    passed = stages
+    if structure.index_queue is not None and structure.fills_and_drains and stages:
+        passed = [_heads_in_turn(in_stages, workload, accelerator, maximum)]
     if structure.memory_overlaps:
-        cycles = maximum([*stages, *memories])
+        cycles = maximum([*passed, *memories])
     else:
-        cycles = functools.reduce(jnp.add, memories, maximum(stages))
+        cycles = functools.reduce(jnp.add, memories, maximum(passed))
     if not structure.fills_and_drains:
         return cycles
     if structure.moves_tiles:
@@ -363,6 +368,33 @@ def _layer_cycles(
     rows = jnp.sum(workload.rows["attention"].queries, axis=2)
     groups = jnp.maximum(rows / structure.rows_at_once, 1.0)
     return cycles + functools.reduce(jnp.add, stages) / groups + structure.drain_cycles
+
+
+def _heads_in_turn(
+    in_stages: list[list[str]], workload: Workload, accelerator: Accelerator, maximum: Maximum
+) -> jax.Array:
+    """Returns how long heads take through stages, one after the other, `[B, L]`.
+
+    Each head takes its slowest stage. Where a later stage is the slow one of a head and an earlier one that of the next,
+    the next begins early by the rows that the queue between stages holds.
+    """
+    cycles: dict[str, jax.Array] = {}
+    for unit in accelerator.structure.units:
+        cycles |= head_cycles(unit, workload, accelerator.sizes)
+    stages = [maximum([cycles[name] for name in stage]) for stage in in_stages if stage]
+    total = jnp.sum(maximum(stages), axis=2)
+    rows = jnp.maximum(workload.rows["attention"].queries, 1.0)
+    queued = jnp.minimum(accelerator.structure.index_queue / rows, 1.0)
+    ahead = [
+        jnp.minimum(
+            jnp.minimum(late * queued, jnp.maximum(late - early, 0.0))[..., :-1],
+            jnp.maximum(early - late, 0.0)[..., 1:],
+        )
+        for early, late in itertools.combinations(stages, 2)
+    ]
+    if not ahead:
+        return total
+    return total - jnp.sum(functools.reduce(jnp.maximum, ahead), axis=2)
 
 
 def _gemm_cost(gemms: dict[str, Gemm], accelerator: Accelerator, maximum: Maximum) -> HostCost:
