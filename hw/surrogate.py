@@ -376,7 +376,7 @@ def _heads_in_turn(
     """Returns how long heads take through stages, one after the other, `[B, L]`.
 
     Each head takes its slowest stage. Where a later stage is the slow one of a head and an earlier one that of the next,
-    the next begins early by the rows that the queue between stages holds.
+    as many rows of the next as the queue between stages holds have passed the earlier stage before the head ends.
     """
     cycles: dict[str, jax.Array] = {}
     for unit in accelerator.structure.units:
@@ -386,9 +386,14 @@ def _heads_in_turn(
     rows = jnp.maximum(workload.rows["attention"].queries, 1.0)
     queued = jnp.minimum(accelerator.structure.index_queue / rows, 1.0)
     ahead = [
-        jnp.minimum(
-            jnp.minimum(late * queued, jnp.maximum(late - early, 0.0))[..., :-1],
-            jnp.maximum(early - late, 0.0)[..., 1:],
+        functools.reduce(
+            jnp.minimum,
+            (
+                (late * queued)[..., :-1],
+                (early * queued)[..., 1:],
+                jnp.maximum(late - early, 0.0)[..., :-1],
+                jnp.maximum(early - late, 0.0)[..., 1:],
+            ),
         )
         for early, late in itertools.combinations(stages, 2)
     ]

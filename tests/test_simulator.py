@@ -230,6 +230,23 @@ def test_latency_within_one_percent_at_the_preset(tokens: int, kept: tuple[float
     np.testing.assert_allclose(surrogate.attention_cycles, simulation.attention_cycles, rtol=0.01)
 
 
+@pytest.mark.parametrize("slow_last", [True, False])
+def test_heads_of_different_slow_stages_take_turns(slow_last: bool):
+    """One head keeps nearly all keys, the other few: the stages' totals are alike, and neither is the latency."""
+    rng = np.random.default_rng(3)
+    tokens = 64
+    valid = np.ones((1, tokens), bool)
+    kept = ((0.9, 0.85), (0.3, 0.05))
+    heads = [make_masks(rng, (1, 1, 1, tokens), valid, *one, 0.5) for one in kept]
+    masks = np.concatenate(heads[::-1] if slow_last else heads, axis=2)
+    trace = make_trace(masks, valid, make_bits(None, 1), 64)
+    simulation, surrogate, _ = both(trace, SPEC)
+    slowest = max(cycles.item() for cycles in simulation.busy_cycles.values())
+    real = simulation.attention_cycles.item()
+    assert real > 1.1 * slowest
+    np.testing.assert_allclose(surrogate.attention_cycles, real, rtol=0.02)
+
+
 @jax.jit
 def jitted_cost(workload: Workload, sizes: dict[str, jax.Array]) -> Cost:
     return cost(workload, accelerator_from_spec(SPEC).replace(sizes=sizes))
