@@ -81,12 +81,12 @@ def test_machines_fill_the_area(name: str) -> None:
 
 @pytest.mark.parametrize("name", FACTORS)
 def test_a_machine_on_its_own_area_keeps_its_sizes(name: str) -> None:
-    """At a factor of 1; all but the bandwidth, which is the frame's."""
+    """At a factor of 1; all but the bandwidth and the clock, whose process is the frame's."""
     own, framed = (
         {key: float(size) for key, size in accelerator_from_spec(spec).sizes.items()}
         for spec in (load_preset(name), common_frame(load_preset(name), factor=1.0))
     )
-    assert framed == pytest.approx(own | {"dram.bytes_per_cycle": 59.8})
+    assert framed == pytest.approx(own | {"dram.bytes_per_cycle": 59.8, "clock": 1.0})
 
 
 @pytest.mark.parametrize("name", ["sofa", "lapa", "topk"])
