@@ -356,7 +356,7 @@ def _layer_cycles(
     memories = [value for name, value in busy.items() if name not in piped]
     passed = stages
     if structure.index_queue is not None and structure.fills_and_drains and stages:
-        passed = [_heads_in_turn(in_stages, workload, accelerator, maximum)]
+        passed = [_heads_in_turn(in_stages, structure.index_queue, workload, accelerator, maximum)]
     if structure.memory_overlaps:
         cycles = maximum([*passed, *memories])
     else:
@@ -371,7 +371,11 @@ def _layer_cycles(
 
 
 def _heads_in_turn(
-    in_stages: list[list[str]], workload: Workload, accelerator: Accelerator, maximum: Maximum
+    in_stages: list[list[str]],
+    queue: float,
+    workload: Workload,
+    accelerator: Accelerator,
+    maximum: Maximum,
 ) -> jax.Array:
     """Returns how long heads take through stages, one after the other, `[B, L]`.
 
@@ -384,7 +388,7 @@ def _heads_in_turn(
     stages = [maximum([cycles[name] for name in stage]) for stage in in_stages if stage]
     total = jnp.sum(maximum(stages), axis=2)
     rows = jnp.maximum(workload.rows["attention"].queries, 1.0)
-    queued = jnp.minimum(accelerator.structure.index_queue / rows, 1.0)
+    queued = jnp.minimum(queue / rows, 1.0)
     ahead = [
         functools.reduce(
             jnp.minimum,
