@@ -18,7 +18,7 @@ from codesign.experiments.cli import main
 from codesign.experiments.curve_settings import CurveSettings
 from codesign.experiments.finished import dense_folder, load_run
 from codesign.experiments.problem import Problem
-from codesign.hw.accelerator import accelerator_from_spec
+from codesign.hw.accelerator import CLOCK, accelerator_from_spec
 from codesign.hw.spec import load_preset
 
 
@@ -362,14 +362,18 @@ def test_simulator_on_text(
     _, mechanism, folder = text_folder
     record = answer(capsys, "simulate", folder / "run", "--num-examples", str(NUM_VALIDATION))
     assert record["counts_equal"]
-    # Rows of 16 keys and fewer: fill and drain weigh more than at the preset's lengths, most of
-    # all on AccelTran, whose attention of 40 cycles is a few waves of tiles on ready lanes.
-    limits = {"attention": 0.3 if mechanism == "acceltran" else 0.15, "end_to_end": 0.15}
-    for scope, limit in limits.items():
-        assert record[scope]["latency_cycles"]["largest_relative_error"] < limit
+    for scope in ("attention", "end_to_end"):
+        latency, energy = (record[scope][name] for name in ("latency_cycles", "energy_pj"))
+        if mechanism == "acceltran" and scope == "attention":
+            # Attention of 40 cycles: a few waves of tiles, and of the energy most is leakage meanwhile.
+            for one in (latency, energy):
+                assert one["simulator"] == pytest.approx(one["cost_model"], rel=0.25)
+            continue
+        # Rows of 16 keys and fewer: fill and drain weigh more than at the preset's lengths.
+        assert latency["largest_relative_error"] < 0.15
         # What SOFA's memories and scheduler draw goes with the latency, as does AccelTran's leakage.
-        energy = {"sofa": 0.03, "acceltran": limit}.get(mechanism, 1e-5)
-        assert record[scope]["energy_pj"]["largest_relative_error"] < energy
+        limit = {"sofa": 0.03, "acceltran": 0.15}.get(mechanism, 1e-5)
+        assert energy["largest_relative_error"] < limit
 
 
 def test_dense_models_lie_beside_the_run(tmp_path: Path) -> None:
@@ -430,6 +434,11 @@ def test_sizes_are_trained_built_exported_and_simulated(
     assert sizes["built"] != sizes["file"] and sizes["relaxed"].keys() == sizes["built"].keys()
     assert sizes["area_mm2"] <= sizes["caps"]["area_mm2"] * (1.0 + 1e-6)
     machine = accelerator_from_spec(load_preset(run / "machine.json"))
+    # The file that comes out has the clock as its own, and main memory's bytes in cycles of it.
+    clock = sizes["built"].pop(CLOCK)
+    sizes["built"]["dram.bytes_per_cycle"] /= clock
+    own = accelerator_from_spec(load_preset("energon")).structure.clock_hz
+    assert machine.structure.clock_hz == pytest.approx(own * clock)
     for name, value in sizes["built"].items():
         assert float(machine.sizes[name]) == pytest.approx(value, rel=1e-6), name
     finished = load_run(run, cache=folder / "dense", progress=False)
