@@ -33,7 +33,7 @@ from codesign.experiments.timing import (
     make_record,
     rate_record,
 )
-from codesign.hw.accelerator import Accelerator, accelerator_from_spec
+from codesign.hw.accelerator import CLOCK, Accelerator, accelerator_from_spec
 from codesign.hw.closed_form import workload_from_fractions
 from codesign.hw.operating_points import published_setting
 from codesign.hw.spec import load_preset
@@ -145,17 +145,24 @@ def bench_qwix(sizes: BenchSizes) -> list[Record]:
     ]
 
 
+def _moved_sizes(accelerator: Accelerator) -> list[str]:
+    """Returns the sizes that knobs move: all but the clock, whose range the supply bounds."""
+    return [name for name in accelerator.sizes if name != CLOCK]
+
+
 def moved_cost(knobs: jax.Array, workload: Workload, accelerator: Accelerator) -> jax.Array:
     """Returns `log_cost` of a machine and a model changed by the knobs, scalar.
 
     Args:
-      knobs: Logarithms of factors: on the machine's sizes; then, on the `NUM_WIDTHS` widths, each layer by layer.
+      knobs: Logarithms of factors: on the machine's sizes but the clock; then on the `NUM_WIDTHS` widths, layer by layer.
       workload: One example's.
       accelerator: The machine.
     """
     factors = jnp.exp(knobs)
-    num_sizes = len(accelerator.sizes)
-    sizes = {name: size * factors[i] for i, (name, size) in enumerate(accelerator.sizes.items())}
+    names = _moved_sizes(accelerator)
+    num_sizes = len(names)
+    changes = dict(zip(names, factors[:num_sizes], strict=True))
+    sizes = {name: size * changes.get(name, 1.0) for name, size in accelerator.sizes.items()}
     num_layers = workload.operations["qk.mac"].count.shape[1]
     *linear, of_qk, of_v = jnp.reshape(factors[num_sizes:], (NUM_WIDTHS, 1, num_layers))
     changed: Any = workload
@@ -182,7 +189,7 @@ def bench_optuna(sizes: BenchSizes) -> list[Record]:
     accelerator = accelerator_from_spec(spec)
     shape = model_shape(MINILM, sizes.short.num_tokens)
     workload = workload_from_fractions(shape, published_setting(spec))
-    bounds = [(-np.log(SIZE_SPAN), np.log(SIZE_SPAN))] * len(accelerator.sizes)
+    bounds = [(-np.log(SIZE_SPAN), np.log(SIZE_SPAN))] * len(_moved_sizes(accelerator))
     bounds += [(-np.log(WIDTH_SPAN), 0.0)] * (NUM_WIDTHS * shape.num_layers)
     start = jnp.asarray(np.mean(bounds, axis=1), jnp.float32)
     function = functools.partial(moved_cost, workload=workload, accelerator=accelerator)
