@@ -353,11 +353,19 @@ def test_esact_at_its_operating_point() -> None:
     # A window's scores need the keys of all tokens: 512 * 768 * 768 products, then those of the first window.
     keys = 301_989_888 / 512
     first = (busy["prediction"] - keys) * 8 / 512
+    counts = closed_form_workload(
+        load_preset("esact"), BERT, published_setting(load_preset("esact"))
+    ).operations
+    total = {name: float(jnp.sum(counts[name].count)) for name in counts}
+    # Twelve groups make the keys of their head's first window, the other four some of the later ones meanwhile.
+    make = total["generate.mac"] / 1024
+    share = total["fetch.bytes"] / 64 / total["generate.bytes"]
+    waited = make * (share * 16 / 12 + (1 - share) ** (16 / 12) - 1)
     # Tokens of 768 bytes at 128 per cycle come first; the last window's output leaves last.
     assert cycles == pytest.approx(
-        busy["execution"] + keys + first + 512 * 6 * (1 + 1 / 64), rel=1e-2
+        busy["execution"] + keys + first + waited + 512 * 6 * (1 + 1 / 64), rel=5e-3
     )
-    assert cycles == pytest.approx(2_373_548, rel=1e-6)
+    assert cycles == pytest.approx(2_413_020, rel=1e-6)
     hidden = busy["execution"] + (busy["prediction"] + busy["execution"]) * 8 / 512
     energy = price.energy_by_unit("end_to_end")
     core = sum(float(value[0]) for name, value in energy.items() if name != "dram")
