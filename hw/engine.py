@@ -13,7 +13,7 @@ from flax import struct
 from codesign import gates, units
 from codesign.hw.accelerator import Accelerator, UnitStructure
 from codesign.hw.gemm.counting import ceil
-from codesign.hw.rows import steps_of_rows
+from codesign.hw.rows import is_causal, row_shares, steps_of_rows
 from codesign.vocabulary import matches
 from codesign.workload import Workload
 
@@ -96,7 +96,8 @@ def head_cycles(
 ) -> dict[str, jax.Array]:
     """Returns the cycles a unit works on each head, `[B, L, H]`; empty if on none."""
     if unit.rule == "rows":
-        return _row_cycles(unit, workload, sizes)
+        parts = portion_cycles(unit, workload, sizes, 1)
+        return {name: value[..., 0] for name, value in parts.items()}
     cycles: dict[str, jax.Array] = {}
     for key, operation in workload.operations.items():
         if not matches(key, unit.paces):
@@ -114,11 +115,12 @@ def head_cycles(
     return cycles
 
 
-def _row_cycles(
-    unit: UnitStructure, workload: Workload, sizes: dict[str, jax.Array]
+def portion_cycles(
+    unit: UnitStructure, workload: Workload, sizes: dict[str, jax.Array], portions: int
 ) -> dict[str, jax.Array]:
-    """Returns the cycles of a unit that rows pass, `[B, L, H]`; empty if none do."""
+    """Returns the cycles of a unit that rows pass on equal portions of each head's rows, `[B, L, H, P]`; empty if none do."""
     steps_per_key = ceil(workload.head_dim / sizes[f"{unit.name}.width"]) if unit.has_width else 1.0
+    lanes = lanes_of(unit, sizes)
     cycles: dict[str, jax.Array] = {}
     queries = None
     for key, operation in workload.operations.items():
@@ -126,11 +128,13 @@ def _row_cycles(
             continue
         repeats = jnp.asarray(passes(operation.bits_a, operation.bits_b, unit))
         rows = workload.rows[key.partition(".")[0] if unit.rows == "filter*" else str(unit.rows)]
-        steps = steps_of_rows(rows, lanes_of(unit, sizes))
-        add_to(cycles, unit.name, steps * (repeats * steps_per_key / unit.per_lane))
+        steps = steps_of_rows(rows, lanes) * (repeats * steps_per_key / unit.per_lane)
+        shares = row_shares(rows, lanes, is_causal(workload), portions)
+        add_to(cycles, unit.name, steps[..., None] * shares)
         queries = rows.queries
     if queries is not None and unit.overhead_cycles:
-        add_to(cycles, unit.name, queries * unit.overhead_cycles)
+        overhead = queries * (unit.overhead_cycles / portions)
+        add_to(cycles, unit.name, overhead[..., None])
     return cycles
 
 

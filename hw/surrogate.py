@@ -4,7 +4,6 @@ Equations, switches, limits and sources: docs/cost_model.md. Counts are per exam
 """
 
 import functools
-import itertools
 from typing import Any, Literal
 
 import jax
@@ -20,7 +19,6 @@ from codesign.hw.engine import (
     add_element_energy,
     add_to,
     area_mm2,
-    head_cycles,
     operation_energy_pj,
     standing_pj_per_cycle,
     unit_cycles,
@@ -28,6 +26,7 @@ from codesign.hw.engine import (
 from codesign.hw.host import HostCost, Maximum, host_cost, host_mm2
 from codesign.hw.lane_chain import lane_latency
 from codesign.hw.linear import block_work, end_cost
+from codesign.hw.row_stages import heads_in_turn, stage_cycles, waits_for_memory
 from codesign.hw.tiles import tile_fill
 from codesign.hw.traffic import add_transfers, attention_writes, spilled_bytes, stream_bytes
 from codesign.hw.windows import window_cycles
@@ -354,11 +353,13 @@ def _layer_cycles(
     stages = [maximum([busy[name] for name in stage]) for stage in in_stages if stage]
     piped = {name for stage in in_stages for name in stage}
     memories = [value for name, value in busy.items() if name not in piped]
-    passed = stages
+    passed, waits = stages, jnp.zeros(())
     if structure.index_queue is not None and structure.fills_and_drains and stages:
-        passed = [_heads_in_turn(in_stages, structure.index_queue, workload, accelerator, maximum)]
+        portions = stage_cycles([one for one in in_stages if one], workload, accelerator, maximum)
+        passed = [heads_in_turn(portions, structure.index_queue, workload, maximum)]
+        waits = waits_for_memory(portions, busy["dram"])
     if structure.memory_overlaps:
-        cycles = maximum([*passed, *memories])
+        cycles = maximum([*passed, *memories]) + waits
     else:
         cycles = functools.reduce(jnp.add, memories, maximum(passed))
     if not structure.fills_and_drains:
@@ -368,42 +369,6 @@ def _layer_cycles(
     rows = jnp.sum(workload.rows["attention"].queries, axis=2)
     groups = jnp.maximum(rows / structure.rows_at_once, 1.0)
     return cycles + functools.reduce(jnp.add, stages) / groups + structure.drain_cycles
-
-
-def _heads_in_turn(
-    in_stages: list[list[str]],
-    queue: float,
-    workload: Workload,
-    accelerator: Accelerator,
-    maximum: Maximum,
-) -> jax.Array:
-    """Returns how long heads take through stages, one after the other, `[B, L]`.
-
-    Each head takes its slowest stage. Where a later stage is the slow one of a head and an earlier one that of the next,
-    as many rows of the next as the queue between stages holds have passed the earlier stage before the head ends.
-    """
-    cycles: dict[str, jax.Array] = {}
-    for unit in accelerator.structure.units:
-        cycles |= head_cycles(unit, workload, accelerator.sizes)
-    stages = [maximum([cycles[name] for name in stage]) for stage in in_stages if stage]
-    total = jnp.sum(maximum(stages), axis=2)
-    rows = jnp.maximum(workload.rows["attention"].queries, 1.0)
-    queued = jnp.minimum(queue / rows, 1.0)
-    ahead = [
-        functools.reduce(
-            jnp.minimum,
-            (
-                (late * queued)[..., :-1],
-                (early * queued)[..., 1:],
-                jnp.maximum(late - early, 0.0)[..., :-1],
-                jnp.maximum(early - late, 0.0)[..., 1:],
-            ),
-        )
-        for early, late in itertools.combinations(stages, 2)
-    ]
-    if not ahead:
-        return total
-    return total - jnp.sum(functools.reduce(jnp.maximum, ahead), axis=2)
 
 
 def _gemm_cost(gemms: dict[str, Gemm], accelerator: Accelerator, maximum: Maximum) -> HostCost:
