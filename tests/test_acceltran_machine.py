@@ -22,6 +22,10 @@ from codesign.hw.surrogate import SCOPES, Cost, cost
 from codesign.workload import Workload
 
 PRESETS = ("acceltran-edge", "acceltran-edge-lp", "acceltran-server")
+# Edge and Edge-LP share a main memory.
+EITHER_MEMORY = pytest.mark.parametrize(
+    "preset", [PRESETS[0], pytest.param(PRESETS[1], marks=pytest.mark.slow), PRESETS[2]]
+)
 EDGE = load_preset("acceltran-edge")
 # One head of 16 by 16 elements: every count below can be worked by hand.
 TOY = ModelShape(num_layers=1, num_tokens=16, num_heads=1, head_dim=16, width=16, hidden=32)
@@ -237,7 +241,7 @@ def test_utilisation_and_standing_power():
     assert float(difference) == pytest.approx(100.0, rel=1e-3)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@EITHER_MEMORY
 def test_breakdowns_add_up_and_points_are_ordered(preset: str):
     spec = load_preset(preset)
     latency, spent = {}, {}
@@ -277,7 +281,7 @@ def test_resized_preset_prices_as_the_resized_machine():
 
 
 @pytest.mark.parametrize("density", ["activation_density", "weight_density"])
-@pytest.mark.parametrize("preset", PRESETS)
+@EITHER_MEMORY
 def test_cycles_and_energy_fall_with_sparsity(density: str, preset: str):
     spec = load_preset(preset)
     with jax.enable_x64(True):
@@ -376,7 +380,7 @@ def differences(
     return jax.jit(jax.grad(fn))(flat), (plus - minus) / (2 * step)
 
 
-@pytest.mark.parametrize("preset", PRESETS[:2])
+@pytest.mark.parametrize("preset", [PRESETS[0], pytest.param(PRESETS[1], marks=pytest.mark.slow)])
 def test_gradients_match_central_differences(preset: str, monkeypatch: pytest.MonkeyPatch):
     """In float64, along the logarithm of every size and every leaf of the workload, densities included."""
     monkeypatch.setattr(gates, "straight_through", lambda hard, soft: soft)

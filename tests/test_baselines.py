@@ -26,8 +26,6 @@ from codesign.workload import attention_macs
 
 BASELINES = ("topk", "bitserial", "sanger", "a3", "spatten", "fact")
 BASELINE = pytest.mark.parametrize("name", BASELINES)
-SOFT_VARIANTS = pytest.mark.parametrize("variant", ["patches", "decoder"])
-"""Without padding and with it, all pairs and causal ones: what soft paths tell apart, at two thirds of the compilation."""
 FRACTIONAL = {"bitserial": {"plane_bits": 9.4}, "a3": {"search_bits": 3.4}}
 """Widths of a mechanism's own at which each has a derivative: no more planes than bits, say."""
 
@@ -46,9 +44,16 @@ def test_integer_path_equals_the_emulator(name: str) -> None:
     assert 0.1 < share < 0.9
 
 
-@SOFT_VARIANTS
-@BASELINE
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        pytest.param(name, "patches", marks=() if name == "sanger" else pytest.mark.slow)
+        for name in BASELINES
+    ]
+    + [(name, "decoder") for name in BASELINES],
+)
 def test_straight_through_decides_as_the_integer_path(name: str, variant: str) -> None:
+    """Without padding and with it, all pairs and causal ones: what soft paths tell apart."""
     model = model_of(variant, name)
     _, pairs = existing(model)
     policy = policy_of(model, name, seed=3)

@@ -328,6 +328,8 @@ def test_bad_settings_are_one_line(
     assert not out.exists()
 
 
+# .ci/run compares two mechanisms on digits.
+@pytest.mark.slow
 def test_a_comparison_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one mechanism and two uniform settings; `.ci/run` compares two on digits from the command line."""
     out = tmp_path / "out"

@@ -51,7 +51,7 @@ def folder(
 
 
 KINDS = (
-    ("text", "acceltran"),
+    pytest.param(("text", "acceltran"), marks=pytest.mark.slow),
     pytest.param(("decoder", "energon"), marks=pytest.mark.slow),
     ("decoder", "sofa"),
 )

@@ -392,8 +392,8 @@ def test_padding_changes_no_float(variant: str) -> None:
 @pytest.mark.parametrize(
     ("variant", "mechanism", "straight_through"),
     [
-        ("pooler", "energon", True),
-        ("decoder", "energon", True),
+        pytest.param("pooler", "energon", True, marks=pytest.mark.slow),
+        pytest.param("decoder", "energon", True, marks=pytest.mark.slow),
         ("decoder", "energon", False),
         ("decoder", "acceltran", True),
     ],

@@ -192,7 +192,7 @@ def test_the_first_head_waits_for_tokens_and_the_last_output_for_its_end() -> No
     assert busy["dram"] < latency < busy["dram"] + 1.01 * behind
 
 
-@ALL
+@pytest.mark.parametrize("name", ["sofa", pytest.param("lapa", marks=pytest.mark.slow), "esact"])
 def test_sizes_have_gradients(name: str) -> None:
     spec = load_preset(name)
     with jax.enable_x64(True):

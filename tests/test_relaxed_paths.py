@@ -91,7 +91,12 @@ class Relaxed:
         return compiled(program, policy, jnp.asarray(1.0), self.knobs(policy))
 
 
-@pytest.fixture(scope="module", params=list(LAYERS))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name == "bitserial" else ()) for name in LAYERS
+    ],
+)
 def relaxed(request: pytest.FixtureRequest) -> Relaxed:
     name = request.param
     model = small_model(LAYERS[name], factor=1.5)

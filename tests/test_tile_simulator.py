@@ -284,7 +284,7 @@ def draw_sizes(rng: np.random.Generator, spec: AcceleratorSpec) -> dict[str, flo
     return sizes
 
 
-@BOTH
+@pytest.mark.parametrize("name", ["sofa", pytest.param("lapa", marks=pytest.mark.slow)])
 def test_agreement_over_random_policies_and_sizes(name: str) -> None:
     """200 points, 8 sizes by 25 policies: 5 % in the mean, and the same order overall and at each size."""
     rng = np.random.default_rng(0)

@@ -366,7 +366,9 @@ def test_broken_budget_is_repaired_by_thresholds(tiny_problem: Problem, start: P
     np.testing.assert_array_equal(alpha(kept.policy), alpha(start.policy))
 
 
-@pytest.mark.parametrize("mechanism", ["energon", "acceltran"])
+@pytest.mark.parametrize(
+    "mechanism", ["energon", pytest.param("acceltran", marks=pytest.mark.slow)]
+)
 def test_rounded_widths_meet_the_budget_on_texts_of_all_lengths(mechanism: str) -> None:
     """Short texts cost another part of dense than long ones: widths that suit one batch break the budget on others."""
     preset = {"energon": "energon", "acceltran": "acceltran-edge"}[mechanism]
