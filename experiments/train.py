@@ -308,6 +308,8 @@ class BudgetedTraining:
         if run.checkpoint_step() is None:
             point = self.fitted(self._with_fitted_sizes(point, budget), budget)
             point = self._with_fitted_sizes(point, budget)
+        elif self.sizing is not None:
+            point = dataclasses.replace(point, sizes=self.sizing.start)
         done, tree = run.resume(self.initial(point, budget))
         if done > settings.num_steps:
             return finished_point(tree)

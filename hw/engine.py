@@ -118,7 +118,7 @@ def head_cycles(
 def portion_cycles(
     unit: UnitStructure, workload: Workload, sizes: dict[str, jax.Array], portions: int
 ) -> dict[str, jax.Array]:
-    """Returns the cycles of a unit that rows pass on equal portions of each head's rows, `[B, L, H, P]`; empty if none do."""
+    """Returns the cycles of a unit that rows pass on equal portions of a head's rows, `[B, L, H, P]`; empty if none do."""
     steps_per_key = ceil(workload.head_dim / sizes[f"{unit.name}.width"]) if unit.has_width else 1.0
     lanes = lanes_of(unit, sizes)
     cycles: dict[str, jax.Array] = {}

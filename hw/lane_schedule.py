@@ -71,6 +71,7 @@ class _State:
       written: When the memory of the activations is free.
       masked: When that of their masks is.
       taken: Times of main memory, in order.
+      spilling: Those among them of what does not fit on chip.
       loaded: When the last weights came.
       num_loaded: Operations, in order, whose weights have a time.
       held: Weights on chip, byte, by the operation that needs them, in order.
@@ -84,6 +85,7 @@ class _State:
     written: float = 0.0
     masked: float = 0.0
     taken: list[tuple[float, float]] = field(default_factory=list)
+    spilling: list[tuple[float, float]] = field(default_factory=list)
     loaded: float = 0.0
     num_loaded: int = 0
     held: list[tuple[float, int]] = field(default_factory=list)
@@ -199,7 +201,7 @@ def _execute(
         moved = 2.0 * surplus / machine.dram_rate
         _add(found.busy, "dram", moved)
         if machine.overlaps:
-            times = _reserve(state.taken, begin, moved)
+            times = _spill(state, begin, moved)
             found.spans += _moved(one.name, times)
             end = max(end, times[-1][1])
     return end
@@ -236,6 +238,30 @@ def _load(operations: Sequence[Operation], machine: LaneMachine, state: _State) 
 
 def _add(busy: dict[str, float], name: str, cycles: float) -> None:
     busy[name] = busy.get(name, 0.0) + cycles
+
+
+def _spill(state: _State, start: float, cycles: float) -> list[tuple[float, float]]:
+    """Gives what does not fit on chip main memory from `start` on, but for earlier such, and returns its times.
+
+    An operation waits for it: weights that were to come ahead of their need meanwhile come later, in their order. None of
+    them has been used, since an operation that is issued has waited no longer than this one.
+    """
+    times = _reserve(state.spilling, start, cycles)
+    late = {
+        place: [(max(begin, start), end) for begin, end in moving if end > start]
+        for place, moving in state.moving.items()
+    }
+    kept = [(begin, min(end, start)) for begin, end in state.taken if begin < start]
+    after = [(max(begin, start), end) for begin, end in state.spilling if end > start]
+    state.taken = kept + after
+    for place in sorted(place for place, parts in late.items() if parts):
+        left = sum(end - begin for begin, end in late[place])
+        again = _reserve(state.taken, late[place][0][0], left)
+        moving = [(begin, min(end, start)) for begin, end in state.moving[place] if begin < start]
+        state.moving[place] = moving + again
+        state.arrived[place] = again[-1][1]
+        state.loaded = max(state.loaded, again[-1][1])
+    return times
 
 
 def _reserve(

@@ -420,6 +420,9 @@ def test_sizes_are_trained_built_exported_and_simulated(
         jax.config.update("jax_disable_most_optimizations", True)
         try:
             assert call("train", "tiny", "--out", run, *budget) == 0
+            trained = (run / "result.json").read_text()
+            assert call("train", "tiny", "--out", run, *budget, "--resume") == 0
+            assert (run / "result.json").read_text() == trained
         finally:
             jax.config.update("jax_disable_most_optimizations", False)
         assert "bound sizes, which mode `joint` does not train" in refusal(
