@@ -68,19 +68,24 @@ class Setting:
     weight_density: float = 1.0
 
 
-def summed_grid(values: Sequence[float] | np.ndarray, shape: ModelShape) -> jax.Array:
-    """Returns one example's leaf `[1, L, 1, G]`, heads summed."""
-    row = jnp.asarray(np.asarray(values, float).reshape(1, 1, 1, -1), float)
-    return jnp.tile(row, (1, shape.num_layers, 1, 1))
-
-
 def scalar(value: float, shape: ModelShape) -> jax.Array:
     """Returns a number for every layer, `[1, L, 1]`."""
     return jnp.full((1, shape.num_layers, 1), value, float)
 
 
+def by_head(total: float, shape: ModelShape) -> jax.Array:
+    """Returns each head's part of a layer's number, all alike, `[1, L, H]`."""
+    return jnp.full((1, shape.num_layers, shape.num_heads), total / shape.num_heads, float)
+
+
+def grid_by_head(totals: Sequence[float] | np.ndarray, shape: ModelShape) -> jax.Array:
+    """Returns each head's part of a layer's numbers, all alike, `[1, L, H, G]`."""
+    row = np.asarray(totals, float).reshape(1, 1, 1, -1) / shape.num_heads
+    return jnp.tile(jnp.asarray(row, float), (1, shape.num_layers, shape.num_heads, 1))
+
+
 def workload_from_fractions(shape: ModelShape, setting: Setting) -> Workload:
-    """Returns one example's workload `[1, L, 1]`, the heads of a layer summed.
+    """Returns one example's workload `[1, L, H]`, heads alike.
 
     Every query row keeps the same number of keys, not necessarily whole: a step of several lanes
     counts at least once per row. Without `kept` the attention is dense.
@@ -102,7 +107,7 @@ def workload_from_fractions(shape: ModelShape, setting: Setting) -> Workload:
 
     def operation(count: float, bits_a: float, bits_b: float) -> Operation:
         return Operation(
-            count=scalar(count, shape),
+            count=by_head(count, shape),
             bits_a=scalar(bits_a, shape),
             bits_b=scalar(bits_b, shape),
         )
@@ -181,14 +186,14 @@ def row_lengths(shape: ModelShape) -> np.ndarray:
 
 
 def kept_rows(kept: float, shape: ModelShape) -> RowStatistics:
-    """Returns the statistics of rows that each keep a fraction of their keys, heads summed, `[1, L, 1, G]`."""
+    """Returns the statistics of rows that each keep a fraction of their keys, `[1, L, H, G]`."""
     keys = kept * row_lengths(shape)
     sizes = 2.0 ** np.arange(grid_levels(shape.num_tokens))
     steps = [np.sum(np.maximum(keys / size, 1.0) if size > 1 else keys) for size in sizes]
     return RowStatistics(
-        segments=summed_grid(np.asarray(steps) * shape.num_heads, shape),
-        queries=scalar(float(shape.num_tokens * shape.num_heads), shape),
-        maximum=scalar(float(keys[-1]), shape),
+        segments=grid_by_head(np.asarray(steps) * shape.num_heads, shape),
+        queries=by_head(float(shape.num_tokens * shape.num_heads), shape),
+        maximum=by_head(float(keys[-1] * shape.num_heads), shape),
     )
 
 
@@ -225,9 +230,9 @@ def moved_vectors(
     resident_bits: float,
     shape: ModelShape,
 ) -> Stream:
-    """Returns the stream of a number of vectors by query block, `[G]`, heads summed, each a head wide."""
+    """Returns the stream of a number of vectors by query block, `[G]`, those of all heads, each a head wide."""
     return Stream(
-        vectors=summed_grid(vectors, shape),
+        vectors=grid_by_head(vectors, shape),
         bits=scalar(bits, shape),
         resident_bits=scalar(resident_bits, shape),
         width=shape.head_dim,
