@@ -32,9 +32,13 @@ from codesign.vocabulary import KINDS, LINEAR_SITES, STAGES, check_key
 SERIAL_BITS = 12.0
 """Planes of a key that make a product, where it arrives bit by bit (BitStopper, arXiv 2512.06457)."""
 
+PORTIONS = 8
+"""Equal portions of a head's rows, in order, whose keys are counted apart: late rows may be longer than early ones."""
+
 __all__ = [
     "KINDS",
     "LINEAR_SITES",
+    "PORTIONS",
     "STAGES",
     "Gemm",
     "NonZero",
@@ -86,12 +90,14 @@ class RowStatistics:
     """Keys that the query rows of a head send into a stage.
 
     `segments[..., g]` is the sum over query rows of ceil(keys / 2**g), `[B, L, H, G]`: the steps that lanes taking
-    2**g keys at once need. `queries` is the number of query rows `[B, L, H]`; `maximum` the longest row `[B, L, H]`.
+    2**g keys at once need. `queries` is the number of query rows `[B, L, H]`; `maximum` the longest row `[B, L, H]`;
+    `portions` are the segments of equal portions of the query rows, in order, `[B, L, H, P, G]`.
     """
 
     segments: jax.Array
     queries: jax.Array
     maximum: jax.Array
+    portions: jax.Array
 
 
 @struct.dataclass
@@ -222,11 +228,35 @@ def row_statistics(keys: jax.Array, valid_rows: jax.Array, num_keys: int) -> Row
       num_keys: S, which sets the grid.
     """
     sizes = jnp.asarray([2.0**g for g in range(grid_levels(num_keys))], keys.dtype)
-    hard = jnp.sum(jnp.ceil(gates.detach(keys)[..., None] / sizes[None, None, None, :]), axis=2)
+    steps = jnp.ceil(gates.detach(keys)[..., None] / sizes[None, None, None, :])
     # The sum before the division: on the way back every row of a head gets the same.
-    segments = gates.straight_through(hard, jnp.sum(keys, axis=2)[..., None] / sizes[None, None, :])
+    segments = gates.straight_through(
+        jnp.sum(steps, axis=2), jnp.sum(keys, axis=2)[..., None] / sizes[None, None, :]
+    )
+    shares = _portion_shares(gates.detach(valid_rows), keys)
+    in_portions = jnp.einsum("bht,bhtp->bhp", keys, shares)
+    portions = gates.straight_through(
+        jnp.einsum("bhtg,bhtp->bhpg", steps, shares),
+        in_portions[..., None] / sizes[None, None, None, :],
+    )
     queries = jnp.broadcast_to(jnp.sum(valid_rows, axis=-1), keys.shape[:2])
-    return RowStatistics(segments=segments, queries=queries, maximum=jnp.max(keys, axis=-1))
+    return RowStatistics(
+        segments=segments,
+        queries=queries,
+        maximum=jnp.max(keys, axis=-1),
+        portions=portions,
+    )
+
+
+def _portion_shares(valid_rows: jax.Array, keys: jax.Array) -> jax.Array:
+    """Returns the share of each row in equal portions of the existing ones, `[B, H, T, P]`; one between two is of both."""
+    rows = jnp.broadcast_to(valid_rows, keys.shape).astype(keys.dtype)
+    after = jnp.cumsum(rows, axis=-1)
+    to_portions = PORTIONS / jnp.maximum(after[..., -1:], 1.0)
+    end, length = ((one * to_portions)[..., None] for one in (after, rows))
+    bounds = jnp.arange(PORTIONS + 1, dtype=keys.dtype)[None, None, None]
+    covered = jnp.minimum(end, bounds[..., 1:]) - jnp.maximum(end - length, bounds[..., :-1])
+    return jnp.maximum(covered, 0.0) / jnp.where(length > 0.0, length, 1.0)
 
 
 def piece_statistics(weights: jax.Array, size: int) -> RowStatistics:

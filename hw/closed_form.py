@@ -10,6 +10,7 @@ import numpy as np
 from codesign.errors import UnknownNameError
 from codesign.vocabulary import SITES
 from codesign.workload import (
+    PORTIONS,
     Gemm,
     Operation,
     RowStatistics,
@@ -185,16 +186,34 @@ def row_lengths(shape: ModelShape) -> np.ndarray:
     return np.arange(1.0, tokens + 1.0) if shape.is_causal else np.full(tokens, float(tokens))
 
 
+def row_statistics(steps: np.ndarray, longest: float, shape: ModelShape) -> RowStatistics:
+    """Returns the statistics of rows, alike in all heads.
+
+    Args:
+      steps: What each row of a head takes on lanes of 1, 2, 4, ... keys, `[N, G]`.
+      longest: Keys of the longest row.
+      shape: The model.
+    """
+    number, levels = steps.shape
+    bounds = np.linspace(0.0, number, PORTIONS + 1)
+    passed = np.vstack([np.zeros((1, levels)), np.cumsum(steps, axis=0)])
+    total = [np.interp(bounds, np.arange(number + 1), level) for level in passed.T]
+    heads = (1, shape.num_layers, shape.num_heads)
+    portions = np.broadcast_to(np.diff(total, axis=1).T, (*heads, PORTIONS, levels))
+    return RowStatistics(
+        segments=jnp.asarray(np.broadcast_to(np.sum(steps, axis=0), (*heads, levels)), float),
+        queries=jnp.full(heads, float(number)),
+        maximum=jnp.full(heads, longest, float),
+        portions=jnp.asarray(portions, float),
+    )
+
+
 def kept_rows(kept: float, shape: ModelShape) -> RowStatistics:
     """Returns the statistics of rows that each keep a fraction of their keys, `[1, L, H, G]`."""
     keys = kept * row_lengths(shape)
     sizes = 2.0 ** np.arange(grid_levels(shape.num_tokens))
-    steps = [np.sum(np.maximum(keys / size, 1.0) if size > 1 else keys) for size in sizes]
-    return RowStatistics(
-        segments=grid_by_head(np.asarray(steps) * shape.num_heads, shape),
-        queries=by_head(float(shape.num_tokens * shape.num_heads), shape),
-        maximum=by_head(float(keys[-1] * shape.num_heads), shape),
-    )
+    steps = np.where(sizes > 1.0, np.maximum(keys[:, None] / sizes, 1.0), keys[:, None])
+    return row_statistics(steps, float(keys[-1]), shape)
 
 
 def wanted_vectors(kept: float, setting: Setting, shape: ModelShape) -> np.ndarray:

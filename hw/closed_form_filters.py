@@ -12,10 +12,10 @@ from codesign.hw.closed_form import (
     ModelShape,
     Setting,
     by_head,
-    grid_by_head,
     kept_rows,
     moved_vectors,
     row_lengths,
+    row_statistics,
     scalar,
     wanted_vectors,
     workload_from_fractions,
@@ -148,11 +148,8 @@ def searched_workload(shape: ModelShape, setting: Setting) -> Workload:
         "pv.mac": operation(kept * pairs * shape.head_dim, qk, setting.v_bits),
     }
     sizes = 2.0 ** np.arange(9)
-    searched = RowStatistics(
-        segments=grid_by_head(queries * np.maximum(steps / sizes, 1.0), shape),
-        queries=by_head(queries, shape),
-        maximum=by_head(steps * shape.num_heads, shape),
-    )
+    each = np.broadcast_to(np.maximum(steps / sizes, 1.0), (shape.num_tokens, len(sizes)))
+    searched = row_statistics(each, steps, shape)
     rows |= {
         "scored": kept_rows(scored, shape),
         "attention": kept_rows(kept, shape),
@@ -258,14 +255,7 @@ def packed_workload(shape: ModelShape, setting: Setting) -> Workload:
 def _pieces(kept: float, shape: ModelShape) -> RowStatistics:
     """Returns the statistics of pieces of 64 keys, of which every row keeps the same fraction."""
     starts = np.arange(0, shape.num_tokens, PIECE)
-    keys = kept * np.clip(row_lengths(shape)[:, None] - starts[None, :], 0, PIECE)
+    keys = kept * np.clip(row_lengths(shape)[:, None] - starts[None, :], 0, PIECE).reshape(-1, 1)
     sizes = 2.0 ** np.arange(grid_levels(PIECE))
-    steps = [
-        np.sum(np.where(keys > 0, np.maximum(keys / size, 1.0), 0.0) if size > 1 else keys)
-        for size in sizes
-    ]
-    return RowStatistics(
-        segments=grid_by_head(np.asarray(steps) * shape.num_heads, shape),
-        queries=by_head(float(keys.size * shape.num_heads), shape),
-        maximum=by_head(float(np.max(keys) * shape.num_heads), shape),
-    )
+    steps = np.where(sizes > 1.0, np.where(keys > 0, np.maximum(keys / sizes, 1.0), 0.0), keys)
+    return row_statistics(steps, float(np.max(keys)), shape)

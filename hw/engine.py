@@ -13,9 +13,9 @@ from flax import struct
 from codesign import gates, units
 from codesign.hw.accelerator import Accelerator, UnitStructure
 from codesign.hw.gemm.counting import ceil
-from codesign.hw.rows import is_causal, row_shares, steps_of_rows
+from codesign.hw.rows import steps_by_portion
 from codesign.vocabulary import matches
-from codesign.workload import Workload
+from codesign.workload import PORTIONS, Workload
 
 OPERAND_SITES = {"qk.mac": ("query", "key"), "pv.mac": ("probabilities", "value")}
 """Tensors that enter the products of attention; their densities are those of the workload."""
@@ -96,8 +96,8 @@ def head_cycles(
 ) -> dict[str, jax.Array]:
     """Returns the cycles a unit works on each head, `[B, L, H]`; empty if on none."""
     if unit.rule == "rows":
-        parts = portion_cycles(unit, workload, sizes, 1)
-        return {name: value[..., 0] for name, value in parts.items()}
+        parts = portion_cycles(unit, workload, sizes)
+        return {name: jnp.sum(value, axis=3) for name, value in parts.items()}
     cycles: dict[str, jax.Array] = {}
     for key, operation in workload.operations.items():
         if not matches(key, unit.paces):
@@ -116,7 +116,7 @@ def head_cycles(
 
 
 def portion_cycles(
-    unit: UnitStructure, workload: Workload, sizes: dict[str, jax.Array], portions: int
+    unit: UnitStructure, workload: Workload, sizes: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """Returns the cycles of a unit that rows pass on equal portions of a head's rows, `[B, L, H, P]`; empty if none do."""
     steps_per_key = ceil(workload.head_dim / sizes[f"{unit.name}.width"]) if unit.has_width else 1.0
@@ -126,14 +126,13 @@ def portion_cycles(
     for key, operation in workload.operations.items():
         if not matches(key, unit.paces):
             continue
-        repeats = jnp.asarray(passes(operation.bits_a, operation.bits_b, unit))
+        repeats = passes(operation.bits_a, operation.bits_b, unit) * jnp.ones((1, 1, 1))
         rows = workload.rows[key.partition(".")[0] if unit.rows == "filter*" else str(unit.rows)]
-        steps = steps_of_rows(rows, lanes) * (repeats * steps_per_key / unit.per_lane)
-        shares = row_shares(rows, lanes, is_causal(workload), portions)
-        add_to(cycles, unit.name, steps[..., None] * shares)
+        steps = steps_by_portion(rows, lanes)
+        add_to(cycles, unit.name, steps * (repeats * steps_per_key / unit.per_lane)[..., None])
         queries = rows.queries
     if queries is not None and unit.overhead_cycles:
-        overhead = queries * (unit.overhead_cycles / portions)
+        overhead = queries * (unit.overhead_cycles / PORTIONS)
         add_to(cycles, unit.name, overhead[..., None])
     return cycles
 

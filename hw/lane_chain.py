@@ -128,7 +128,7 @@ def _layer(
         written=none,
         masked=none,
     )
-    dram, total = behind, none
+    dram, total, fitted = behind, none, none
     ends: dict[str, jax.Array] = {}
     for name in (one for one in STEPS if one in steps):
         step = steps[name]
@@ -142,7 +142,10 @@ def _layer(
         begin, end, clock = _run(step, ready, clock, accelerator)
         back = step.spilled / rate
         if structure.memory_overlaps:
-            end = jnp.maximum(end, jnp.where(back > 0.0, begin + back, 0.0))
+            # It goes before weights, in turn.
+            done = _in_turn(begin, back, fitted)
+            end = jnp.maximum(end, jnp.where(back > 0.0, done, 0.0))
+            fitted = jnp.max(jnp.where(back > 0.0, done, fitted[:, None]), axis=1)
         gone = jnp.sum(back, axis=1)
         dram = dram + moved
         # What does not fit cannot be moved before the layer runs.

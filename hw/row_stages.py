@@ -14,9 +14,6 @@ from codesign.hw.engine import portion_cycles
 from codesign.hw.host import Maximum
 from codesign.workload import Workload
 
-PORTIONS = 8
-"""Portions of a head's rows whose slowest stage is sought, one after the other."""
-
 
 def stage_cycles(
     stages: list[list[str]], workload: Workload, accelerator: Accelerator, maximum: Maximum
@@ -31,7 +28,7 @@ def stage_cycles(
     """
     cycles: dict[str, jax.Array] = {}
     for unit in accelerator.structure.units:
-        cycles |= portion_cycles(unit, workload, accelerator.sizes, PORTIONS)
+        cycles |= portion_cycles(unit, workload, accelerator.sizes)
     return jnp.stack([maximum([cycles[name] for name in stage]) for stage in stages], axis=-1)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from codesign import gates
 from codesign.hw.gemm.counting import ceil
-from codesign.workload import RowStatistics, Workload
+from codesign.workload import RowStatistics
 
 
 def _floor(x: jax.Array) -> jax.Array:
@@ -51,42 +51,15 @@ def steps_of_rows(rows: RowStatistics, lanes: jax.Array) -> jax.Array:
     return steps + alike * ceil(rows.maximum / lanes)
 
 
-def is_causal(workload: Workload) -> jax.Array:
-    """Returns 1 for heads whose rows attend to themselves and those before them only, 0 where to all, `[B, L, H]`.
-
-    Read off the longest set of rows, that of all existing pairs: in the mean (n + 1) / 2 keys of n, or n.
-    """
-    rows = workload.rows
-    pairs = next(rows[name] for name in ("all", "filter0", "attention") if name in rows)
-    mean = pairs.segments[..., 0] / jnp.maximum(pairs.queries, 1.0)
-    beyond = jnp.maximum(pairs.maximum - 1.0, 1.0) / 2.0
-    return jnp.clip((pairs.maximum - mean) / beyond, 0.0, 1.0)
-
-
-def row_shares(
-    rows: RowStatistics, lanes: jax.Array, causal: jax.Array, portions: int
-) -> jax.Array:
-    """Returns the share of a head's steps in equal portions of its rows, in order, `[B, L, H, P]`.
-
-    Rows of a causal model grow with a slope up to the longest, and stay there: then the mean row says where the slope
-    ends, and with a mean row below half of the longest it does not. All others are alike.
-
-    Args:
-      rows: Their keys.
-      lanes: Of the unit, scalar.
-      causal: What `is_causal` says.
-      portions: P.
-    """
-    if portions == 1:
-        return jnp.ones((1, 1, 1, 1))
-    most = jnp.maximum(ceil(rows.maximum / lanes), 1.0)
-    mean = steps_of_rows(rows, lanes) / jnp.maximum(rows.queries, 1.0) / most
-    slope = jnp.clip(2.0 * (1.0 - mean), 1.0 / portions, 1.0)[..., None]
-    until = (jnp.arange(portions + 1) / portions)[None, None, None]
-    rising = jnp.minimum(until, slope)
-    grown = (rising**2 / (2.0 * slope) + until - rising) / (1.0 - slope / 2.0)
-    grown = until + causal[..., None] * (grown - until)
-    return grown[..., 1:] - grown[..., :-1]
+def steps_by_portion(rows: RowStatistics, lanes: jax.Array) -> jax.Array:
+    """Returns the steps of equal portions of a head's rows, in order, `[B, L, H, P]`."""
+    queries = jnp.broadcast_to(rows.queries[..., None], rows.portions.shape[:-1])
+    portions: RowStatistics = rows.replace(  # type: ignore[attr-defined]
+        segments=rows.portions,
+        queries=queries / queries.shape[3],
+        maximum=jnp.broadcast_to(rows.maximum[..., None], queries.shape),
+    )
+    return steps_of_rows(portions, lanes)
 
 
 def shared_fetches(given: jax.Array, queries: jax.Array, block: jax.Array) -> jax.Array:

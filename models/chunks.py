@@ -15,7 +15,7 @@ from flax import struct
 from codesign.backward import keeping_marked, kept
 from codesign.mechanisms.protocol import Context, Counts, Hooks, Operands, Plan, keep_carry
 from codesign.parts import MAX_PAIRS, most_examples
-from codesign.workload import Operation, RowStatistics
+from codesign.workload import Operation
 
 
 @struct.dataclass
@@ -157,10 +157,7 @@ def _together(stacked: Counts, chunks: Chunks, grid: tuple[int, int]) -> Counts:
             name: Operation(by_both(o.count), shared(o.bits_a), shared(o.bits_b))
             for name, o in stacked.operations.items()
         },
-        rows={
-            name: RowStatistics(by_both(r.segments), by_both(r.queries), by_both(r.maximum))
-            for name, r in stacked.rows.items()
-        },
+        rows={name: jax.tree.map(by_both, r) for name, r in stacked.rows.items()},
         streams={
             name: s.replace(  # type: ignore[attr-defined]
                 vectors=by_both(s.vectors),
