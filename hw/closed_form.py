@@ -69,24 +69,19 @@ class Setting:
     weight_density: float = 1.0
 
 
+def summed_grid(values: Sequence[float] | np.ndarray, shape: ModelShape) -> jax.Array:
+    """Returns one example's leaf `[1, L, 1, G]`, heads summed."""
+    row = jnp.asarray(np.asarray(values, float).reshape(1, 1, 1, -1), float)
+    return jnp.tile(row, (1, shape.num_layers, 1, 1))
+
+
 def scalar(value: float, shape: ModelShape) -> jax.Array:
     """Returns a number for every layer, `[1, L, 1]`."""
     return jnp.full((1, shape.num_layers, 1), value, float)
 
 
-def by_head(total: float, shape: ModelShape) -> jax.Array:
-    """Returns each head's part of a layer's number, all alike, `[1, L, H]`."""
-    return jnp.full((1, shape.num_layers, shape.num_heads), total / shape.num_heads, float)
-
-
-def grid_by_head(totals: Sequence[float] | np.ndarray, shape: ModelShape) -> jax.Array:
-    """Returns each head's part of a layer's numbers, all alike, `[1, L, H, G]`."""
-    row = np.asarray(totals, float).reshape(1, 1, 1, -1) / shape.num_heads
-    return jnp.tile(jnp.asarray(row, float), (1, shape.num_layers, shape.num_heads, 1))
-
-
 def workload_from_fractions(shape: ModelShape, setting: Setting) -> Workload:
-    """Returns one example's workload `[1, L, H]`, heads alike.
+    """Returns one example's workload `[1, L, 1]`, the heads of a layer summed.
 
     Every query row keeps the same number of keys, not necessarily whole: a step of several lanes
     counts at least once per row. Without `kept` the attention is dense.
@@ -108,7 +103,7 @@ def workload_from_fractions(shape: ModelShape, setting: Setting) -> Workload:
 
     def operation(count: float, bits_a: float, bits_b: float) -> Operation:
         return Operation(
-            count=by_head(count, shape),
+            count=scalar(count, shape),
             bits_a=scalar(bits_a, shape),
             bits_b=scalar(bits_b, shape),
         )
@@ -186,34 +181,33 @@ def row_lengths(shape: ModelShape) -> np.ndarray:
     return np.arange(1.0, tokens + 1.0) if shape.is_causal else np.full(tokens, float(tokens))
 
 
+def kept_rows(kept: float, shape: ModelShape) -> RowStatistics:
+    """Returns the statistics of rows that each keep a fraction of their keys, heads summed."""
+    keys = kept * row_lengths(shape)
+    sizes = 2.0 ** np.arange(grid_levels(shape.num_tokens))
+    steps = np.where(sizes > 1.0, np.maximum(keys[:, None] / sizes, 1.0), keys[:, None])
+    return row_statistics(steps, float(keys[-1]), shape)
+
+
 def row_statistics(steps: np.ndarray, longest: float, shape: ModelShape) -> RowStatistics:
-    """Returns the statistics of rows, alike in all heads.
+    """Returns the statistics of rows, heads summed, `[1, L, 1, ...]`.
 
     Args:
       steps: What each row of a head takes on lanes of 1, 2, 4, ... keys, `[N, G]`.
       longest: Keys of the longest row.
       shape: The model.
     """
-    number, levels = steps.shape
+    number = len(steps)
     bounds = np.linspace(0.0, number, PORTIONS + 1)
-    passed = np.vstack([np.zeros((1, levels)), np.cumsum(steps, axis=0)])
-    total = [np.interp(bounds, np.arange(number + 1), level) for level in passed.T]
-    heads = (1, shape.num_layers, shape.num_heads)
-    portions = np.broadcast_to(np.diff(total, axis=1).T, (*heads, PORTIONS, levels))
+    passed = np.vstack([np.zeros_like(steps[:1]), np.cumsum(steps, axis=0)])
+    by_level = [np.diff(np.interp(bounds, np.arange(number + 1), one)) for one in passed.T]
+    portions = np.stack(by_level, axis=-1) * shape.num_heads
     return RowStatistics(
-        segments=jnp.asarray(np.broadcast_to(np.sum(steps, axis=0), (*heads, levels)), float),
-        queries=jnp.full(heads, float(number)),
-        maximum=jnp.full(heads, longest, float),
-        portions=jnp.asarray(portions, float),
+        segments=summed_grid(np.sum(steps, axis=0) * shape.num_heads, shape),
+        queries=scalar(float(number * shape.num_heads), shape),
+        maximum=scalar(longest, shape),
+        portions=jnp.tile(jnp.asarray(portions, float), (1, shape.num_layers, 1, 1, 1)),
     )
-
-
-def kept_rows(kept: float, shape: ModelShape) -> RowStatistics:
-    """Returns the statistics of rows that each keep a fraction of their keys, `[1, L, H, G]`."""
-    keys = kept * row_lengths(shape)
-    sizes = 2.0 ** np.arange(grid_levels(shape.num_tokens))
-    steps = np.where(sizes > 1.0, np.maximum(keys[:, None] / sizes, 1.0), keys[:, None])
-    return row_statistics(steps, float(keys[-1]), shape)
 
 
 def wanted_vectors(kept: float, setting: Setting, shape: ModelShape) -> np.ndarray:
@@ -249,9 +243,9 @@ def moved_vectors(
     resident_bits: float,
     shape: ModelShape,
 ) -> Stream:
-    """Returns the stream of a number of vectors by query block, `[G]`, those of all heads, each a head wide."""
+    """Returns the stream of a number of vectors by query block, `[G]`, heads summed, each a head wide."""
     return Stream(
-        vectors=grid_by_head(vectors, shape),
+        vectors=summed_grid(vectors, shape),
         bits=scalar(bits, shape),
         resident_bits=scalar(resident_bits, shape),
         width=shape.head_dim,

@@ -6,12 +6,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from codesign.hw.closed_form import (
     ModelShape,
     Setting,
-    by_head,
     kept_rows,
     moved_vectors,
     row_lengths,
@@ -27,7 +27,7 @@ from codesign.workload import Operation, RowStatistics, Stream, Workload, grid_l
 
 
 def masked_workload(shape: ModelShape, setting: Setting) -> Workload:
-    """Returns one example's workload `[1, L, H]` on a machine that runs exact attention on pairs found at no cost.
+    """Returns one example's workload `[1, L, 1]` on a machine that runs exact attention on pairs found at no cost.
 
     `kept` is what is left of a row; without it the attention is dense.
     """
@@ -55,7 +55,7 @@ def masked_workload(shape: ModelShape, setting: Setting) -> Workload:
 
 
 def scored_workload(shape: ModelShape, setting: Setting) -> Workload:
-    """Returns one example's workload `[1, L, H]` on a machine that scores all pairs and keeps the largest of each row.
+    """Returns one example's workload `[1, L, 1]` on a machine that scores all pairs and keeps the largest of each row.
 
     `kept` is what is left of a row; without it nothing is selected.
     """
@@ -88,7 +88,7 @@ def scored_workload(shape: ModelShape, setting: Setting) -> Workload:
 
 
 def serial_workload(shape: ModelShape, setting: Setting) -> Workload:
-    """Returns one example's workload `[1, L, H]` on a machine that takes keys bit by bit and drops them on the way.
+    """Returns one example's workload `[1, L, 1]` on a machine that takes keys bit by bit and drops them on the way.
 
     `kept` is what each plane leaves of a row, `key_bits` being 1, 2, ...; without it all planes see all keys. Bits beyond
     those that the machine takes are left out.
@@ -116,7 +116,7 @@ def serial_workload(shape: ModelShape, setting: Setting) -> Workload:
 
 
 def searched_workload(shape: ModelShape, setting: Setting) -> Workload:
-    """Returns one example's workload `[1, L, H]` on a machine that searches candidates and reads all keys and values.
+    """Returns one example's workload `[1, L, 1]` on a machine that searches candidates and reads all keys and values.
 
     `kept` are the fractions of candidates and of keys that stay; without it there is no search.
     """
@@ -130,9 +130,9 @@ def searched_workload(shape: ModelShape, setting: Setting) -> Workload:
     pairs = whole.operations["softmax.exp"].count
     scored, kept = setting.kept[0], setting.kept[-1]
 
-    def operation(count: jax.Array, bits_a: float, bits_b: float) -> Operation:
+    def operation(count: jax.Array | float, bits_a: float, bits_b: float) -> Operation:
         return Operation(
-            count=count,
+            count=jnp.broadcast_to(jnp.asarray(count, float), pairs.shape),
             bits_a=scalar(bits_a, shape),
             bits_b=scalar(bits_b, shape),
         )
@@ -140,8 +140,8 @@ def searched_workload(shape: ModelShape, setting: Setting) -> Workload:
     levels = float((shape.head_dim - 1).bit_length())
     qk, wide = setting.qk_bits, 2.0 * setting.qk_bits
     operations = whole.operations | {
-        "predict.multiply": operation(by_head(2.0 * steps * queries, shape), qk, qk),
-        "predict.compare": operation(by_head(2.0 * steps * queries * levels, shape), wide, 1.0),
+        "predict.multiply": operation(2.0 * steps * queries, qk, qk),
+        "predict.compare": operation(2.0 * steps * queries * levels, wide, 1.0),
         "threshold.compare": operation(scored * pairs, wide, 1.0),
         "qk.mac": operation(scored * pairs * shape.head_dim, qk, qk),
         "softmax.exp": operation(kept * pairs, qk, qk),
@@ -160,7 +160,7 @@ def searched_workload(shape: ModelShape, setting: Setting) -> Workload:
 
 
 def cascade_workload(shape: ModelShape, setting: Setting) -> Workload:
-    """Returns one example's workload `[1, L, H]` on a machine that prunes tokens and reads low bits on demand.
+    """Returns one example's workload `[1, L, 1]` on a machine that prunes tokens and reads low bits on demand.
 
     `kept` are the fraction of tokens, alike in all layers, of rows that read all bits, and of values that are used; all
     heads stay. Without it nothing is pruned.
@@ -187,7 +187,7 @@ def cascade_workload(shape: ModelShape, setting: Setting) -> Workload:
 
     qk, value = setting.qk_bits, setting.v_bits
     products = pairs * shape.head_dim
-    compared = left.num_tokens / shape.num_heads + 1.0
+    compared = float(left.num_tokens + shape.num_heads)
     operations = {
         "filter0.mac": operation(products, high_bits, high_bits),
         "threshold.compare": operation(queries, 16.0, 1.0),
@@ -220,7 +220,7 @@ def cascade_workload(shape: ModelShape, setting: Setting) -> Workload:
 
 
 def packed_workload(shape: ModelShape, setting: Setting) -> Workload:
-    """Returns one example's workload `[1, L, H]` on a machine that packs the pairs of a 4-bit mask.
+    """Returns one example's workload `[1, L, 1]` on a machine that packs the pairs of a 4-bit mask.
 
     `kept` is what is left of a row, alike in all its pieces of 64 keys; without it nothing is predicted.
     """

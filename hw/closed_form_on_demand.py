@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,7 +11,6 @@ from codesign.fake_quantize import RESIDUAL_BITS
 from codesign.hw.closed_form import (
     ModelShape,
     Setting,
-    by_head,
     moved_vectors,
     row_lengths,
     scalar,
@@ -23,7 +23,7 @@ from codesign.mechanisms.on_demand import WEIGHT_CODE_BITS
 from codesign.mechanisms.sofa import QUERY_CODE_BITS, SCORE_BITS
 from codesign.segments import SORTER_INPUTS, SORTER_OUTPUTS
 from codesign.units import BITS_PER_BYTE
-from codesign.workload import Operation, Stream, Workload, grid_levels
+from codesign.workload import Gemm, Operation, RowStatistics, Stream, Workload, grid_levels
 
 NARROW_ROW = 0.5
 """What a feed-forward row of four bits counts (two of its products take the place of one)."""
@@ -55,7 +55,7 @@ def on_demand_workload(shape: ModelShape, setting: Setting, *, sorts: bool) -> W
 
     def operation(count: float, bits_a: float, bits_b: float) -> Operation:
         return Operation(
-            count=by_head(count, shape),
+            count=scalar(count, shape),
             bits_a=scalar(bits_a, shape),
             bits_b=scalar(bits_b, shape),
         )
@@ -114,13 +114,7 @@ def on_demand_workload(shape: ModelShape, setting: Setting, *, sorts: bool) -> W
     gemms = dict(dense.block_gemms)
     gemms["qkv"] = dataclasses.replace(gemms["qkv"], outer=heads * head_dim)
 
-    return dataclasses.replace(
-        dense,
-        operations=operations,
-        rows={"attention": dense.rows["attention"]},
-        streams=streams,
-        block_gemms=gemms,
-    )
+    return _by_head(dense, operations, streams, gemms, heads)
 
 
 def _segments(kept: float, setting: Setting, shape: ModelShape) -> np.ndarray:
@@ -132,6 +126,41 @@ def _segments(kept: float, setting: Setting, shape: ModelShape) -> np.ndarray:
         passes = np.ceil(np.ceil(kept * sizes) / SORTER_OUTPUTS)
         totals += [np.sum(np.ceil(sizes / SORTER_INPUTS) * passes), len(sizes)]
     return totals
+
+
+def _by_head(
+    dense: Workload,
+    operations: dict[str, Operation],
+    streams: dict[str, Stream],
+    gemms: dict[str, Gemm],
+    heads: int,
+) -> Workload:
+    """Returns a workload head by head from sums over heads; rows are those of `dense`."""
+
+    def apart(total: jax.Array) -> jax.Array:
+        return jnp.repeat(total / heads, heads, axis=2)
+
+    rows = dense.rows["attention"]
+    return dataclasses.replace(
+        dense,
+        operations={
+            name: Operation(apart(one.count), one.bits_a, one.bits_b)
+            for name, one in operations.items()
+        },
+        rows={
+            "attention": RowStatistics(
+                segments=apart(rows.segments),
+                queries=apart(rows.queries),
+                maximum=jnp.repeat(rows.maximum, heads, axis=2),
+                portions=apart(rows.portions),
+            )
+        },
+        streams={
+            name: dataclasses.replace(one, vectors=apart(one.vectors))
+            for name, one in streams.items()
+        },
+        block_gemms=gemms,
+    )
 
 
 def similar_rows_workload(shape: ModelShape, setting: Setting) -> Workload:
@@ -161,7 +190,7 @@ def similar_rows_workload(shape: ModelShape, setting: Setting) -> Workload:
     pair_bytes = depth * (qk_bits + v_bits) / BITS_PER_BYTE
 
     def operation(count: float, bits_a: float, bits_b: float) -> Operation:
-        return Operation(by_head(count, shape), scalar(bits_a, shape), scalar(bits_b, shape))
+        return Operation(scalar(count, shape), scalar(bits_a, shape), scalar(bits_b, shape))
 
     def stream(vectors: float, bits: float) -> Stream:
         return dataclasses.replace(moved_vectors([vectors], bits, "", 0.0, shape), width=width)
@@ -205,13 +234,7 @@ def similar_rows_workload(shape: ModelShape, setting: Setting) -> Workload:
     for site, part in (("qkv", critical), ("up", computed), ("down", computed)):
         gemms[site] = dataclasses.replace(gemms[site], rows=gemms[site].rows * part)
     gemms["qkv"] = dataclasses.replace(gemms["qkv"], outer=heads * depth)
-    return dataclasses.replace(
-        dense,
-        operations=operations,
-        rows={"attention": dense.rows["attention"]},
-        streams=streams,
-        block_gemms=gemms,
-    )
+    return _by_head(dense, operations, streams, gemms, heads)
 
 
 def eager_workload(shape: ModelShape, setting: Setting) -> Workload:

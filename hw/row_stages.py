@@ -20,6 +20,8 @@ def stage_cycles(
 ) -> jax.Array:
     """Returns how long a head's rows take in each of its portions and stages, `[B, L, H, P, stages]`.
 
+    Of a workload that holds sums of its heads these are heads alike.
+
     Args:
       stages: Resources by stage, without empty ones.
       workload: What passes.
@@ -29,7 +31,9 @@ def stage_cycles(
     cycles: dict[str, jax.Array] = {}
     for unit in accelerator.structure.units:
         cycles |= portion_cycles(unit, workload, accelerator.sizes)
-    return jnp.stack([maximum([cycles[name] for name in stage]) for stage in stages], axis=-1)
+    summed = jnp.stack([maximum([cycles[name] for name in stage]) for stage in stages], axis=-1)
+    alike = workload.block_gemms["out"].inner // (workload.head_dim * summed.shape[2])
+    return jnp.repeat(summed / alike, alike, axis=2)
 
 
 def heads_in_turn(
@@ -51,7 +55,9 @@ def heads_in_turn(
     total = jnp.sum(maximum(by_stage), axis=(2, 3))
     if len(by_stage) == 1:
         return total
-    rows = jnp.maximum(workload.rows["attention"].queries, 1.0)
+    queries = workload.rows["attention"].queries
+    alike = stages.shape[2] // queries.shape[2]
+    rows = jnp.maximum(jnp.repeat(queries / alike, alike, axis=2), 1.0)
     number = stages.shape[3]
     held = jnp.minimum(queue / rows, 1.0)[..., None] * number
     first = jnp.clip(held - jnp.arange(number)[None, None, None], 0.0, 1.0)

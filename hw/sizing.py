@@ -229,7 +229,8 @@ def inside(sizes: Sizes, bounds: Bounds, ratios_fn: Callable[[Sizes], jax.Array]
             return jnp.log(ratios_fn(_moved(values, octaves))) + CAP_SLACK
 
         nowhere = jax.tree.map(jnp.zeros_like, values)
-        over, slopes = excess(nowhere), jax.jacrev(excess)(nowhere)
+        over, back = jax.vjp(excess, nowhere)
+        slopes = jax.vmap(back)(jnp.eye(len(over), dtype=over.dtype))[0]
         octaves = nowhere
         for index in range(len(over)):
             slope = {}
@@ -273,20 +274,20 @@ def descended(sizes: Sizes, bounds: Bounds, score: Score) -> Sizes:
         )
         return chosen
 
+    # A step begins with the caps and ends with the update, so that a program holds either once.
     def step(carry: tuple[Sizes, Any, jax.Array, Sizes], _: None) -> tuple[Any, None]:
-        values, state, least, best = carry
+        moved, state, least, best = carry
+        values = inside(moved, bounds, caps)
         value, slopes = jax.value_and_grad(lambda octaves: score(_moved(values, octaves))[0])(
             nowhere
         )
         best = better(value, values, least, best)
         updates, state = optimizer.update(slopes, state)
-        after = inside(_moved(values, updates), bounds, caps)
-        return (after, state, jnp.minimum(value, least), best), None
+        return (_moved(values, updates), state, jnp.minimum(value, least), best), None
 
-    start = inside(sizes, bounds, caps)
-    carry = (start, optimizer.init(nowhere), jnp.asarray(jnp.inf, float), start)
-    (last, _, least, best), _ = jax.lax.scan(step, carry, None, length=DESCENT_STEPS)
-    return better(score(last)[0], last, least, best)
+    carry = (sizes, optimizer.init(nowhere), jnp.asarray(jnp.inf, float), sizes)
+    (_, _, _, best), _ = jax.lax.scan(step, carry, None, length=DESCENT_STEPS + 1)
+    return best
 
 
 def built(

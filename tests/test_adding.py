@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
+from tiny_model import fast_cost
 
 from codesign.experiments.traced import gemm_shapes, trace_of
 from codesign.hw.accelerator import accelerator_from_spec
@@ -18,7 +19,7 @@ from codesign.hw.closed_form import ModelShape
 from codesign.hw.operating_points import closed_form_workload, published_setting
 from codesign.hw.simulator import simulate
 from codesign.hw.spec import load_preset
-from codesign.hw.surrogate import SCOPES, cost
+from codesign.hw.surrogate import SCOPES
 from codesign.mechanisms import MECHANISMS
 from codesign.references import REFERENCES
 from codesign.vocabulary import ATTENTION_OPERATIONS, MECHANISM_OPERATIONS
@@ -62,7 +63,7 @@ def test_the_machines_of_the_page_load(tests_of_the_page: Any, tmp_path: Path) -
     for path, text in zip((window, wide), blocks("toml"), strict=True):
         path.write_text(text)
     spec = load_preset(window)
-    price = cost(
+    price = fast_cost(
         closed_form_workload(spec, SHAPE, published_setting(spec)), accelerator_from_spec(spec)
     )
     area = spec.operating_point.area
@@ -83,6 +84,6 @@ def test_the_machines_of_the_page_load(tests_of_the_page: Any, tmp_path: Path) -
         trace_of(deployment, batch), spec, gemm_shapes(shape), is_causal=shape.is_causal
     )
     single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), output.workload)
-    expected = cost(single, accelerator_from_spec(spec))
+    expected = fast_cost(single, accelerator_from_spec(spec))
     for scope in SCOPES:
         np.testing.assert_allclose(found.energy_pj(scope), expected.energy_pj(scope), rtol=1e-5)

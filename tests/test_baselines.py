@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
-from tiny_model import existing, tensors
+from tiny_model import existing, fast_cost, tensors
 from tiny_policies import SPREAD, model_of, policy_of, ranges_of, run_hard, run_soft
 
 from codesign.experiments.traced import gemm_shapes, trace_of
@@ -19,7 +19,7 @@ from codesign.hw.closed_form import ModelShape
 from codesign.hw.operating_points import closed_form_workload, published_setting
 from codesign.hw.simulator import simulate
 from codesign.hw.spec import load_preset
-from codesign.hw.surrogate import SCOPES, cost
+from codesign.hw.surrogate import SCOPES
 from codesign.mechanisms import MECHANISMS, dense_beside
 from codesign.references import reference_by_name
 from codesign.workload import attention_macs
@@ -161,7 +161,7 @@ def test_wider_operands_and_longer_searches_never_cost_less(name: str) -> None:
     for place, (key, values) in enumerate(OPERAND_BITS.items()):
         for index, value in enumerate(values):
             setting = dataclasses.replace(base, **{key: value})
-            price = cost(closed_form_workload(spec, shape, setting), accelerator)
+            price = fast_cost(closed_form_workload(spec, shape, setting), accelerator)
             energy[place, index] = price.energy_pj("end_to_end")[0]
             latency[place, index] = price.latency_cycles("end_to_end")[0]
     assert np.all(np.diff(energy) >= 0.0) and np.all(np.diff(latency) >= 0.0)
@@ -188,7 +188,7 @@ def test_simulator_counts_what_the_model_counts(name: str, variant: str, is_dens
         trace_of(deployment, batch), spec, gemm_shapes(shape), is_causal=shape.is_causal
     )
     single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), output.workload)
-    price = cost(single, accelerator_from_spec(spec))
+    price = fast_cost(single, accelerator_from_spec(spec))
     counts = {key: one.count.sum(axis=2) for key, one in output.workload.operations.items()}
     assert simulation.operations.keys() == counts.keys()
     for key, count in simulation.operations.items():

@@ -53,7 +53,7 @@ def of_file(spec: AcceleratorSpec, **sizes: float) -> Cost:
         given = {name.replace("__", "."): jnp.asarray(value) for name, value in sizes.items()}
         resized = accelerator.replace(sizes=accelerator.sizes | given)  # type: ignore[attr-defined]
         workload = closed_form_workload(spec, SHAPE, published_setting(spec))
-        return jax.jit(cost, compiler_options=tiny_model.FAST_COMPILE)(workload, resized)
+        return tiny_model.fast_cost(workload, resized)
 
 
 def figures(price: Cost) -> np.ndarray:

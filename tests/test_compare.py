@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_experiment import tiny
+from tiny_model import fast_cost
 
 from codesign.errors import CodesignError, InfeasibleBudgetError, UnknownNameError
 from codesign.experiments import compare
@@ -35,7 +36,6 @@ from codesign.hw.closed_form import ModelShape, Setting
 from codesign.hw.frame import AREA_MM2, common_frame, equal_multipliers, frame_factor, multipliers
 from codesign.hw.operating_points import closed_form_workload, published_setting
 from codesign.hw.spec import load_preset
-from codesign.hw.surrogate import cost
 from codesign.mechanisms import MECHANISMS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -75,7 +75,7 @@ def test_machines_fill_the_area(name: str) -> None:
         capacity = spec.memories[memory].capacity.base
         assert frame.memories[memory].capacity.base == pytest.approx(factor * capacity)
     accelerator = accelerator_from_spec(frame)
-    price = cost(closed_form_workload(frame, SHAPE, Setting()), accelerator)
+    price = fast_cost(closed_form_workload(frame, SHAPE, Setting()), accelerator)
     assert float(price.area_mm2("end_to_end")) == pytest.approx(AREA_MM2, rel=1e-5)
 
 
@@ -95,7 +95,8 @@ def test_a_machine_of_the_frame_keeps_its_area_and_speed(name: str) -> None:
     spec = load_preset(name)
     workload = closed_form_workload(spec, SHAPE, published_setting(spec))
     before, after = (
-        cost(workload, accelerator_from_spec(one)) for one in (spec, common_frame(spec, factor=1.0))
+        fast_cost(workload, accelerator_from_spec(one))
+        for one in (spec, common_frame(spec, factor=1.0))
     )
     for scope in ("attention", "end_to_end"):
         np.testing.assert_array_equal(after.latency_cycles(scope), before.latency_cycles(scope))
@@ -143,7 +144,9 @@ def test_frames_are_files(tmp_path: Path) -> None:
         spec = load_preset(experiment.preset)
         assert spec.mechanism == experiment.mechanism == name
         published = closed_form_workload(spec, SHAPE, published_setting(spec))
-        assert float(cost(published, accelerator_from_spec(spec)).energy_pj("attention")[0]) > 0.0
+        assert (
+            float(fast_cost(published, accelerator_from_spec(spec)).energy_pj("attention")[0]) > 0.0
+        )
 
 
 # What is compared

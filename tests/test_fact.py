@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import existing
+from tiny_model import existing, fast_cost
 from tiny_policies import model_of, policy_of, run_hard
 
 from codesign.experiments.traced import gemm_shapes, trace_of
@@ -17,7 +17,6 @@ from codesign.hw.operating_points import closed_form_workload, published_setting
 from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.simulator import simulate
 from codesign.hw.spec import load_preset
-from codesign.hw.surrogate import cost
 from codesign.log_codes import leading_one
 from codesign.mechanisms.fact import (
     OFF_CODE,
@@ -156,7 +155,7 @@ def test_published_point_has_the_published_area_and_power() -> None:
     shape = ModelShape(
         num_layers=1, num_tokens=512, num_heads=12, head_dim=64, width=768, hidden=3072
     )
-    price = cost(
+    price = fast_cost(
         closed_form_workload(SPEC, shape, published_setting(SPEC)), accelerator_from_spec(SPEC)
     )
     point = SPEC.operating_point
@@ -185,7 +184,7 @@ def test_latency_knows_that_groups_wait_for_the_first_rows_keys(lanes: float) ->
         trace_of(deployment, batch), spec, gemm_shapes(shape), is_causal=shape.is_causal
     )
     single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), output.workload)
-    price = jax.jit(cost)(single, accelerator_from_spec(spec))
+    price = fast_cost(single, accelerator_from_spec(spec))
     real, found = (np.asarray(one.latency_cycles("end_to_end")) for one in (simulation, price))
     # In rows of a few keys every window counts.
     is_long = np.asarray(model.inputs["valid"]).sum(axis=1) >= 5

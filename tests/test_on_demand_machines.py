@@ -23,7 +23,6 @@ from codesign.workload import all_macs
 
 BERT = ModelShape(num_layers=1, num_tokens=512, num_heads=12, head_dim=64, width=768, hidden=3072)
 UTILISATION = 0.852
-fast_cost = jax.jit(cost, static_argnames=("smoothness",), compiler_options=tiny_model.FAST_COMPILE)
 BOTH = pytest.mark.parametrize("name", ["sofa", "lapa"])
 ALL = pytest.mark.parametrize("name", ["sofa", "lapa", "esact"])
 
@@ -36,7 +35,9 @@ def in_double_precision() -> Iterator[None]:
 
 def priced(name: str, setting: Setting, shape: ModelShape = BERT) -> Cost:
     spec = load_preset(name)
-    return fast_cost(closed_form_workload(spec, shape, setting), accelerator_from_spec(spec))
+    return tiny_model.fast_cost(
+        closed_form_workload(spec, shape, setting), accelerator_from_spec(spec)
+    )
 
 
 @ALL
@@ -98,7 +99,7 @@ def test_points_in_closed_form_fall_from_dense(name: str) -> None:
     spec = load_preset(name)
     with jax.enable_x64(True):
         prices = {
-            point.name: fast_cost(point.workload, accelerator_from_spec(spec))
+            point.name: tiny_model.fast_cost(point.workload, accelerator_from_spec(spec))
             for point in operating_points(spec, BERT)
         }
     for scope in ("attention", "end_to_end"):
@@ -141,7 +142,7 @@ def test_a_resized_file_prices_as_the_resized_machine(name: str) -> None:
     typed = {size: jnp.asarray(value, float) for size, value in sizes.items()}
     workload = closed_form_workload(spec, BERT, published_setting(spec))
     resized, written = (
-        fast_cost(workload, one)
+        tiny_model.fast_cost(workload, one)
         for one in (
             machine.replace(sizes=typed),
             accelerator_from_spec(spec_with_sizes(spec, sizes)),
@@ -162,7 +163,7 @@ def test_the_fill_is_a_head_through_the_other_stages(name: str) -> None:
     setting = published_setting(spec)
     for tokens in (128, 256):
         workload = closed_form_workload(spec, dataclasses.replace(BERT, num_tokens=tokens), setting)
-        price = fast_cost(workload, fast)
+        price = tiny_model.fast_cost(workload, fast)
         busy = {unit: float(cycles[0]) for unit, cycles in price.busy_by_unit("attention").items()}
         stages = [
             max(busy[unit] for unit in stage if unit in busy)
@@ -184,7 +185,7 @@ def test_the_first_head_waits_for_tokens_and_the_last_output_for_its_end() -> No
     machine = accelerator_from_spec(spec)
     slow = machine.replace(sizes=machine.sizes | {"dram.bytes_per_cycle": jnp.asarray(1e-3)})
     shape = dataclasses.replace(BERT, num_tokens=128)
-    price = fast_cost(closed_form_workload(spec, shape, published_setting(spec)), slow)
+    price = tiny_model.fast_cost(closed_form_workload(spec, shape, published_setting(spec)), slow)
     busy = {unit: float(cycles[0]) for unit, cycles in price.busy_by_unit("attention").items()}
     # Main memory binds: behind its last load the last head's sorting and attention remain; prediction does too.
     behind = sum(busy[unit] for unit in ("dlzs", "sads", "su_fa")) / 12
@@ -234,7 +235,9 @@ def test_dense_on_the_machine_is_what_its_integer_path_counts(name: str, variant
         )
         machine = accelerator_from_spec(load_preset(name))
         for scope in ("attention", "end_to_end"):
-            ours, theirs = (fast_cost(one, machine).energy_pj(scope) for one in (counted, closed))
+            ours, theirs = (
+                tiny_model.fast_cost(one, machine).energy_pj(scope) for one in (counted, closed)
+            )
             np.testing.assert_allclose(ours, theirs, rtol=1e-9)
     made = split_linear_stages(counted)[1]
     assert made is not None

@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-from tiny_model import existing
+from tiny_model import existing, fast_cost
 from tiny_policies import model_of, policy_of, run_hard
 
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape
 from codesign.hw.operating_points import closed_form_workload, published_setting
 from codesign.hw.spec import load_preset
-from codesign.hw.surrogate import cost
 from codesign.mechanisms.sanger import codes, from_setting, from_strength, to_strength
 from codesign.references.sanger import (
     direction,
@@ -164,7 +163,7 @@ def test_counts_are_those_of_a_plain_loop(variant: str) -> None:
 
 def test_published_point_has_the_published_area_and_power() -> None:
     shape = ModelShape(num_layers=1, num_tokens=512, num_heads=1, head_dim=64, width=64, hidden=64)
-    price = cost(
+    price = fast_cost(
         closed_form_workload(SPEC, shape, published_setting(SPEC)), accelerator_from_spec(SPEC)
     )
     point = SPEC.operating_point

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import kendalltau
+from tiny_model import fast_cost
 
 from codesign.errors import PresetError, UnknownNameError
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.simulator import GemmShape, Simulation, simulate
 from codesign.hw.spec import AcceleratorSpec, load_preset
-from codesign.hw.surrogate import Cost, cost
+from codesign.hw.surrogate import Cost
 from codesign.workload import (
     Trace,
     Workload,
@@ -176,7 +177,7 @@ def both(
     workload = workload_from_masks(trace, is_dense=is_dense, is_causal=is_causal)
     return (
         simulate(trace, spec, GEMM_SHAPES, is_causal=is_causal),
-        cost(workload, accelerator_from_spec(spec)),
+        fast_cost(workload, accelerator_from_spec(spec)),
         workload,
     )
 
@@ -249,7 +250,7 @@ def test_heads_of_different_slow_stages_take_turns(slow_last: bool):
 
 @jax.jit
 def jitted_cost(workload: Workload, sizes: dict[str, jax.Array]) -> Cost:
-    return cost(workload, accelerator_from_spec(SPEC).replace(sizes=sizes))
+    return fast_cost(workload, accelerator_from_spec(SPEC).replace(sizes=sizes))
 
 
 def draw_sizes(rng: np.random.Generator) -> dict[str, float]:

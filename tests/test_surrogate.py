@@ -255,16 +255,16 @@ def test_causal_shapes_count_pairs_that_exist():
     workload = workload_from_fractions(CAUSAL, Setting())
     tokens, heads, width = CAUSAL.num_tokens, CAUSAL.num_heads, CAUSAL.head_dim
     pairs = heads * tokens * (tokens + 1) // 2
-    assert float(jnp.sum(workload.operations["softmax.exp"].count[0, 0])) == pairs
-    assert float(jnp.sum(workload.operations["qk.mac"].count[0, 0])) == pairs * width
+    assert float(workload.operations["softmax.exp"].count[0, 0, 0]) == pairs
+    assert float(workload.operations["qk.mac"].count[0, 0, 0]) == pairs * width
     mask = jnp.tri(tokens)[None, None]
-    vectors = fetched_vectors(mask)[0, 0]
+    vectors = heads * fetched_vectors(mask)[0, 0]
     np.testing.assert_allclose(workload.streams["value"].vectors[0, 0, 0], vectors)
     rows = workload.rows["attention"]
     lengths = np.arange(1, tokens + 1)
     for level in (0, tokens.bit_length()):
         # One lane, and more lanes than keys: a step per key, a step per row.
-        steps = np.sum(np.ceil(lengths / 2.0**level))
+        steps = np.sum(np.ceil(lengths / 2.0**level)) * heads
         assert float(rows.segments[0, 0, 0, level]) == steps
     assert float(rows.maximum[0, 0, 0]) == tokens
 
@@ -274,7 +274,7 @@ def test_causal_unions_of_independent_queries():
     workload = workload_from_fractions(
         CAUSAL, dataclasses.replace(UNEVEN, kept=(0.5, 0.5), union=None)
     )
-    tokens = CAUSAL.num_tokens
+    tokens, heads = CAUSAL.num_tokens, CAUSAL.num_heads
     fetched = workload.streams["value"].vectors[0, 0, 0]
     for level, size in ((0, 1), (2, 4), (4, 16)):
         expected = 0.0
@@ -282,7 +282,7 @@ def test_causal_unions_of_independent_queries():
             block = np.arange(start, min(start + size, tokens))
             for key in range(tokens):
                 expected += 1.0 - 0.5 ** np.sum(block >= key)
-        assert float(fetched[level]) == pytest.approx(expected, rel=FLOAT32)
+        assert float(fetched[level]) == pytest.approx(heads * expected, rel=FLOAT32)
 
 
 def test_causal_attention_costs_less_than_full():

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
-from tiny_model import existing
+from tiny_model import existing, fast_cost
 from tiny_policies import policy_of, run_hard
 
 from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.closed_form import ModelShape, Setting
 from codesign.hw.operating_points import closed_form_workload
 from codesign.hw.spec import load_preset
-from codesign.hw.surrogate import cost
 from codesign.mechanisms.topk import codes, from_setting, from_strength, score_bits, to_strength
 from codesign.references.topk import reference_top
 from codesign.segments import SHARE_ONE, exact_top, soft_exact_top, soft_top
@@ -173,7 +172,9 @@ def test_area_is_that_of_its_parts() -> None:
     """640 multipliers, 256 comparators, 144 KB and 8 softmax lanes, mm2."""
     accelerator = accelerator_from_spec(SPEC)
     shape = ModelShape(num_layers=1, num_tokens=8, num_heads=1, head_dim=64, width=64, hidden=64)
-    area = cost(closed_form_workload(SPEC, shape, Setting()), accelerator).area_mm2("attention")
+    area = fast_cost(closed_form_workload(SPEC, shape, Setting()), accelerator).area_mm2(
+        "attention"
+    )
     own = 640 * 0.00171 + 256 * 8.6e-5 + 144 * 0.00157 + 8 * 0.00417
     assert float(area) == pytest.approx(own, rel=1e-6) == pytest.approx(1.376, abs=1e-3)
 
@@ -182,7 +183,7 @@ def test_rows_of_the_worked_check_take_the_selectors_time() -> None:
     """512 keys of 64 elements, a quarter kept: 64 cycles of scores, 78 of bisection, 64 of values a row."""
     shape = ModelShape(num_layers=1, num_tokens=512, num_heads=1, head_dim=64, width=64, hidden=256)
     workload = closed_form_workload(SPEC, shape, Setting(kept=(0.25,), union=1.0))
-    price = cost(workload, accelerator_from_spec(SPEC))
+    price = fast_cost(workload, accelerator_from_spec(SPEC))
     busy = {name: float(cycles[0, 0]) / 512 for name, cycles in price.unit_busy_cycles.items()}
     assert busy["qk"] == 64.0 and busy["bisection"] == 78.0
     assert busy["pv"] == 64.0 and busy["softmax"] == 16.0

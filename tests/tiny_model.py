@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from codesign.calibration import Calibration, floored
 from codesign.gates import Relaxation
 from codesign.hw import emulator
+from codesign.hw.surrogate import cost
 from codesign.mechanisms import MECHANISMS, Mechanism
 from codesign.mechanisms.energon import hard_filter, knobs, soft_filter
 from codesign.mechanisms.protocol import Context, Operands, Plan, Selection
@@ -29,6 +30,8 @@ BATCH_SIZE = 32
 NUM_CALIBRATION = 128
 # An unoptimised program compiles faster, and these run for milliseconds.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+fast_cost = jax.jit(cost, static_argnames=("smoothness",), compiler_options=FAST_COMPILE)
+"""The cost model as one program: operation by operation it takes as many programs."""
 WIDTHS: dict[str, object] = {"qk_bits": 16, "v_bits": 16, "query_bits": 4, "key_bits": [2, 4]}
 """Published widths of Energon's filter and attention, bit."""
 OFF = -4.0
