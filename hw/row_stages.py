@@ -41,9 +41,9 @@ def heads_in_turn(
 ) -> jax.Array:
     """Returns how long heads take through stages, one after the other, `[B, L]`.
 
-    Each portion of a head takes its slowest stage. Where a later stage is the slow one at the end of a head and an earlier
-    one at the begin of the next, as many rows of the next as the queue between stages holds have passed the earlier
-    stage before the head ends.
+    Each portion of a head takes its slowest stage, but for what the queue between stages evens out. Where a later stage
+    is the slow one at the end of a head and an earlier one at the begin of the next, as many rows of the next as the
+    queue holds have passed the earlier stage before the head ends.
 
     Args:
       stages: Their times, `[B, L, H, P, stages]`.
@@ -52,14 +52,14 @@ def heads_in_turn(
       maximum: Combines times that overlap.
     """
     by_stage = [stages[..., index] for index in range(stages.shape[-1])]
-    total = jnp.sum(maximum(by_stage), axis=(2, 3))
     if len(by_stage) == 1:
-        return total
+        return jnp.sum(by_stage[0], axis=(2, 3))
     queries = workload.rows["attention"].queries
     alike = stages.shape[2] // queries.shape[2]
     rows = jnp.maximum(jnp.repeat(queries / alike, alike, axis=2), 1.0)
     number = stages.shape[3]
     held = jnp.minimum(queue / rows, 1.0)[..., None] * number
+    total = jnp.sum(maximum(_evened(by_stage, held)), axis=(2, 3))
     first = jnp.clip(held - jnp.arange(number)[None, None, None], 0.0, 1.0)
     last = first[..., ::-1]
     ahead = [
@@ -75,6 +75,19 @@ def heads_in_turn(
         for early, late in itertools.combinations(by_stage, 2)
     ]
     return total - jnp.sum(functools.reduce(jnp.maximum, ahead), axis=2)
+
+
+def _evened(stages: list[jax.Array], held: jax.Array) -> list[jax.Array]:
+    """Returns each portion's time spread over those that a queue of `held` portions, `[B, L, H, 1]`, reaches."""
+    number = stages[0].shape[3]
+    # A queue fills and empties in more rows than it holds.
+    reach = jnp.maximum(2.0 * held, 0.5)[..., None]
+    place = jnp.arange(number)
+    apart = (place[:, None] - place[None, :])[None, None, None]
+    # How much of a portion lies within reach of the middle of another.
+    near = jnp.clip(reach + 0.5 - jnp.abs(apart), 0.0, jnp.minimum(1.0, 2.0 * reach))
+    shares = near / jnp.sum(near, axis=3, keepdims=True)
+    return [jnp.sum(shares * stage[..., None, :], axis=4) for stage in stages]
 
 
 def _most(values: jax.Array) -> jax.Array:

@@ -380,7 +380,8 @@ def differences(
     return jax.jit(jax.grad(fn))(flat), (plus - minus) / (2 * step)
 
 
-@pytest.mark.parametrize("preset", [PRESETS[0], pytest.param(PRESETS[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS[:2])
 def test_gradients_match_central_differences(preset: str, monkeypatch: pytest.MonkeyPatch):
     """In float64, along the logarithm of every size and every leaf of the workload, densities included."""
     monkeypatch.setattr(gates, "straight_through", lambda hard, soft: soft)

@@ -208,6 +208,7 @@ def test_helpers_of_weight_thresholds() -> None:
     np.testing.assert_allclose(np.logaddexp(0.0, per_layer), quantile, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_energy_derivative_to_widths_knows_of_the_zeros_they_leave() -> None:
     """One bit more or less, everywhere: the straight-through derivative lies between the two differences, or near."""
     model = tiny_model.random_model("bert")

@@ -26,6 +26,14 @@ from codesign.workload import attention_macs
 
 BASELINES = ("topk", "bitserial", "sanger", "a3", "spatten", "fact")
 BASELINE = pytest.mark.parametrize("name", BASELINES)
+SOME = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("sanger", "a3") else pytest.mark.slow)
+        for name in BASELINES
+    ],
+)
+"""Two by default: what is particular to each of the others is in its own tests."""
 FRACTIONAL = {"bitserial": {"plane_bits": 9.4}, "a3": {"search_bits": 3.4}}
 """Widths of a mechanism's own at which each has a derivative: no more planes than bits, say."""
 
@@ -86,7 +94,7 @@ def test_nothing_dropped_is_dense_attention_bit_for_bit(name: str) -> None:
     np.testing.assert_array_equal(scale.kept(whole.workload), 1.0)
 
 
-@BASELINE
+@SOME
 def test_multiplications_without_the_mechanism_are_those_of_dense_attention(name: str) -> None:
     model = model_of("patches", name)
     policy = policy_of(model, name, seed=0)
@@ -99,7 +107,7 @@ def test_multiplications_without_the_mechanism_are_those_of_dense_attention(name
     assert np.all(attention_macs(sparse.workload) < attention_macs(dense.workload))
 
 
-@BASELINE
+@SOME
 def test_every_knob_has_a_gradient(name: str) -> None:
     model = model_of("decoder", name)
     policy = policy_of(model, name, seed=6, bits=11.4, **FRACTIONAL.get(name, {}))
@@ -150,7 +158,7 @@ OPERAND_BITS = {
 }
 
 
-@BASELINE
+@SOME
 def test_wider_operands_and_longer_searches_never_cost_less(name: str) -> None:
     spec = load_preset(name)
     accelerator = accelerator_from_spec(spec)
@@ -170,7 +178,8 @@ def test_wider_operands_and_longer_searches_never_cost_less(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "is_dense"), [("bert", False), ("decoder", False), ("bert", True)]
+    ("variant", "is_dense"),
+    [pytest.param("bert", False, marks=pytest.mark.slow), ("decoder", False), ("bert", True)],
 )
 @BASELINE
 def test_simulator_counts_what_the_model_counts(name: str, variant: str, is_dense: bool) -> None:

@@ -212,7 +212,13 @@ def test_compilation_tells_its_time_and_memory() -> None:
     assert matrix.peak_bytes() >= 2 * 64 * 64 * 4  # the matrix, and its square
 
 
-@pytest.mark.parametrize("mechanism", bench_steps.MACHINES)
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        pytest.param(name, marks=() if name in ("sofa", "lapa") else pytest.mark.slow)
+        for name in bench_steps.MACHINES
+    ],
+)
 def test_text_step_trains_under_a_budget(mechanism: str) -> None:
     problem, point = bench_steps.text_problem(TEXT, mechanism)
     timed = bench_steps.budgeted_step(problem, point, bench_steps.THRESHOLDS_ONLY)

@@ -23,6 +23,9 @@ from codesign.hw.surrogate import SCOPES, Cost, cost
 
 PRESETS = ("energon", "sofa", "esact", "acceltran-edge")
 """A host and rows, a host and standing power, own linear layers, synthesised blocks that leak."""
+SOME = pytest.mark.parametrize(
+    "preset", [*PRESETS[:-1], pytest.param(PRESETS[-1], marks=pytest.mark.slow)]
+)
 SHAPE = ModelShape(
     num_layers=2, num_tokens=64, num_heads=2, head_dim=32, width=64, hidden=128, head=(1, 64, 10)
 )
@@ -83,7 +86,7 @@ def test_supply_is_what_the_clock_needs(threshold: float) -> None:
         assert slope == pytest.approx(by_differences, rel=1e-6)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@SOME
 def test_at_its_own_clock_nothing_changes(preset: str) -> None:
     fixed = without_threshold(preset)
     np.testing.assert_allclose(figures(priced(preset)), figures(of_file(fixed)), rtol=1e-12)
@@ -119,7 +122,7 @@ def test_machines_at_either_end_of_their_clock_are_files(preset: str) -> None:
         assert slowest.supply.value >= 1.2 * slowest.threshold.value * (1.0 - 1e-9)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@SOME
 def test_the_file_of_another_clock_is_the_same_machine(preset: str) -> None:
     """Cycles of the file are its own clock's: so many more as that is slower."""
     spec = spec_with_sizes(machine(preset), {CLOCK: SLOWER})
@@ -150,9 +153,7 @@ def test_a_slower_clock_takes_longer_and_less_energy_where_units_bind(preset: st
     assert slow[1] == pytest.approx(fast[1], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "preset", [*PRESETS[:-1], pytest.param(PRESETS[-1], marks=pytest.mark.slow)]
-)
+@SOME
 def test_gradient_by_the_clock_is_that_of_finite_differences(preset: str) -> None:
     with jax.enable_x64(True):
         spec = machine(preset)

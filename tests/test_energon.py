@@ -276,7 +276,7 @@ def has_tie(scores: np.ndarray, keep: np.ndarray, code: int) -> np.ndarray:
     return result
 
 
-@pytest.mark.parametrize("attention_bits", [8.0, 16.0])
+@pytest.mark.parametrize("attention_bits", [pytest.param(8.0, marks=pytest.mark.slow), 16.0])
 def test_soft_path_tends_to_the_hard_one_on_real_activations(
     digits_model: tiny_model.Model, attention_bits: float
 ) -> None:

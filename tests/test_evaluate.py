@@ -126,7 +126,7 @@ def test_every_example_comes_back_in_its_place(kind: str) -> None:
                 )
 
 
-@pytest.mark.parametrize("kind", ["images", "decoder"])
+@pytest.mark.parametrize("kind", [pytest.param("images", marks=pytest.mark.slow), "decoder"])
 def test_measurement_is_that_of_the_integers(kind: str) -> None:
     problem, point = case(kind)
     result = measure(problem, point, "validation")

@@ -395,7 +395,7 @@ def test_padding_changes_no_float(variant: str) -> None:
         pytest.param("pooler", "energon", True, marks=pytest.mark.slow),
         pytest.param("decoder", "energon", True, marks=pytest.mark.slow),
         ("decoder", "energon", False),
-        ("decoder", "acceltran", True),
+        pytest.param("decoder", "acceltran", True, marks=pytest.mark.slow),
     ],
 )
 def test_rows_without_any_key_make_no_nan(

@@ -153,6 +153,7 @@ def test_equal_quality_is_read_from_a_comparison(tmp_path: Path) -> None:
         equal_quality(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_the_command_writes_published_and_measured_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

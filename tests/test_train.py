@@ -279,8 +279,8 @@ def test_sites_start_and_move_together(pruning: Problem) -> None:
         (0.95, 6.0, 1, False),
         (0.8, 6.0, 1, True),
         (0.8, 3.9, 1, False),
-        (0.95, 6.0, -1, False),
-        (0.8, 6.0, -1, True),
+        pytest.param(0.95, 6.0, -1, False, marks=pytest.mark.slow),
+        pytest.param(0.8, 6.0, -1, True, marks=pytest.mark.slow),
     ],
 )
 def test_thresholds_move_first_only_for_a_clear_gain_that_leaves_keys(
@@ -366,9 +366,8 @@ def test_broken_budget_is_repaired_by_thresholds(tiny_problem: Problem, start: P
     np.testing.assert_array_equal(alpha(kept.policy), alpha(start.policy))
 
 
-@pytest.mark.parametrize(
-    "mechanism", ["energon", pytest.param("acceltran", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mechanism", ["energon", "acceltran"])
 def test_rounded_widths_meet_the_budget_on_texts_of_all_lengths(mechanism: str) -> None:
     """Short texts cost another part of dense than long ones: widths that suit one batch break the budget on others."""
     preset = {"energon": "energon", "acceltran": "acceltran-edge"}[mechanism]

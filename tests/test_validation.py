@@ -340,6 +340,7 @@ def test_print_hides_what_its_decimals_do() -> None:
     assert largest_relative(np.array([2.0]), np.array([0.0])) == 2.0
 
 
+@pytest.mark.slow
 def test_all_reference_results(capsys: pytest.CaptureFixture[str]) -> None:
     folder = os.environ.get("CODESIGN_VALIDATION")
     if not folder:
