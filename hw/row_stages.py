@@ -1,115 +1,97 @@
 """How long rows take through stages that follow one another, head after head, beside a main memory.
 
-Rules: docs/cost_model.md, section 3. Arrays are `[B, L]`, or by head `[B, L, H]`.
+Rules: docs/cost_model.md, section 2. Arrays are `[B, L]`, or by head `[B, L, H]`.
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 
 from codesign.hw.accelerator import Accelerator
 from codesign.hw.engine import portion_cycles
-from codesign.hw.host import Maximum
 from codesign.workload import Workload
 
 
-def stage_cycles(
-    stages: list[list[str]], workload: Workload, accelerator: Accelerator, maximum: Maximum
+def row_stalls(
+    stages: list[list[str]], memory: jax.Array, workload: Workload, accelerator: Accelerator
 ) -> jax.Array:
-    """Returns how long a head's rows take in each of its portions and stages, `[B, L, H, P, stages]`.
+    """Returns by how much a layer takes longer than its busiest unit or main memory, cycles, `[B, L]`.
 
-    Of a workload that holds sums of its heads these are heads alike.
+    Portions of rows pass the stages in order, those of one head behind another's: a stage takes a portion when it has ended
+    the one before, ends it no earlier than the stage before does, and is at most the index queue ahead of the stage behind.
+    Main memory brings as much for every portion, as early as it can.
 
     Args:
       stages: Resources by stage, without empty ones.
+      memory: Time of main memory; nothing waits for it where it does not overlap.
       workload: What passes.
-      accelerator: The machine.
-      maximum: Combines times that overlap.
+      accelerator: A machine with an index queue.
     """
+    structure = accelerator.structure
+    assert structure.index_queue is not None
     cycles: dict[str, jax.Array] = {}
-    for unit in accelerator.structure.units:
+    for unit in structure.units:
         cycles |= portion_cycles(unit, workload, accelerator.sizes)
-    summed = jnp.stack([maximum([cycles[name] for name in stage]) for stage in stages], axis=-1)
-    alike = workload.block_gemms["out"].inner // (workload.head_dim * summed.shape[2])
-    return jnp.repeat(summed / alike, alike, axis=2)
-
-
-def heads_in_turn(
-    stages: jax.Array, queue: float, workload: Workload, maximum: Maximum
-) -> jax.Array:
-    """Returns how long heads take through stages, one after the other, `[B, L]`.
-
-    Each portion of a head takes its slowest stage, but for what the queue between stages evens out. Where a later stage
-    is the slow one at the end of a head and an earlier one at the begin of the next, as many rows of the next as the
-    queue holds have passed the earlier stage before the head ends.
-
-    Args:
-      stages: Their times, `[B, L, H, P, stages]`.
-      queue: Rows that wait between stages.
-      workload: What passes.
-      maximum: Combines times that overlap.
-    """
-    by_stage = [stages[..., index] for index in range(stages.shape[-1])]
-    if len(by_stage) == 1:
-        return jnp.sum(by_stage[0], axis=(2, 3))
+    times = [functools.reduce(jnp.maximum, [cycles[name] for name in one]) for one in stages]
     queries = workload.rows["attention"].queries
-    alike = stages.shape[2] // queries.shape[2]
+    # A workload may hold the sums of its heads, which are alike then.
+    width = workload.head_dim * queries.shape[2]
+    alike = max(workload.block_gemms["out"].inner // width, 1)
+    times = [jnp.repeat(one / alike, alike, axis=2) for one in times]
     rows = jnp.maximum(jnp.repeat(queries / alike, alike, axis=2), 1.0)
-    number = stages.shape[3]
-    held = jnp.minimum(queue / rows, 1.0)[..., None] * number
-    total = jnp.sum(maximum(_evened(by_stage, held)), axis=(2, 3))
-    first = jnp.clip(held - jnp.arange(number)[None, None, None], 0.0, 1.0)
-    last = first[..., ::-1]
-    ahead = [
-        functools.reduce(
-            jnp.minimum,
-            (
-                jnp.sum(late * last, axis=3)[..., :-1],
-                jnp.sum(early * first, axis=3)[..., 1:],
-                _most(jnp.cumsum((late - early)[..., ::-1], axis=3))[..., :-1],
-                _most(jnp.cumsum(early - late, axis=3))[..., 1:],
-            ),
-        )
-        for early, late in itertools.combinations(by_stage, 2)
-    ]
-    return total - jnp.sum(functools.reduce(jnp.maximum, ahead), axis=2)
+    number = times[0].shape[3]
+    ahead = jnp.minimum(structure.index_queue / rows, 1.0) * number
+    if structure.memory_overlaps:
+        share = memory / (rows.shape[2] * number)
+        times = [jnp.broadcast_to(share[..., None, None], times[0].shape), *times]
+    last = _passage(times, ahead, has_memory=structure.memory_overlaps)
+    busy = [jnp.sum(cycles[name], axis=(2, 3)) for stage in stages for name in stage]
+    busy += [memory] if structure.memory_overlaps else []
+    return last - functools.reduce(jnp.maximum, busy)
 
 
-def _evened(stages: list[jax.Array], held: jax.Array) -> list[jax.Array]:
-    """Returns each portion's time spread over those that a queue of `held` portions, `[B, L, H, 1]`, reaches."""
-    number = stages[0].shape[3]
-    # A queue fills and empties in more rows than it holds.
-    reach = jnp.maximum(2.0 * held, 0.5)[..., None]
-    place = jnp.arange(number)
-    apart = (place[:, None] - place[None, :])[None, None, None]
-    # How much of a portion lies within reach of the middle of another.
-    near = jnp.clip(reach + 0.5 - jnp.abs(apart), 0.0, jnp.minimum(1.0, 2.0 * reach))
-    shares = near / jnp.sum(near, axis=3, keepdims=True)
-    return [jnp.sum(shares * stage[..., None, :], axis=4) for stage in stages]
-
-
-def _most(values: jax.Array) -> jax.Array:
-    """Returns the largest along the last axis, at least 0."""
-    return jnp.maximum(jnp.max(values, axis=-1), 0.0)
-
-
-def waits_for_memory(stages: jax.Array, memory: jax.Array) -> jax.Array:
-    """Returns by how much rows and main memory that overlap take longer than either, `[B, L]`.
-
-    Memory brings the same for every row of a head, rows in order, and runs ahead as far as it can: where rows take longer
-    later on, the first ones wait for it and the last ones for the stages. What comes up to a portion, and the work
-    behind it, follow one another.
+def _passage(times: list[jax.Array], ahead: jax.Array, *, has_memory: bool) -> jax.Array:
+    """Returns when the last stage has ended the last portion, `[B, L]`.
 
     Args:
-      stages: Times of the stages, `[B, L, H, P, stages]`.
-      memory: Time of main memory, `[B, L]`.
+      times: Of each stage, `[B, L, H, P]`.
+      ahead: Portions that a stage may be ahead of the next one, at most P, `[B, L, H]`.
+      has_memory: Whether the first stage is main memory, which waits for none.
     """
-    work = functools.reduce(jnp.maximum, (stages[..., index] for index in range(stages.shape[-1])))
-    work = jnp.reshape(work, (*work.shape[:2], -1))
-    number = work.shape[2]
-    behind = jnp.sum(work, axis=2, keepdims=True) - jnp.cumsum(work, axis=2)
-    come = memory[..., None] * (jnp.arange(1, number + 1) / number)[None, None]
-    longest = jnp.maximum(jnp.max(come + behind, axis=2), jnp.sum(work, axis=2))
-    return longest - jnp.maximum(jnp.sum(work, axis=2), memory)
+    number = times[0].shape[3]
+    shape = jnp.broadcast_shapes(*(one.shape for one in times))
+    in_order = jnp.stack([jnp.broadcast_to(one, shape) for one in times])
+    in_order = jnp.reshape(in_order, (*in_order.shape[:3], -1))
+    lead = jnp.broadcast_to(jnp.repeat(ahead, number, axis=2), in_order.shape[1:])
+
+    def portion(
+        state: tuple[jax.Array, jax.Array], own: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        ends, earlier = state  # [S, B, L], and those of the portions before, [P, S, B, L]
+        times, lead = own
+        new: list[jax.Array] = []
+        for stage, time in enumerate(times):
+            end = ends[stage] + time
+            if stage:
+                end = jnp.maximum(end, jnp.maximum(new[-1], ends[stage - 1] + time))
+            if stage + 1 < len(times) and not (has_memory and stage == 0):
+                # The row as far ahead as the queue holds has entered the next stage.
+                behind = _at(earlier[:, stage + 1], lead - 1.0)
+                together = jnp.maximum(time, times[stage + 1]) * jnp.maximum(1.0 - lead, 0.0)
+                end = jnp.maximum(end, behind + together)
+            new.append(end)
+        done = jnp.stack(new)
+        return (done, jnp.concatenate([done[None], earlier[:-1]])), None
+
+    ends = jnp.zeros_like(in_order[..., 0])
+    earlier = jnp.zeros((number, *ends.shape), ends.dtype)
+    steps = (jnp.moveaxis(in_order, 3, 0), jnp.moveaxis(lead, 2, 0))
+    (ends, _), _ = jax.lax.scan(portion, (ends, earlier), steps)
+    return ends[-1]
+
+
+def _at(values: jax.Array, place: jax.Array) -> jax.Array:
+    """Interpolates values `[P, B, L]` linearly at places from 0 to P - 1, `[B, L]`."""
+    apart = jnp.abs(jnp.arange(values.shape[0])[:, None, None] - jnp.maximum(place, 0.0)[None])
+    return jnp.sum(values * jnp.maximum(1.0 - apart, 0.0), axis=0)

@@ -26,7 +26,7 @@ from codesign.hw.engine import (
 from codesign.hw.host import HostCost, Maximum, host_cost, host_mm2
 from codesign.hw.lane_chain import lane_latency
 from codesign.hw.linear import block_work, end_cost
-from codesign.hw.row_stages import heads_in_turn, stage_cycles, waits_for_memory
+from codesign.hw.row_stages import row_stalls
 from codesign.hw.tiles import tile_fill
 from codesign.hw.traffic import add_transfers, attention_writes, spilled_bytes, stream_bytes
 from codesign.hw.windows import window_cycles
@@ -353,17 +353,15 @@ def _layer_cycles(
     stages = [maximum([busy[name] for name in stage]) for stage in in_stages if stage]
     piped = {name for stage in in_stages for name in stage}
     memories = [value for name, value in busy.items() if name not in piped]
-    passed, waits = stages, jnp.zeros(())
-    if structure.index_queue is not None and structure.fills_and_drains and stages:
-        portions = stage_cycles([one for one in in_stages if one], workload, accelerator, maximum)
-        passed = [heads_in_turn(portions, structure.index_queue, workload, maximum)]
-        waits = waits_for_memory(portions, busy["dram"])
     if structure.memory_overlaps:
-        cycles = maximum([*passed, *memories]) + waits
+        cycles = maximum([*stages, *memories])
     else:
-        cycles = functools.reduce(jnp.add, memories, maximum(passed))
+        cycles = functools.reduce(jnp.add, memories, maximum(stages))
     if not structure.fills_and_drains:
         return cycles
+    if structure.index_queue is not None and stages:
+        working = [one for one in in_stages if one]
+        cycles = cycles + row_stalls(working, busy["dram"], workload, accelerator)
     if structure.moves_tiles:
         return cycles + tile_fill(workload, accelerator) + structure.drain_cycles
     rows = jnp.sum(workload.rows["attention"].queries, axis=2)

@@ -253,6 +253,23 @@ def test_where_nothing_is_uneven_the_surrogate_gives_the_same_cycles(preset: str
             assert one == pytest.approx(other, rel=close), (count, scope, metric)
 
 
+def test_what_does_not_fit_takes_main_memory_in_turn() -> None:
+    """Heads that run side by side, in a memory too small for any: what all of them write goes out and back, one by one."""
+    trace = lanes.make_trace(np.ones((1, 48), bool), lanes.make_bits(2))
+    sizes = {"processing_elements": 64.0, "dram__bytes_per_cycle": 1.0}
+    fits, spills = (
+        lanes.machine("acceltran-edge", activation__bytes=size, **sizes) for size in (1e6, 256.0)
+    )
+    (fast, _), (slow, _) = (
+        (simulate(trace, spec, lanes.gemm_shapes()), machine) for spec, machine in (fits, spills)
+    )
+    found, _ = lanes.priced(trace, spills[1])
+    for scope in SCOPES:
+        wanted = slow.latency_cycles(scope)
+        assert np.all(wanted > 1.5 * fast.latency_cycles(scope))
+        np.testing.assert_allclose(found.latency_cycles(scope), wanted, rtol=0.05, err_msg=scope)
+
+
 @CAUSAL
 def test_padding_changes_nothing(is_causal: bool) -> None:
     rng = np.random.default_rng(3)

@@ -14,7 +14,7 @@ from codesign.hw.accelerator import accelerator_from_spec
 from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.simulator import GemmShape, Simulation, simulate
 from codesign.hw.spec import AcceleratorSpec, load_preset
-from codesign.hw.surrogate import Cost
+from codesign.hw.surrogate import Cost, cost
 from codesign.workload import (
     Trace,
     Workload,
@@ -250,7 +250,7 @@ def test_heads_of_different_slow_stages_take_turns(slow_last: bool):
 
 @jax.jit
 def jitted_cost(workload: Workload, sizes: dict[str, jax.Array]) -> Cost:
-    return fast_cost(workload, accelerator_from_spec(SPEC).replace(sizes=sizes))
+    return cost(workload, accelerator_from_spec(SPEC).replace(sizes=sizes))
 
 
 def draw_sizes(rng: np.random.Generator) -> dict[str, float]:
@@ -414,6 +414,30 @@ def test_early_causal_rows_wait_for_what_does_not_grow(slow_first: str):
     real = simulation.attention_cycles.item()
     assert real > 1.05 * busiest
     np.testing.assert_allclose(surrogate.attention_cycles, real, rtol=0.02)
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_rows_that_keep_few_keys_wait_only_if_they_come_first(is_early: bool):
+    """Filters take as long for every row, attention less for one half of a head and more for the other.
+
+    Filters run ahead, as far as the queue lets them, while attention is slow; what attention has waited is lost.
+    """
+    tokens = 64
+    valid = np.ones((1, tokens), bool)
+    masks = make_masks(np.random.default_rng(8), (1, 1, 1, tokens), valid, 1.0, 1.0, 1.0)
+    half = slice(0, tokens // 2) if is_early else slice(tokens // 2, tokens)
+    masks[..., half, 4:] = False
+    trace = make_trace(masks, valid, make_bits(None, 1), 64)
+    unit = SPEC.units["filter_array"]
+    assert unit.overhead is not None
+    overhead = unit.overhead.model_copy(update={"value": 30.0})
+    slow = unit.model_copy(update={"overhead": overhead})
+    spec = SPEC.model_copy(update={"units": SPEC.units | {"filter_array": slow}})
+    simulation, surrogate, _ = both(trace, spec)
+    busiest = max(cycles.item() for cycles in simulation.busy_cycles.values())
+    real = simulation.attention_cycles.item()
+    assert (real > 1.15 * busiest) == is_early
+    np.testing.assert_allclose(surrogate.attention_cycles, real, rtol=0.03)
 
 
 def test_padding_changes_nothing():

@@ -109,6 +109,34 @@ def test_row_statistics_of_rows_by_head() -> None:
     np.testing.assert_array_equal(statistics.segments[..., 2], [[1.0, 2.0]])
 
 
+def test_row_statistics_of_eighths_of_the_rows() -> None:
+    # Twelve rows that exist, of 1 to 12 keys, around one that does not: 1.5 rows are an eighth.
+    exists = jnp.ones((1, 1, 13)).at[0, 0, 4].set(0.0)
+    keys = jnp.asarray([*range(1, 5), 0, *range(5, 13)], float)[None, None]
+    found = row_statistics(keys, exists, 16)
+    expected = [
+        1 + 2 / 2,
+        2 / 2 + 3,
+        4 + 5 / 2,
+        5 / 2 + 6,
+        7 + 8 / 2,
+        8 / 2 + 9,
+        10 + 11 / 2,
+        11 / 2 + 12,
+    ]
+    np.testing.assert_allclose(found.portions[0, 0, :, 0], expected, rtol=1e-6)
+    # Lanes of 16 keys take a step a row.
+    np.testing.assert_allclose(found.portions[0, 0, :, 4], 1.5, rtol=1e-6)
+    np.testing.assert_allclose(jnp.sum(found.portions, axis=2), found.segments, rtol=1e-6)
+
+    def late(keys: jax.Array) -> jax.Array:
+        return row_statistics(keys, exists, 16).portions[0, 0, 7, 2]
+
+    slopes = np.zeros(13)
+    slopes[-2:] = 0.5 / 4.0, 1.0 / 4.0
+    np.testing.assert_allclose(jax.grad(late)(keys)[0, 0], slopes, rtol=1e-6)
+
+
 def test_segments_have_the_slope_without_ceil() -> None:
     def steps(keys: jax.Array) -> jax.Array:
         return row_statistics(keys, jnp.ones((1, 1, 1)), 8).segments[0, 0, 2]
