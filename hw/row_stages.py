@@ -37,7 +37,8 @@ def row_stalls(
     queries = workload.rows["attention"].queries
     # A workload may hold the sums of its heads, which are alike then.
     width = workload.head_dim * queries.shape[2]
-    alike = max(workload.block_gemms["out"].inner // width, 1)
+    output = workload.block_gemms.get("out")
+    alike = 1 if output is None else max(output.inner // width, 1)
     times = [jnp.repeat(one / alike, alike, axis=2) for one in times]
     rows = jnp.maximum(jnp.repeat(queries / alike, alike, axis=2), 1.0)
     number = times[0].shape[3]
