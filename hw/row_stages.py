@@ -4,13 +4,18 @@ Rules: docs/cost_model.md, section 2. Arrays are `[B, L]`, or by head `[B, L, H]
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 
+from codesign import gates
 from codesign.hw.accelerator import Accelerator
 from codesign.hw.engine import portion_cycles
 from codesign.workload import Workload
+
+_SHOWN = 2
+"""Heads alike that pass one by one; the others take as long as the last of them."""
 
 
 def row_stalls(
@@ -39,60 +44,70 @@ def row_stalls(
     width = workload.head_dim * queries.shape[2]
     output = workload.block_gemms.get("out")
     alike = 1 if output is None else max(output.inner // width, 1)
-    times = [jnp.repeat(one / alike, alike, axis=2) for one in times]
-    rows = jnp.maximum(jnp.repeat(queries / alike, alike, axis=2), 1.0)
+    rows = jnp.maximum(gates.detach(queries) / alike, 1.0)
     number = times[0].shape[3]
     ahead = jnp.minimum(structure.index_queue / rows, 1.0) * number
+    times = [one / alike for one in times]
     if structure.memory_overlaps:
-        share = memory / (rows.shape[2] * number)
+        share = memory / (alike * queries.shape[2] * number)
         times = [jnp.broadcast_to(share[..., None, None], times[0].shape), *times]
-    last = _passage(times, ahead, has_memory=structure.memory_overlaps)
+    shown = min(alike, _SHOWN)
+    ends = _passage(
+        [jnp.repeat(one, shown, axis=2) for one in times],
+        jnp.repeat(ahead, shown, axis=2),
+        has_memory=structure.memory_overlaps,
+    )
+    # Heads alike take turns evenly once stages are full.
+    last = ends[-1]
+    if alike > shown:
+        last = last + (alike - shown) * queries.shape[2] * (last - ends[-2])
     busy = [jnp.sum(cycles[name], axis=(2, 3)) for stage in stages for name in stage]
     busy += [memory] if structure.memory_overlaps else []
     return last - functools.reduce(jnp.maximum, busy)
 
 
 def _passage(times: list[jax.Array], ahead: jax.Array, *, has_memory: bool) -> jax.Array:
-    """Returns when the last stage has ended the last portion, `[B, L]`.
+    """Returns when the last stage has ended each head, `[H, B, L]`.
 
     Args:
       times: Of each stage, `[B, L, H, P]`.
       ahead: Portions that a stage may be ahead of the next one, at most P, `[B, L, H]`.
       has_memory: Whether the first stage is main memory, which waits for none.
     """
-    number = times[0].shape[3]
     shape = jnp.broadcast_shapes(*(one.shape for one in times))
-    in_order = jnp.stack([jnp.broadcast_to(one, shape) for one in times])
-    in_order = jnp.reshape(in_order, (*in_order.shape[:3], -1))
-    lead = jnp.broadcast_to(jnp.repeat(ahead, number, axis=2), in_order.shape[1:])
+    number = shape[3]
+    last = len(times) - 1
+    in_order = [
+        jnp.reshape(jnp.moveaxis(jnp.broadcast_to(one, shape), (2, 3), (0, 1)), (-1, *shape[:2]))
+        for one in times
+    ]
+    lead = jnp.repeat(jnp.moveaxis(jnp.broadcast_to(ahead, shape[:3]), 2, 0), number, axis=0)
+    back = jnp.maximum(lead - 1.0, 0.0)
+    near = [jnp.maximum(1.0 - jnp.abs(back - place), 0.0) for place in range(number)]
+    short = jnp.maximum(1.0 - lead, 0.0)
+    together = [_later(one, after) * short for one, after in itertools.pairwise(in_order)]
 
+    # Lists, and a body of one portion: compiles to few small loops, whose slopes are as cheap as they are.
     def portion(
-        state: tuple[jax.Array, jax.Array], own: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        ends, earlier = state  # [S, B, L], and those of the portions before, [P, S, B, L]
-        times, lead = own
+        ends: list[list[jax.Array]], own: tuple[list[jax.Array], list[jax.Array], list[jax.Array]]
+    ) -> tuple[list[list[jax.Array]], jax.Array]:
+        times, near, together = own
         new: list[jax.Array] = []
         for stage, time in enumerate(times):
-            end = ends[stage] + time
+            end = ends[stage][0] + time
             if stage:
-                end = jnp.maximum(end, jnp.maximum(new[-1], ends[stage - 1] + time))
-            if stage + 1 < len(times) and not (has_memory and stage == 0):
+                end = _later(end, _later(new[-1], ends[stage - 1][0] + time))
+            if stage < last and not (has_memory and stage == 0):
                 # The row as far ahead as the queue holds has entered the next stage.
-                behind = _at(earlier[:, stage + 1], lead - 1.0)
-                together = jnp.maximum(time, times[stage + 1]) * jnp.maximum(1.0 - lead, 0.0)
-                end = jnp.maximum(end, behind + together)
+                parts = [share * one for share, one in zip(near, ends[stage + 1], strict=True)]
+                end = _later(end, functools.reduce(jnp.add, parts) + together[stage])
             new.append(end)
-        done = jnp.stack(new)
-        return (done, jnp.concatenate([done[None], earlier[:-1]])), None
+        return [[end, *before[:-1]] for end, before in zip(new, ends, strict=True)], new[-1]
 
-    ends = jnp.zeros_like(in_order[..., 0])
-    earlier = jnp.zeros((number, *ends.shape), ends.dtype)
-    steps = (jnp.moveaxis(in_order, 3, 0), jnp.moveaxis(lead, 2, 0))
-    (ends, _), _ = jax.lax.scan(portion, (ends, earlier), steps)
-    return ends[-1]
+    start = [[jnp.zeros(shape[:2], times[0].dtype)] * number] * len(times)  # the latest first
+    return jax.lax.scan(portion, start, (in_order, near, together))[1][number - 1 :: number]
 
 
-def _at(values: jax.Array, place: jax.Array) -> jax.Array:
-    """Interpolates values `[P, B, L]` linearly at places from 0 to P - 1, `[B, L]`."""
-    apart = jnp.abs(jnp.arange(values.shape[0])[:, None, None] - jnp.maximum(place, 0.0)[None])
-    return jnp.sum(values * jnp.maximum(1.0 - apart, 0.0), axis=0)
+def _later(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns the larger; of two alike the first has the slope, which is cheaper than to share it."""
+    return jnp.where(one >= other, one, other)

@@ -18,48 +18,43 @@ def _floor(x: jax.Array) -> jax.Array:
     return gates.straight_through(jnp.floor(x), x)
 
 
-def _interpolate(values: list[jax.Array], size: jax.Array) -> jax.Array:
-    """Interpolates values given at sizes 1, 2, 4, ... linearly at `size`; 0 at size 0.
+def _shares(size: jax.Array, levels: int) -> jax.Array:
+    """Returns what values given at sizes 1, 2, 4, ... count at `size`, between two linearly, `[..., levels]`; 0 at size 0.
 
     `size` must not exceed the last size given.
     """
-    terms = []
-    for level, value in enumerate(values):
-        ratio = size * 0.5**level
-        rising = 2.0 * ratio - 1.0 if level else ratio
-        terms.append(value * jnp.maximum(jnp.minimum(2.0 - ratio, rising), 0.0))
-    return functools.reduce(jnp.add, terms)
+    ratio = size[..., None] * 0.5 ** jnp.arange(levels)
+    rising = jnp.where(jnp.arange(levels) > 0, 2.0 * ratio - 1.0, ratio)
+    return jnp.maximum(jnp.minimum(2.0 - ratio, rising), 0.0)
 
 
-def steps_of_rows(rows: RowStatistics, lanes: jax.Array) -> jax.Array:
-    """Returns the steps of all rows of a head, sum of ceil(keys / lanes), `[B, L, H]`.
+def _interpolate(values: list[jax.Array], size: jax.Array) -> jax.Array:
+    """Interpolates values given at sizes 1, 2, 4, ... at `size`."""
+    shares = _shares(size, len(values))
+    return functools.reduce(
+        jnp.add, [value * shares[..., level] for level, value in enumerate(values)]
+    )
+
+
+def steps_by_portion(rows: RowStatistics, lanes: jax.Array) -> jax.Array:
+    """Returns the steps of equal portions of a head's rows in order, sum of ceil(keys / lanes), `[B, L, H, P]`.
 
     Steps times lanes are interpolated between powers of two, where the result is exact. Rows nearly
     all as long as the longest share one remainder, which interpolation cannot see: they take the
     steps of the longest row, as far as the mean row stays within half a step of it.
     """
-    levels = rows.segments.shape[-1]
+    number, levels = rows.portions.shape[3:]
     lanes = jnp.minimum(lanes, 2.0 ** (levels - 1))
-    short = rows.maximum - rows.segments[..., 0] / jnp.maximum(rows.queries, 1.0)
-    alike = jnp.maximum(1.0 - 2.0 * short / lanes, 0.0) * rows.queries
-    uneven = [
-        (rows.segments[..., level] - alike * ceil(rows.maximum * 0.5**level)) * 2.0**level
-        for level in range(levels)
-    ]
+    queries = rows.queries[..., None] / number
+    sizes = 2.0 ** jnp.arange(levels)
     # Below one lane a key takes several cycles.
-    steps = _interpolate(uneven, jnp.maximum(lanes, 1.0)) / lanes
-    return steps + alike * ceil(rows.maximum / lanes)
-
-
-def steps_by_portion(rows: RowStatistics, lanes: jax.Array) -> jax.Array:
-    """Returns the steps of equal portions of a head's rows, in order, `[B, L, H, P]`."""
-    queries = jnp.broadcast_to(rows.queries[..., None], rows.portions.shape[:-1])
-    portions: RowStatistics = rows.replace(  # type: ignore[attr-defined]
-        segments=rows.portions,
-        queries=queries / queries.shape[3],
-        maximum=jnp.broadcast_to(rows.maximum[..., None], queries.shape),
-    )
-    return steps_of_rows(portions, lanes)
+    shares = _shares(jnp.maximum(lanes, 1.0), levels) * sizes / lanes
+    uneven = jnp.einsum("blhpg,g->blhp", rows.portions, shares)
+    longest = jnp.einsum("blhg,g->blh", ceil(rows.maximum[..., None] / sizes), shares)
+    more = ceil(rows.maximum / lanes) - longest
+    short = rows.maximum[..., None] - rows.portions[..., 0] / jnp.maximum(queries, 1.0 / number)
+    alike = jnp.maximum(1.0 - 2.0 * short / lanes, 0.0) * queries
+    return uneven + alike * more[..., None]
 
 
 def shared_fetches(given: jax.Array, queries: jax.Array, block: jax.Array) -> jax.Array:
