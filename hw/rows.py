@@ -18,22 +18,22 @@ def _floor(x: jax.Array) -> jax.Array:
     return gates.straight_through(jnp.floor(x), x)
 
 
-def _shares(size: jax.Array, levels: int) -> jax.Array:
-    """Returns what values given at sizes 1, 2, 4, ... count at `size`, between two linearly, `[..., levels]`; 0 at size 0.
+def _shares(size: jax.Array, levels: int) -> list[jax.Array]:
+    """Returns what values given at sizes 1, 2, 4, ... count at `size`, between two linearly; nothing at size 0.
 
     `size` must not exceed the last size given.
     """
-    ratio = size[..., None] * 0.5 ** jnp.arange(levels)
-    rising = jnp.where(jnp.arange(levels) > 0, 2.0 * ratio - 1.0, ratio)
-    return jnp.maximum(jnp.minimum(2.0 - ratio, rising), 0.0)
+    ratios = [size * 0.5**level for level in range(levels)]
+    rising = [ratios[0], *(2.0 * ratio - 1.0 for ratio in ratios[1:])]
+    return [
+        jnp.maximum(jnp.minimum(2.0 - ratio, rise), 0.0)
+        for ratio, rise in zip(ratios, rising, strict=True)
+    ]
 
 
 def _interpolate(values: list[jax.Array], size: jax.Array) -> jax.Array:
     """Interpolates values given at sizes 1, 2, 4, ... at `size`."""
-    shares = _shares(size, len(values))
-    return functools.reduce(
-        jnp.add, [value * shares[..., level] for level, value in enumerate(values)]
-    )
+    return functools.reduce(jnp.add, map(jnp.multiply, values, _shares(size, len(values))))
 
 
 def steps_by_portion(rows: RowStatistics, lanes: jax.Array) -> jax.Array:
@@ -46,11 +46,13 @@ def steps_by_portion(rows: RowStatistics, lanes: jax.Array) -> jax.Array:
     number, levels = rows.portions.shape[3:]
     lanes = jnp.minimum(lanes, 2.0 ** (levels - 1))
     queries = rows.queries[..., None] / number
-    sizes = 2.0 ** jnp.arange(levels)
+    sizes = 2.0 ** jnp.arange(levels, dtype=lanes.dtype)
     # Below one lane a key takes several cycles.
-    shares = _shares(jnp.maximum(lanes, 1.0), levels) * sizes / lanes
+    shares = jnp.stack(_shares(jnp.maximum(lanes, 1.0), levels)) * sizes / lanes
     uneven = jnp.einsum("blhpg,g->blhp", rows.portions, shares)
-    longest = jnp.einsum("blhg,g->blh", ceil(rows.maximum[..., None] / sizes), shares)
+    longest = jnp.einsum(
+        "blhg,g->blh", ceil(rows.maximum[..., None] / sizes[None, None, None]), shares
+    )
     more = ceil(rows.maximum / lanes) - longest
     short = rows.maximum[..., None] - rows.portions[..., 0] / jnp.maximum(queries, 1.0 / number)
     alike = jnp.maximum(1.0 - 2.0 * short / lanes, 0.0) * queries
