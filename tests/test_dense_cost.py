@@ -116,9 +116,9 @@ def random_policies(problem: Problem, begin: Point, number: int) -> list[Policy]
     [
         ("text", "dense"),
         ("images", "energon"),
-        ("decoder", "energon"),
+        pytest.param("decoder", "energon", marks=pytest.mark.slow),
         ("images", "acceltran"),
-        ("decoder", "acceltran"),
+        pytest.param("decoder", "acceltran", marks=pytest.mark.slow),
     ],
 )
 def test_no_policy_costs_less_than_the_least(kind: str, mechanism: str) -> None:

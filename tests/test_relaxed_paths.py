@@ -91,11 +91,13 @@ class Relaxed:
         return compiled(program, policy, jnp.asarray(1.0), self.knobs(policy))
 
 
+SLOW = ("a3", "bitserial", "spatten")
+"""Their programs take one or two minutes to compile."""
+
+
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(name, marks=pytest.mark.slow if name == "bitserial" else ()) for name in LAYERS
-    ],
+    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYERS],
 )
 def relaxed(request: pytest.FixtureRequest) -> Relaxed:
     name = request.param
