@@ -16,7 +16,7 @@ from codesign.experiments.data import Part
 from codesign.experiments.dense_cost import DenseCost
 from codesign.experiments.evaluate import Point, measure, summary
 from codesign.experiments.figure import draw_curve
-from codesign.experiments.finished import measure_dense, record_data
+from codesign.experiments.finished import Settings, measure_dense, record_data
 from codesign.experiments.problem import Problem, load_problem, outline
 from codesign.experiments.reach import check_reachable
 from codesign.experiments.run import RunDirectory, write_json
@@ -185,12 +185,8 @@ def _trained_point(
     """Trains one point in its own run directory, or reads it if it is there."""
     experiment = dataclasses.replace(training.problem.experiment, optimize=training.settings)
     path = point_directory(out, experiment.seed, kind, fraction)
-    config = {
-        "experiment": experiment.plain(),
-        "budget": dataclasses.asdict(budget),
-        "mode": "joint",
-    }
-    run = RunDirectory.create(path, config, resume=path.exists(), overwrite=False)
+    settings = Settings(experiment=experiment, mode="joint", budget=budget)
+    run = RunDirectory.create(path, settings.plain(), resume=path.exists(), overwrite=False)
     record_data(path, training.problem.task)
     return training.train(
         point,
