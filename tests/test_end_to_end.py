@@ -384,10 +384,9 @@ def test_dense_models_lie_beside_the_run(tmp_path: Path) -> None:
     assert dense_folder(tmp_path / "points" / "run") == tmp_path / "points" / "dense"
 
 
-@pytest.mark.slow
 def test_quickstart_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = CurveSettings(
-        budgets=(0.8, 0.7),
+        budgets=(0.7,),
         uniform_thresholds=((-1.0, -1.0), (0.0, 0.0)),
         uniform_bits=((8, 8, 16), (4, 4, 8)),
         num_resamples=50,
