@@ -294,7 +294,7 @@ def load_run(path: Path, *, cache: Path | None, progress: bool) -> FinishedRun:
     step, last = run.checkpoint_step(), experiment.optimize.num_steps
     if step is None or step <= last:
         raise CheckpointError(
-            f"'{path}' is not finished ({step or 0} of {last} steps): continue it with `--resume`"
+            f"'{path}' is not finished ({step or 0} of {last} steps): continue the command that trains it with `--resume`"
         )
     outlined = outline(experiment)
     check_data(path, outlined.task)

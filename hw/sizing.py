@@ -94,7 +94,9 @@ class SizeRange:
 class Caps:
     """Upper bounds that sizes keep: area in mm2, host included, and mean power over the workload in watt; None: none."""
 
+    # Area in mm2, host included; the file's own where none is given.
     area_mm2: float | None = None
+    # Mean power over the workload, watt.
     power_w: float | None = None
 
     @property
