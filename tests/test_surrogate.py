@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from codesign import gates
 from codesign.errors import UnknownNameError
-from codesign.hw import energy, row_stages
+from codesign.hw import energy
 from codesign.hw.accelerator import Accelerator, accelerator_from_spec
 from codesign.hw.closed_form import ModelShape, Setting, workload_from_fractions
 from codesign.hw.host import host_cost
@@ -494,33 +494,3 @@ def test_resized_preset_prices_as_the_resized_machine():
             one.latency_cycles(scope), other.latency_cycles(scope), rtol=FLOAT32
         )
         np.testing.assert_allclose(one.area_mm2(scope), other.area_mm2(scope), rtol=FLOAT32)
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_heads_alike_that_are_not_shown_take_as_long_as_the_second(
-    is_causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shape = dataclasses.replace(ONE_HEAD, num_heads=12, width=768, is_causal=is_causal)
-    workload = workload_from_fractions(shape, UNEVEN)
-    accelerator = accelerator_from_spec(SPEC)
-    assert accelerator.structure.index_queue is not None
-    rng = np.random.default_rng(0)
-    sizes = {
-        name: jnp.asarray(float(size) * np.exp(rng.uniform(-1.0, 1.0, 64)))
-        for name, size in accelerator.sizes.items()
-    }
-
-    def latencies(index_queue: int, shown: int) -> np.ndarray:
-        monkeypatch.setattr(row_stages, "_SHOWN", shown)
-        structure = dataclasses.replace(accelerator.structure, index_queue=index_queue)
-
-        def latency(own: dict[str, jax.Array]) -> jax.Array:
-            machine = accelerator.replace(sizes=own, structure=structure)  # type: ignore[attr-defined]
-            return cost(workload, machine).latency_cycles("attention")[0]
-
-        return np.asarray(jax.jit(jax.vmap(latency))(sizes))
-
-    for queue in (16, 600):
-        every = latencies(queue, shape.num_heads)
-        assert every.max() > 2.0 * every.min()
-        np.testing.assert_allclose(latencies(queue, 2), every, rtol=1e-4)
