@@ -14,7 +14,7 @@ from codesign.hw.engine import flat_cycles, head_cycles, passes, waiting
 from codesign.hw.gemm.counting import ceil
 from codesign.hw.host import Maximum
 from codesign.hw.traffic import stream_bytes
-from codesign.workload import Workload
+from codesign.workload import PORTIONS, Workload
 
 
 @struct.dataclass
@@ -26,12 +26,20 @@ class _Array:
       task: A head's window on the group that takes it, of the heaviest head, without keys made for others.
       first: The same of a head's first window, with the keys that it makes.
       linear: What all groups share behind the heads.
+      attend: Attention without what is waited for.
     """
 
     total: jax.Array
     task: jax.Array
     first: jax.Array
     linear: jax.Array
+    attend: jax.Array
+
+
+_WITH_PAIRS = ("filter0", "select")
+"""Stages of operations whose number goes with the pairs of a row that exist."""
+_WITH_KEPT = ("similarity", "qk", "softmax", "pv", "fetch")
+"""Stages of operations whose number goes with the keys of a row that are kept; others are alike for every row."""
 
 
 def window_cycles(
@@ -73,11 +81,65 @@ def window_cycles(
         last = maximum([array.task, *(busy[name] / windows for name in chained)]) * growth
         cycles[0] = cycles[0] + keys + after / windows
         cycles.append(keys + after + last + array.linear / windows)
+        # Late windows may be longer in one stage and not in the other: then neither end decides.
+        work = [_by_portion(name, workload, accelerator, is_causal) for name in first]
+        if own in first:
+            work[first.index(own)] -= keys[..., None] / PORTIONS
+        others = (array.total - array.attend)[..., None] / PORTIONS
+        work.append(array.attend[..., None] * _kept_shares(workload) + others)
+        work += [_by_portion(name, workload, accelerator, is_causal) for name in chained]
+        both = jnp.minimum(after, array.total) / windows  # One window is in both stages.
+        cycles.append(keys + _passage(work) + both)
     if structure.memory_overlaps:
         # Nothing starts before its tokens are there, and the last output follows its window.
         cycles = [one + tokens + output / windows for one in cycles]
         return maximum([*cycles, *memories]) + structure.drain_cycles
     return functools.reduce(jnp.add, memories, maximum(cycles)) + structure.drain_cycles
+
+
+def _kept_shares(workload: Workload) -> jax.Array:
+    """Returns the share of kept keys by portions of the rows, in order, `[B, L, P]`."""
+    kept = jnp.sum(workload.rows["attention"].portions[..., 0], axis=2)
+    return kept / jnp.maximum(jnp.sum(kept, axis=2, keepdims=True), 1e-9)
+
+
+def _by_portion(
+    name: str, workload: Workload, accelerator: Accelerator, is_causal: jax.Array
+) -> jax.Array:
+    """Returns the cycles of a unit on portions of the windows, in order, `[B, L, P]`."""
+    unit = next(unit for unit in accelerator.structure.units if unit.name == name)
+    even = jnp.full((1, 1, PORTIONS), 1.0 / PORTIONS)
+    growing = (2.0 * jnp.arange(PORTIONS) + 1.0)[None, None, :] / PORTIONS**2
+    with_pairs, with_kept = even + is_causal[..., None] * (growing - even), _kept_shares(workload)
+    cycles = jnp.zeros((1, 1, PORTIONS))
+    for key, operation in workload.operations.items():
+        stage = key.partition(".")[0]
+        share = with_pairs if stage in _WITH_PAIRS else with_kept if stage in _WITH_KEPT else even
+        some: Workload = workload.replace(operations={key: operation})  # type: ignore[attr-defined]
+        for value in head_cycles(unit, some, accelerator.sizes).values():
+            cycles = cycles + jnp.sum(value, axis=2)[..., None] * share
+    return cycles
+
+
+def _passage(work: list[jax.Array]) -> jax.Array:
+    """Returns when the last of units in order has ended all portions, of `[B, L, P]` cycles each, `[B, L]`.
+
+    A unit starts a portion when the one before does, and ends it no earlier.
+    """
+    shape = jnp.broadcast_shapes(*(one.shape for one in work))
+    in_order = [jnp.moveaxis(jnp.broadcast_to(one, shape), 2, 0) for one in work]
+
+    def portion(ends: list[jax.Array], cycles: list[jax.Array]) -> tuple[list[jax.Array], None]:
+        start, done = ends[0], ends[0]
+        new = []
+        for end, one in zip(ends, cycles, strict=True):
+            start = jnp.maximum(start, end)
+            done = jnp.maximum(done, start + one)
+            new.append(done)
+        return new, None
+
+    ends = [jnp.zeros(shape[:2], one.dtype) for one in in_order]
+    return jax.lax.scan(portion, ends, in_order)[0][-1]
 
 
 def _array(
@@ -133,7 +195,7 @@ def _array(
         together = attend + queries + make
         total = jnp.sum(together * waiting(unit, together, workload), axis=2)
     task = task * rounds
-    return _Array(total=total + linear, task=task, first=first + task, linear=linear)
+    return _Array(total=total + linear, task=task, first=first + task, linear=linear, attend=work)
 
 
 def _first_share(workload: Workload, windows: jax.Array) -> jax.Array:
