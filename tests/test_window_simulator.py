@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import mask_workloads as masks
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from codesign.hw.resizing import spec_with_sizes
 from codesign.hw.simulator import GemmShape, simulate
 from codesign.hw.spec import AcceleratorSpec, load_preset
 from codesign.hw.window_schedule import GroupWork, run_groups
+from codesign.hw.windows import _passage
 from codesign.workload import Trace
 
 SCOPES = ("attention", "end_to_end")
@@ -237,3 +239,19 @@ def test_machines_and_models_without_rules_are_refused() -> None:
     changed = spec.model_copy(update={"units": spec.units | {"top_k": blocks}})
     with pytest.raises(PresetError, match="units.top_k.rule"):
         simulate(trace, changed, windows.gemm_shapes())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([1] * 8, [1] * 8, 8),  # Side by side all the way.
+        ([1] * 8, [0] * 7 + [8], 15),  # All of the second behind seven of the first.
+        ([8] + [0] * 7, [1] * 8, 15),  # The second ends its first eighth with the first unit, at 8.
+        ([0] * 7 + [8], [8] + [0] * 7, 8),  # What the second works on is there at once.
+    ],
+)
+def test_hand_worked_eighths_of_two_units(
+    first: list[int], second: list[int], expected: int
+) -> None:
+    work = [jnp.asarray(one, float)[None, None] for one in (first, second)]
+    assert float(_passage(work)[0, 0]) == expected
